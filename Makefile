@@ -1,0 +1,50 @@
+# Two commands set everything up: `make quickstart` and `make test`. Both install into .venv from pinned versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/kernels/*.c src/lapis/kernels/*.h)
+export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/test-home
+
+.PHONY: help install quickstart test test-long lint bench clean
+
+help:
+	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
+	@echo "make test         install what tests need, then run all tests"
+	@echo "make test-long    the long campaigns as well"
+	@echo "make bench        speed, side by side with named peers"
+	@echo "make lint         format and type checks"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	@echo "Installing Lapis into $(VENV): one to three minutes the first time."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $@" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/lapis doctor --brief
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests need."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@LAPIS_HOME=$(LAPIS_TEST_MODELS) $(BIN)/lapis pull smollm2-135m-instruct || echo "SmolLM2 could not be fetched: the tests that need it will be skipped."
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/lapis quickstart
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "long or not long"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+bench: $(VENV)/.installed-dev
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build src/lapis.egg-info

@@ -1,0 +1,119 @@
+"""Builds the C kernels: one shared library per instruction set, from the same sources, beside the Python files.
+
+The build is optional. Without a C compiler the installation succeeds, says so, and plain torch does the work.
+LAPIS_NO_KERNELS=1 skips it on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+PACKAGE = Path("src/lapis/kernels")
+UNITS = ("cpu.c", "cpu_train.c")
+# as in kernels/variants.py: all text that goes into a library, in this order
+SOURCES = (*UNITS, "cpu_vector.h", "cpu_attention.h", "cpu_attention_backward.h")
+VARIANTS = {"portable": ()}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS |= {
+        "avx2": ("-march=x86-64-v3",),
+        "avx512": ("-march=x86-64-v4",),
+        "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    }
+# sums must keep the order in which the contract writes them: no contraction, no fast math
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+
+
+def find_compiler() -> list[str] | None:
+    """The C compiler: $CC, or the first of cc, gcc, clang on the path."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def source_digest() -> str:
+    """Digest of the sources, compiled in, so that a library of other sources is noticed when it is loaded."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((PACKAGE / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class BuildKernels(build_ext):
+    """Compiles every variant that the compiler can make; never fails the installation."""
+
+    def run(self) -> None:
+        """Build, and report in one line per variant what came of it."""
+        folder = PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / "lapis" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("cpu-*.so"):
+            stale.unlink()
+        self.built: list[str] = []
+        if os.environ.get("LAPIS_NO_KERNELS"):
+            print("lapis kernels: skipped (LAPIS_NO_KERNELS); plain torch will be used")
+            return
+        compiler = find_compiler()
+        if compiler is None:
+            print("lapis kernels: no C compiler found; plain torch will be used (see: lapis doctor)")
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            self._compile_all(compiler, folder, Path(scratch))
+
+    def get_outputs(self) -> list[str]:
+        """The libraries that were built."""
+        return self.built
+
+    def _compile_all(self, compiler: list[str], folder: Path, scratch: Path) -> None:
+        define = f'-DLAPIS_SOURCE="{source_digest()}"'
+        jobs = [(variant, unit) for variant in VARIANTS for unit in UNITS]
+
+        def compile_unit(job: tuple[str, str]) -> tuple[str, bool]:
+            variant, unit = job
+            command = [*compiler, *FLAGS, *VARIANTS[variant], define, "-c", str(PACKAGE / unit)]
+            target = ["-o", str(scratch / f"{variant}-{unit}.o")]
+            threaded = subprocess.run([*command, "-fopenmp", *target], capture_output=True, text=True)
+            if threaded.returncode == 0:
+                return "", True
+            single = subprocess.run([*command, *target], capture_output=True, text=True)
+            return ("" if single.returncode == 0 else single.stderr), False
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = dict(zip(jobs, pool.map(compile_unit, jobs), strict=True))
+        for variant in VARIANTS:
+            errors = [results[variant, unit][0] for unit in UNITS if results[variant, unit][0]]
+            threads = all(results[variant, unit][1] for unit in UNITS)
+            self._link(compiler, folder / f"cpu-{variant}.so", scratch, variant, errors, threads)
+
+    def _link(
+        self, compiler: list[str], target: Path, scratch: Path, variant: str, errors: list[str], threads: bool
+    ) -> None:
+        if not errors:
+            objects = [str(scratch / f"{variant}-{unit}.o") for unit in UNITS]
+            beside = target.with_suffix(".tmp")
+            command = [*compiler, "-shared", *(["-fopenmp"] if threads else []), *objects, "-o", str(beside), "-lm"]
+            linked = subprocess.run(command, capture_output=True, text=True)
+            if linked.returncode == 0:
+                beside.replace(target)  # a process that holds the old library keeps it
+                self.built.append(str(target))
+                print(f"lapis kernels: built {target.name}" + ("" if threads else " for one thread: no OpenMP"))
+                return
+            errors = [linked.stderr]
+        print(f"lapis kernels: {variant} left out, the compiler says: {errors[0].strip().splitlines()[-1]}")
+
+
+setup(
+    ext_modules=[Extension("lapis.kernels.cpu", [str(PACKAGE / unit) for unit in UNITS])],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -1,0 +1,90 @@
+"""What chat and text completions share: one answer or a stream, cancelled when the client hangs up."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, Literal, TypedDict
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from lapis.api.protocol import CompletionDetails, PromptDetails, Usage
+from lapis.api.streaming import DONE, EventStream, event, while_connected
+from lapis.gateway.generation import Generation
+from lapis.inference.request import Output
+
+Whole = Callable[[Generation], Awaitable[BaseModel]]
+Chunks = Callable[[Generation], AsyncGenerator[BaseModel, None]]
+
+
+class Facts(TypedDict):
+    """The fields that every answer and chunk of one request repeats."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+def new_id(kind: str) -> str:
+    """An id for an answer."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def facts(generation: Generation) -> Facts:
+    """Id, time, model and the weights' fingerprint."""
+    return Facts(
+        id=generation.ask.id,
+        created=generation.created,
+        model=generation.ask.model,
+        system_fingerprint=f"lapis-{generation.digest[:12]}",
+    )
+
+
+def usage(generation: Generation) -> Usage:
+    """The tokens of a request so far."""
+    used = generation.usage
+    return Usage(
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        total_tokens=used.total_tokens,
+        prompt_tokens_details=PromptDetails(cached_tokens=used.cached_tokens),
+        completion_tokens_details=CompletionDetails(),
+    )
+
+
+def finish(output: Output) -> Literal["stop", "length"] | None:
+    """Why an answer ended, if it did; errors were raised before."""
+    assert output.finish_reason != "error"
+    return output.finish_reason
+
+
+async def one_answer(request: Request, start: Coroutine[Any, Any, Generation], write: Whole) -> Response:
+    """The whole answer as JSON. A client that hangs up cancels it."""
+
+    async def work() -> BaseModel:
+        generation = await start
+        try:
+            return await write(generation)
+        finally:
+            generation.close()
+
+    answer = await while_connected(request.receive, work())
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def stream(
+    request: Request, start: Coroutine[Any, Any, Generation], write: Chunks, *, with_usage: bool
+) -> Response:
+    """The answer as server-sent events. What is wrong with the request is still told by the status."""
+    generation = await while_connected(request.receive, start)
+    return EventStream(_events(generation, write, with_usage), generation.close)
+
+
+async def _events(generation: Generation, write: Chunks, with_usage: bool) -> AsyncGenerator[str, None]:
+    left_out = None if with_usage else {"usage"}
+    async for chunk in write(generation):
+        yield event(chunk.model_dump_json(exclude=left_out))
+    yield DONE

@@ -1,0 +1,67 @@
+"""The caller's identity as a typed parameter of a route; no route parses a key itself."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Annotated, cast
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+
+from lapis.errors import AuthError
+from lapis.gateway.services import Services
+from lapis.tenants.keys import Identity
+from lapis.tenants.tenant import Scope
+
+
+def services_of(request: Request) -> Services:
+    """The services that this app was made over."""
+    return cast(Services, request.app.state.services)
+
+
+def identify(request: Request) -> Identity:
+    """The caller, by key or as the local user. It reads the database: runs in a thread. Raises AuthError."""
+    admission = services_of(request).admission
+    if not admission.keys_required and not is_local(request):
+        raise HTTPException(403, "Without API keys this server answers only to localhost.")
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme and scheme.lower() != "bearer":
+        raise AuthError("Only bearer keys are accepted.", hint="Send `Authorization: Bearer KEY`.")
+    return admission.identify(key.strip() or None)
+
+
+def _reader(request: Request) -> Identity:
+    return _with(Scope.MODELS_READ, request)
+
+
+def _user(request: Request) -> Identity:
+    return _with(Scope.MODELS_USE, request)
+
+
+def _with(scope: Scope, request: Request) -> Identity:
+    identity = identify(request)
+    try:
+        identity.require(scope)
+    except AuthError as error:  # the key is known, it may just not do this
+        raise HTTPException(403, str(error).replace("\n", " ")) from error
+    return identity
+
+
+def is_local(connection: HTTPConnection) -> bool:
+    """Whether a request names this machine as its host: a web page that points its own name at us does not."""
+    host = urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
+    return host == "localhost" or _is_loopback(host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+ServicesOf = Annotated[Services, Depends(services_of)]
+Reader = Annotated[Identity, Depends(_reader)]
+User = Annotated[Identity, Depends(_user)]

@@ -1,0 +1,155 @@
+"""JSON request bodies, read strictly: what JSON does not allow, or could be read in two ways, is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from lapis.errors import InputError, nearest
+
+BODY_LIMIT = 8 * 1024 * 1024  # bytes; a prompt of a million tokens fits
+CLOSE = {"connection": "close"}  # the rest of a body that is too large is not read
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def json_body(schema: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+    """A FastAPI dependency: the request's body as `schema`. Raises as `read_body` and `parse`."""
+
+    async def body(request: Request) -> Model:
+        return parse(await read_body(request), schema)
+
+    return body
+
+
+def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    """What our OpenAPI description says of a body that `json_body` reads."""
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def read_body(request: Request) -> bytes:
+    """The raw body. Raises HTTPException: 415 for a content type other than JSON, 413 above the limit."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"The content type must be application/json, not {kind or 'absent'}.")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > BODY_LIMIT:
+                raise HTTPException(
+                    413, f"The body is larger than {BODY_LIMIT:,} bytes.", {"connection": "close"}
+                )
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise InputError("The client hung up while sending the body.") from error
+    return b"".join(parts)
+
+
+def parse(raw: bytes, schema: type[Model]) -> Model:
+    """JSON bytes as `schema`. Raises InputError with the field's name in `param`."""
+    values = read_json(raw)
+    if not isinstance(values, dict):
+        raise InputError(f"The body must be a JSON object, not {_kind(values)}.")
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, schema) from error
+
+
+def read_json(raw: bytes) -> Any:
+    """Any JSON value. Raises InputError for broken JSON, NaN, infinity, doubled keys and lone surrogates."""
+    if not raw.strip():
+        raise InputError("The body is empty; it must be a JSON object.")
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, parse_constant=_constant, parse_float=_number, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise InputError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from error
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from error
+    except RecursionError as error:
+        raise InputError("The body is nested too deep.") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"The body has a number that cannot be read: {error}.") from error
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_surrogates(value, "")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise InputError(f"The body has {name}, which JSON does not know.")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise InputError(f"The number {text[:40]} is too large.")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"The field {double!r} is given twice.", param=double)
+    return values
+
+
+def _refuse_surrogates(value: Any, where: str) -> None:
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            field = where or "the body"
+            raise InputError(
+                f"{field} has half of a surrogate pair, which is no character.", param=where or None
+            )
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_surrogates(name, where)
+            _refuse_surrogates(item, f"{where}.{name}" if where else name)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_surrogates(item, f"{where}[{index}]")
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> InputError:
+    problem = error.errors(include_url=False)[0]
+    param = _path(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = schema.model_fields if len(problem["loc"]) == 1 else ()
+        name = problem["loc"][-1]
+        return InputError(f"Unknown field {param!r}. {nearest(str(name), known)}".rstrip(), param=param)
+    if problem["type"] == "missing":
+        return InputError(f"The field {param!r} is required and missing.", param=param)
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict | list) else f" = {_short(problem['input'])}"
+    return InputError(f"{param}{shown}: {message[:1].lower()}{message[1:]}.".replace("..", "."), param=param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or "body"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(
+        type(value), "a number"
+    )

@@ -1,0 +1,90 @@
+"""Every failure as OpenAI's error object: `{"error": {message, type, param, code}}`, all four keys always."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from lapis.errors import LapisError, LimitError
+from lapis.log import logger
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    429: "rate_limit_error",
+}
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    501: "not_offered",
+}
+
+
+def error_body(
+    message: str, status: int, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's error object for a status."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def lapis_error_body(error: LapisError) -> dict[str, Any]:
+    """OpenAI's error object for one of our errors: cause and hint in one message."""
+    message = f"{error.message} {error.hint}".strip()
+    return error_body(message, error.http_status, param=error.param, code=error_code(error))
+
+
+def error_code(error: LapisError) -> str:
+    """Our stable code, under OpenAI's name where its client or users look for one."""
+    names = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded"}
+    if error.code == "not_found" and error.param == "model":
+        return "model_not_found"
+    return names.get(error.code, error.code)
+
+
+def error_headers(error: LapisError) -> dict[str, str]:
+    """When to come back, and for a wrong key how to sign in."""
+    if isinstance(error, LimitError):
+        seconds = max(error.retry_after, 0.001)
+        return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    if error.http_status == 401:
+        return {"www-authenticate": "Bearer"}
+    if error.http_status == 409:
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer our own errors and the framework's in one shape; anything else is a bug (see middleware)."""
+    app.add_exception_handler(LapisError, _on_lapis_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+async def _on_lapis_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LapisError)
+    if error.http_status >= 500:
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse(lapis_error_body(error), error.http_status, error_headers(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404 and message == "Not Found":
+        message = f"There is no {request.method} {request.url.path} here."
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed for {request.url.path}."
+    body = error_body(message, error.status_code, code=CODES.get(error.status_code))
+    return JSONResponse(body, error.status_code, _plain(error.headers))
+
+
+def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return dict(headers or {})

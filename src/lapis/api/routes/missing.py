@@ -1,0 +1,46 @@
+"""OpenAI's paths that are not offered yet: one sentence each instead of a riddle."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+
+from lapis.api.auth import Reader
+from lapis.tenants.keys import Identity
+
+NOT_OFFERED = {
+    "responses": "The Responses API is not offered; use /v1/chat/completions.",
+    "conversations": "Conversations are not kept on the server; send the messages with each request.",
+    "embeddings": "Embeddings are not offered yet.",
+    "moderations": "Moderation is not offered yet.",
+    "files": "Files are not offered yet; `lapis data prepare` reads files of this machine.",
+    "uploads": "Uploads are not offered yet; `lapis data prepare` reads files of this machine.",
+    "batches": "Batches are not offered yet.",
+    "fine_tuning": "Fine-tuning through the API is not offered yet; `lapis train` trains.",
+    "evals": "Evals through the API are not offered yet; `lapis evaluate` measures.",
+    "organization": "Administration through the API is not offered yet; `lapis keys` handles keys.",
+    "vector_stores": "Vector stores are not offered.",
+    "assistants": "Assistants are not offered.",
+    "threads": "Threads are not offered.",
+    "audio": "Audio is not offered: Lapis serves text models.",
+    "images": "Images are not offered: Lapis serves text models.",
+    "videos": "Videos are not offered: Lapis serves text models.",
+    "realtime": "Realtime sessions are not offered: Lapis serves text models.",
+}
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+router = APIRouter(include_in_schema=False)
+
+
+def _refuse(sentence: str) -> Callable[[Identity], Awaitable[None]]:
+    async def refuse(caller: Reader) -> None:
+        raise HTTPException(501, sentence)
+
+    return refuse
+
+
+for group, sentence in NOT_OFFERED.items():
+    router.add_api_route(f"/v1/{group}", _refuse(sentence), methods=METHODS)
+    router.add_api_route(f"/v1/{group}/{{rest:path}}", _refuse(sentence), methods=METHODS)

@@ -1,0 +1,43 @@
+"""GET /v1/models and /v1/models/{name}."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from lapis.api.auth import Reader, ServicesOf
+from lapis.api.protocol import ModelList, ModelObject
+from lapis.gateway.deployment import Deployment
+from lapis.release.registry import Servable
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesOf, caller: Reader) -> ModelList:
+    """Every model that is served. Facts of its engine are null until it is loaded, at its first use."""
+    return ModelList(
+        data=[_describe(servable, deployment) for servable, deployment in services.router.models()]
+    )
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(name: str, services: ServicesOf, caller: Reader) -> ModelObject:
+    """One model by name."""
+    servable, deployment = services.router.lookup(name)
+    return _describe(servable, deployment)
+
+
+def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
+    engine = deployment.loaded
+    return ModelObject(
+        id=servable.name,
+        created=deployment.since,
+        owned_by="lapis",
+        digest=servable.digest,
+        kind=servable.kind,
+        licence=servable.licence,
+        loaded=engine is not None,
+        context=engine.context if engine else None,
+        bit_exact=engine.bit_exact if engine else None,
+        kernels=engine.stats().get("kernels") if engine else None,
+    )

@@ -1,0 +1,85 @@
+"""Answers that last: server-sent events, and the watch for a client that hangs up while we work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from lapis.api.errors import lapis_error_body
+from lapis.errors import LapisError
+
+Result = TypeVar("Result")
+DONE = "data: [DONE]\n\n"
+
+
+def event(data: str) -> str:
+    """One server-sent event with a line of JSON."""
+    return f"data: {data}\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`; when the client hangs up, it is cancelled and ClientDisconnect raised."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_hang_up(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientDisconnect
+    finally:
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A response of server-sent events. Its body ends properly, so the connection stays usable.
+
+    An error after the first byte can have no status any more: it is sent as an event with an `error` object,
+    which the official client raises, and no [DONE] follows.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None]) -> None:
+        self.events = events
+        self.close = close
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; `close` is called at the end, after an error, and when the client hangs up."""
+        try:
+            await while_connected(receive, self._send_all(send))
+        except (ClientDisconnect, OSError):
+            return  # nobody listens any more
+        finally:
+            self.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self.events) as events:
+            async for text in _with_errors(events):
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        async for text in events:
+            yield text
+    except LapisError as error:
+        yield event(json.dumps(lapis_error_body(error)))

@@ -1,0 +1,131 @@
+"""The audit log: append-only, hash-chained entries of who did what. Each digest covers the one before it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+
+from lapis.db import audit_entries, audit_head, snapshot, write
+from lapis.errors import IntegrityError
+from lapis.hashing import canonical_json, digest_json
+
+GENESIS = "0" * 64  # what the first entry follows
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One act: who (`actor`) did what (`action`, as noun.verb) to what (`target`), when, with which facts."""
+
+    sequence: int
+    at: float
+    actor: str
+    action: str
+    target: str
+    facts: Mapping[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class AuditSummary:
+    """A verified log: how many entries, and the digest of the last one, which pins them all."""
+
+    entries: int
+    head: str
+
+
+class AuditLog:
+    """Who did what in this installation. Appends from many processes at once leave one unbroken chain."""
+
+    def __init__(self, db: Engine, clock: Callable[[], float] = time.time) -> None:
+        self.db = db
+        self.clock = clock
+
+    def append(
+        self, actor: str, action: str, target: str, facts: Mapping[str, Any] | None = None
+    ) -> AuditEntry:
+        """Add one entry in a transaction of its own."""
+        with write(self.db) as connection:
+            return self.append_in(connection, actor, action, target, facts)
+
+    def append_in(
+        self,
+        connection: Connection,
+        actor: str,
+        action: str,
+        target: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> AuditEntry:
+        """Add one entry in the caller's `db.write` transaction: act and entry stand or fall together."""
+        # On PostgreSQL the other writers wait here for the end of the chain.
+        head = connection.execute(sa.select(audit_head).with_for_update()).one()
+        sequence, at, text = head.sequence + 1, self.clock(), canonical_json(dict(facts or {}))
+        digest = _digest(sequence, at, actor, action, target, text, head.digest)
+        connection.execute(
+            audit_entries.insert().values(
+                sequence=sequence, at=at, actor=actor, action=action, target=target,
+                facts=text, previous=head.digest, digest=digest,
+            )
+        )  # fmt: skip
+        connection.execute(audit_head.update().values(sequence=sequence, digest=digest))
+        return AuditEntry(sequence, at, actor, action, target, json.loads(text), digest)
+
+    def entries(self, after: int = 0, limit: int = 1000) -> list[AuditEntry]:
+        """Entries in order, those after sequence number `after`."""
+        query = sa.select(audit_entries).where(audit_entries.c.sequence > after)
+        with self.db.connect() as connection:
+            rows = connection.execute(query.order_by(audit_entries.c.sequence).limit(limit)).all()
+        return [
+            AuditEntry(
+                row.sequence, row.at, row.actor, row.action, row.target, json.loads(row.facts), row.digest
+            )
+            for row in rows
+        ]
+
+    def verify(self) -> AuditSummary:
+        """Walk the whole chain. Raises IntegrityError naming the first entry edited, dropped or moved."""
+        expected, previous = 1, GENESIS
+        with snapshot(self.db) as connection:
+            head = connection.execute(sa.select(audit_head)).one_or_none()
+            for row in connection.execute(sa.select(audit_entries).order_by(audit_entries.c.sequence)):
+                _check(row, expected, previous)
+                expected, previous = row.sequence + 1, row.digest
+        if head is None or head.sequence >= expected:
+            raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
+        if (head.sequence, head.digest) != (expected - 1, previous):
+            raise IntegrityError(
+                f"The audit log is broken: it was recorded to end at entry {head.sequence}, "
+                f"and entry {head.sequence + 1} follows."
+            )
+        return AuditSummary(expected - 1, previous)
+
+
+def os_user() -> str:
+    """The actor of a command line: the operating system's user."""
+    try:
+        return f"os:{getpass.getuser()}"
+    except (KeyError, OSError):  # a container's user without a name
+        import os
+
+        return f"os:uid-{os.getuid()}"
+
+
+def _digest(sequence: int, at: float, actor: str, action: str, target: str, facts: str, previous: str) -> str:
+    return digest_json([sequence, at, actor, action, target, facts, previous])
+
+
+def _check(row: Row[Any], expected: int, previous: str) -> None:
+    if row.sequence != expected:
+        raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
+    digest = _digest(row.sequence, row.at, row.actor, row.action, row.target, row.facts, row.previous)
+    if row.previous != previous or row.digest != digest:
+        raise IntegrityError(
+            f"The audit log is broken: entry {row.sequence} ({row.action} of {row.target} by {row.actor}) "
+            "was changed."
+        )

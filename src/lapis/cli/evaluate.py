@@ -1,0 +1,186 @@
+"""`lapis evaluate`: bits per byte of a run, a release or a model on held-out text, beside yardsticks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lapis.cli.output import json_option, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from lapis.data.shards import Dataset
+    from lapis.evaluate.report import EvalReport
+    from lapis.home import Home
+    from lapis.log import Progress
+    from lapis.release.registry import Registry
+    from lapis.release.release import Release
+    from lapis.train.run import Run
+
+YARDSTICK_TOKENS = 3_000_000  # what the 5-gram counts where it is not known what the model was trained on
+
+
+@click.command()
+@click.argument("subject", metavar="RUN|MODEL")
+@click.option(
+    "--data", metavar="DATASET", help="A dataset's folder, or its name below the home's data folder."
+)
+@json_option
+def command(subject: str, data: str | None, as_json: bool) -> None:
+    """Measure a run or a model on held-out text in bits per byte, beside yardsticks.
+
+    A RUN (an id, the beginning of one, or `last`) is measured on the held-out documents of its own dataset,
+    a release on those of its run; the result is kept with it. Any other MODEL, name or folder, needs --data.
+    """
+    from lapis.home import Home
+    from lapis.log import progress
+
+    home = Home.default()
+    run, release, folder = _find(home, subject)
+    with progress("evaluate") as shown:
+        if run is not None:
+            report = _measure_run(home, run, data, shown)
+        else:
+            report = _measure_folder(home, subject, folder, release, data, shown)
+    kept = _keep(home, run, release, data, report)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _say_report(report, kept)
+
+
+def _find(home: Home, subject: str) -> tuple[Run | None, Release | None, Path]:
+    """What is meant: a run by its whole id or `last`, a model by its name, a run by the beginning of its id.
+
+    Raises NotFoundError, InputError for a beginning that fits several runs.
+    """
+    from lapis.errors import NotFoundError
+    from lapis.model.store import ModelStore
+    from lapis.train.run import Run
+
+    runs = [run for run in Run.list(home) if subject in ("last", run.id)]
+    if runs:
+        return runs[-1], None, runs[-1].folder
+    if "/" in subject or Path(subject).is_dir():
+        return None, None, Path(subject)
+    releases = [item for item in _registry(home).list() if subject in (item.name, item.id)]
+    if releases:
+        return None, releases[-1], releases[-1].folder
+    models = [model for model in ModelStore(home).list() if model.name == subject]
+    if models:
+        return None, None, models[0].folder
+    try:
+        run = Run.find(home, subject)
+    except NotFoundError as error:
+        hint = "`lapis runs list` shows the runs, `lapis models list` the models."
+        raise NotFoundError(f"There is no run and no model {subject!r}.", hint=hint) from error
+    return run, None, run.folder
+
+
+def _measure_run(home: Home, run: Run, data: str | None, progress: Progress) -> EvalReport:
+    from lapis import config
+    from lapis.checkpoint.sharded import latest, load
+    from lapis.data.shards import Dataset
+    from lapis.errors import ConflictError
+    from lapis.evaluate.evaluation import evaluate
+    from lapis.model.config import ModelConfig
+    from lapis.model.families import Llama
+    from lapis.train.export import dataset_folder
+    from lapis.train.recipe import Recipe
+    from lapis.train.trainer import trained_tokens
+
+    checkpoint = latest(run.checkpoints)
+    if checkpoint is None:
+        hint = "`lapis train RECIPE.toml` goes on with it."
+        raise ConflictError(f"The run {run.id} has no checkpoint to measure.", hint=hint)
+    loaded = load(checkpoint)
+    model = Llama(ModelConfig(**loaded.state["model"]))
+    model.load_state_dict(loaded.groups["model"])
+    model.ops.weights_changed()
+    own = Dataset.open(dataset_folder(run))
+    if data is None:
+        recipe = config.load(run.folder / "recipe.toml", Recipe)
+        tokens = trained_tokens(recipe, own, loaded.state["step"])
+        report = evaluate(model, own, train_tokens=tokens, progress=progress)
+    else:
+        other = _dataset(home, data)
+        counted = other.read(0, min(other.tokens, YARDSTICK_TOKENS))
+        report = evaluate(model, other, train_tokens=counted, tokenizer=own.tokenizer, progress=progress)
+    return replace(report, subject=f"{run.id} at step {checkpoint.step}", weights=checkpoint.digest)
+
+
+def _measure_folder(
+    home: Home, subject: str, folder: Path, release: Release | None, data: str | None, progress: Progress
+) -> EvalReport:
+    from lapis.errors import InputError
+    from lapis.evaluate.evaluation import evaluate
+    from lapis.model.weights import read_model
+
+    dataset = _dataset_of_release(home, release) if data is None else _dataset(home, data)
+    if dataset is None:
+        raise InputError(
+            f"{subject} is not a run: on which dataset is it to be measured?",
+            hint=f"`lapis data prepare RECIPE.toml` makes one; then: lapis evaluate {subject} --data DATASET",
+        )
+    loaded = read_model(folder, progress=progress)
+    tokens = dataset.read(0, min(dataset.tokens, YARDSTICK_TOKENS))
+    report = evaluate(
+        loaded.model, dataset, train_tokens=tokens, tokenizer=loaded.tokenizer, progress=progress
+    )
+    name = release.id if release is not None else subject
+    return replace(report, subject=name, weights=loaded.manifest.digest)
+
+
+def _keep(home: Home, run: Run | None, release: Release | None, data: str | None, report: EvalReport) -> str:
+    """Keep a result with what it was measured on; says where and what to do next."""
+    from lapis.audit import os_user
+
+    if run is not None and data is None:
+        run.write_evaluation(report.to_dict())
+        return f"Kept in {run.folder / 'eval.json'}. Next: lapis release create NAME --run {run.id}"
+    if release is not None and release.state == "draft":
+        _registry(home).record_evaluation(release.id, report.to_dict(), os_user())
+        return f"Kept with {release.id}. Next: lapis release approve {release.id}"
+    return ""
+
+
+def _dataset_of_release(home: Home, release: Release | None) -> Dataset | None:
+    """The dataset of the run that a release was made of; None where that is not known."""
+    from lapis.data.shards import Dataset
+    from lapis.train.export import dataset_folder
+    from lapis.train.run import Run
+
+    if release is None or release.run_id is None:
+        return None
+    return Dataset.open(dataset_folder(Run.find(home, release.run_id)))
+
+
+def _dataset(home: Home, data: str) -> Dataset:
+    from lapis.data.shards import Dataset
+
+    path = Path(data).expanduser()
+    return Dataset.open(path if path.is_dir() else home.data / data)
+
+
+def _registry(home: Home) -> Registry:
+    from lapis.db import open_database
+    from lapis.release.registry import Registry
+
+    return Registry(home, open_database(home.database_url))
+
+
+def _say_report(report: EvalReport, kept: str) -> None:
+    from lapis.evaluate.report import COLUMNS, rows, summary
+
+    shape = f"{report.parameters:,} parameters, context {report.context:,}, kernels {report.kernels}"
+    say(f"{report.subject}: {shape}")
+    say()
+    print_table(COLUMNS, rows(report))
+    say()
+    say(summary(report))
+    if report.empty_documents:
+        say(f"{report.empty_documents:,} held-out documents had no text and were left out.")
+    if kept:
+        say(kept)

@@ -1,0 +1,186 @@
+"""`lapis models`: list, show, pull, export and remove models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lapis.cli import pull
+from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.errors import LapisError, NotFoundError
+
+if TYPE_CHECKING:
+    from lapis.home import Home
+    from lapis.model.store import StoredModel
+    from lapis.release.registry import Registry
+
+
+@click.group()
+def group() -> None:
+    """List, show, pull, export and remove models."""
+
+
+group.add_command(pull.command, "pull")
+
+
+@group.command("list")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models on this machine: pulled ones and releases."""
+    from lapis.home import Home
+    from lapis.model.store import ModelStore, open_folder
+
+    home = Home.default()
+    store = ModelStore(home)
+    rows = [_row(model, "pulled", "") for model in store.list()]
+    damage = list(store.damaged())
+    for release in _registry(home).list():
+        try:
+            rows.append(_row(open_folder(release.id, release.folder), "release", release.state.value))
+        except LapisError as error:
+            damage.append(error)
+    for bad in damage:
+        click.echo(f"warning: {bad}", err=True)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        short = {"digest": 12, "source": 40}
+        table = [[str(row[key])[: short[key]] if key in short else row[key] for key in row] for row in rows]
+        print_table(tuple(rows[0]), table)
+    else:
+        say("There are no models yet. Fetch one: lapis pull smollm2-135m-instruct")
+
+
+@group.command()
+@click.argument("name")
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Tell everything about a model (or a release NAME:VERSION); its files are verified."""
+    from lapis.home import Home
+    from lapis.log import progress
+    from lapis.model import manifest
+
+    model = _find(Home.default(), name)
+    with progress("verify") as report:
+        manifest.verify(model.folder, report)
+    told = facts(model)
+    if as_json:
+        print_json(told)
+        return
+    nested = ("source", "config", "files")
+    rows = [(key, _text(value)) for key, value in told.items() if key not in nested]
+    rows += [(f"source {key}", _text(value)) for key, value in told["source"].items()]
+    rows += [(f"config {key}", _text(value)) for key, value in told["config"].items()]
+    rows += [
+        (file, f"{entry['bytes']:,} bytes, sha256 {entry['sha256']}") for file, entry in told["files"].items()
+    ]
+    print_table(("fact", "value"), rows)
+
+
+@group.command()
+@click.argument("name")
+@click.argument("destination", type=click.Path(path_type=Path))
+@json_option
+def export(name: str, destination: Path, as_json: bool) -> None:
+    """Write a model (or a release NAME:VERSION) as a plain Hugging Face folder, verified."""
+    from lapis.home import Home
+    from lapis.log import progress
+    from lapis.model.manifest import copy_folder
+
+    model = _find(Home.default(), name)
+    with progress("export") as report:
+        manifest = copy_folder(model.folder, destination, sealed=False, progress=report)
+    if as_json:
+        print_json(
+            {
+                "name": name,
+                "folder": str(destination),
+                "digest": manifest.digest,
+                "files": list(manifest.files),
+            }
+        )
+        return
+    say(f"{name} is in {destination}: {', '.join(manifest.files)}, all verified.")
+
+
+@group.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def remove(name: str, yes: bool, as_json: bool) -> None:
+    """Delete a pulled model. Releases are not deleted but retired: lapis release retire."""
+    from lapis.home import Home
+    from lapis.model.store import ModelStore
+
+    store = ModelStore(Home.default())
+    folder = store.find(name)
+    if not yes:
+        click.confirm(f"Delete {folder}?", abort=True, err=True)
+    store.remove(name)
+    if as_json:
+        print_json({"name": name, "removed": True})
+        return
+    say(f"{name} is removed.")
+
+
+def facts(model: StoredModel) -> dict[str, Any]:
+    """What is told of a model in JSON: name, place, digests, source, and the numbers of its configuration."""
+    from lapis.model.config import as_facts
+
+    config = model.config
+    return {
+        "name": model.name,
+        "folder": str(model.folder),
+        "digest": model.digest,
+        "licence": model.licence,
+        "parameters": model.parameters,
+        "bytes": model.bytes,
+        "weight_bytes": config.weight_bytes,
+        "kv_bytes_per_token": config.kv_bytes_per_token,
+        "add_bos": model.manifest.add_bos,
+        "bos_id": model.manifest.bos_id,
+        "stop_ids": list(model.manifest.stop_ids),
+        "source": asdict(model.source),
+        "config": as_facts(config),
+        "files": {name: asdict(entry) for name, entry in model.manifest.files.items()},
+    }
+
+
+def _find(home: Home, name: str) -> StoredModel:
+    """A pulled model, else a release by `name` or `name:version`. Raises NotFoundError."""
+    from lapis.model.store import ModelStore, open_folder
+
+    try:
+        return ModelStore(home).get(name)
+    except NotFoundError as missing:
+        known = [release for release in _registry(home).list() if name in (release.name, release.id)]
+        if not known:
+            raise missing
+        return open_folder(known[-1].id, known[-1].folder)
+
+
+def _registry(home: Home) -> Registry:
+    from lapis.db import open_database
+    from lapis.release.registry import Registry
+
+    return Registry(home, open_database(home.database_url))
+
+
+def _row(model: StoredModel, kind: str, state: str) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "kind": kind,
+        "state": state,
+        "parameters": model.parameters,
+        "bytes": model.bytes,
+        "licence": model.licence,
+        "digest": model.digest,
+        "source": model.source.reference,
+    }
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

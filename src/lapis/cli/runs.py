@@ -1,0 +1,222 @@
+"""`lapis runs`: list, show and plot training runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lapis.cli.output import json_option, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from lapis.train.run import Run
+
+
+@click.group()
+def group() -> None:
+    """List, show and plot training runs."""
+
+
+@group.command("list")
+@json_option
+def list_runs(as_json: bool) -> None:
+    """All runs, the oldest first."""
+    from lapis.home import Home
+    from lapis.train.run import Run
+
+    home = Home.default()
+    summaries = [run.summary() for run in Run.list(home)]
+    if as_json:
+        print_json([asdict(summary) for summary in summaries])
+        return
+    if not summaries:
+        say(f"No runs below {home.runs} yet: `lapis train RECIPE.toml` or `lapis quickstart` makes one.")
+        return
+    columns = ("run", "status", "begun", "parameters", "step", "tokens", "loss", "bits per byte", "time")
+    print_table(
+        columns,
+        [
+            (
+                summary.id,
+                summary.status,
+                _when(summary.created),
+                summary.parameters,
+                summary.step,
+                summary.tokens,
+                summary.loss,
+                summary.bits_per_byte,
+                _duration(summary.seconds),
+            )
+            for summary in summaries
+        ],
+    )
+
+
+@group.command()
+@click.argument("run")
+@json_option
+def show(run: str, as_json: bool) -> None:
+    """What is known of a run, and its loss curve. RUN is an id, the beginning of one, or `last`."""
+    from lapis.home import Home
+    from lapis.train.run import Run
+
+    found = Run.find(Home.default(), run)
+    facts = _facts(found)
+    if as_json:
+        print_json(facts)
+        return
+    _say_facts(found, facts)
+    _say_checkpoints(facts)
+    _say_evaluation(facts["evaluation"])
+    _say_curve(found.steps())
+    say(f"Recipe: {found.folder / 'recipe.toml'}")
+    say(f"Next: lapis runs plot {found.id}   lapis evaluate {found.id}")
+
+
+@group.command()
+@click.argument("run")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file; by default RUN.png in this folder.",
+)
+@json_option
+def plot(run: str, out: Path | None, as_json: bool) -> None:
+    """Draw loss, tokens/s and learning rate to a PNG. RUN is an id, the beginning of one, or `last`."""
+    from lapis.checkpoint.folder import listing
+    from lapis.cli import curve
+    from lapis.errors import ConflictError
+    from lapis.home import Home
+    from lapis.storage import storage_errors
+    from lapis.train.run import Run
+
+    found = Run.find(Home.default(), run)
+    steps = found.steps()
+    if not steps:
+        raise ConflictError(
+            f"The run {found.id} has no steps to draw yet.", hint=f"lapis runs show {found.id}"
+        )
+    out = out or Path(f"{found.id}.png")
+    resumes = [event["step"] for event in found.events.read("resume")]
+    kept = [checkpoint.step for checkpoint in listing(found.checkpoints)[0]]
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        curve.plot(steps, _title(found), resumes, kept, out)
+    if as_json:
+        print_json({"run": found.id, "file": str(out.absolute()), "steps": steps[-1]["step"]})
+    else:
+        say(f"{out}: {len(steps):,} points up to step {steps[-1]['step']:,}")
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    from lapis.checkpoint.folder import listing
+
+    events = run.events.read()
+    starts = [event for event in events if event["event"] == "start"]
+    steps = run.steps()
+    whole, damaged = listing(run.checkpoints)
+    return {
+        **asdict(run.summary()),
+        "folder": str(run.folder),
+        "start": _without_mark(starts[-1]) if starts else None,
+        "resumes": sum(event["event"] == "resume" for event in events),
+        "last_step": _without_mark(steps[-1]) if steps else None,
+        "checkpoints": [
+            {"step": item.step, "bytes": item.bytes, "digest": item.digest, "folder": str(item.folder)}
+            for item in whole
+        ],
+        "damaged_checkpoints": [error.message for error in damaged],
+        "evaluation": run.evaluation(),
+    }
+
+
+def _say_facts(run: Run, facts: dict[str, Any]) -> None:
+    start, last = facts["start"] or {}, facts["last_step"] or {}
+    lines = {
+        "status": facts["status"],
+        "begun": f"{_when(facts['created'])}, {_duration(facts['seconds'])} of training"
+        + (f", resumed {facts['resumes']}×" if facts["resumes"] else ""),
+        "model": _some("{:,} parameters", start.get("parameters")),
+        "data": _some("{:,} training tokens", start.get("tokens")),
+        "dataset": start.get("dataset") or start.get("dataset_digest"),
+        "kernels": _kernels(start),
+        "step": _some("{:,}", last.get("step")),
+        "tokens seen": _some("{:,}", last.get("tokens")),
+        "loss": _some("{:.4f} nats per token", last.get("loss")),
+        "speed": _some("{:,.0f} tokens/s", last.get("tokens_per_s")),
+        "MFU": _some("{:.2f}", last.get("mfu")),
+        "folder": facts["folder"],
+    }
+    say(run.id)
+    for name, value in lines.items():
+        if value is not None:
+            say(f"  {name:<12} {value}")
+
+
+def _say_checkpoints(facts: dict[str, Any]) -> None:
+    for item in facts["checkpoints"]:
+        size = f"{item['bytes'] / 1e6:,.1f} MB"
+        say(f"  {'checkpoint':<12} step {item['step']:,}, {size}, {item['digest'][:12]}")
+    for message in facts["damaged_checkpoints"]:
+        say(f"  {'damaged':<12} {message}")
+
+
+def _say_evaluation(evaluation: dict[str, Any] | None) -> None:
+    if evaluation is None:
+        return
+    yardsticks = ", ".join(f"{name} {bits:.3f}" for name, bits in evaluation.get("yardsticks", {}).items())
+    bits = f"{evaluation['bits_per_byte']:.3f} bits per byte of held-out text"
+    say(f"  {'evaluation':<12} {bits} ({yardsticks})")
+
+
+def _say_curve(steps: Sequence[dict[str, Any]]) -> None:
+    from lapis.cli import curve
+
+    points = [(step["step"], step["loss"]) for step in steps if step.get("loss") is not None]
+    if len({step for step, _ in points}) < 2:
+        return
+    width = min(100, shutil.get_terminal_size((80, 24)).columns)
+    say()
+    say("  loss, nats per token (mean per column; logarithmic steps)")
+    for line in curve.braille([step for step, _ in points], [loss for _, loss in points], width - 2):
+        say("  " + line)
+    say()
+
+
+def _title(run: Run) -> str:
+    summary = run.summary()
+    parts = [run.id, _some("{:,} parameters", summary.parameters), summary.status]
+    parts.append(_some("{:.3f} bits per byte", summary.bits_per_byte))
+    return " · ".join(part for part in parts if part)
+
+
+def _kernels(start: dict[str, Any]) -> str | None:
+    if "kernels" not in start:
+        return None
+    exact = "the same bits in training and serving" if start.get("bit_exact") else "not bit-exact"
+    return f"{start['kernels']}, {exact}"
+
+
+def _some(form: str, value: object) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _without_mark(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key != "event"}
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,39 @@
+"""`lapis serve`: models behind the OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lapis.cli.output import say
+from lapis.home import Home
+
+if TYPE_CHECKING:
+    from lapis.server import RunningServer
+
+
+@click.command("serve")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 = any free port."
+)
+@click.option("--no-console", is_flag=True, help="Serve the API without the web pages at /console.")
+def command(models: tuple[str, ...], host: str, port: int, no_console: bool) -> None:
+    """Serve releases and pulled models by name through the OpenAI-compatible API.
+
+    With names, those models are loaded first; one line with the URL says when they answer. Without names,
+    everything that may be served is offered at once, and each model is loaded at its first use.
+
+    On a loopback address no key is needed until one was made; any other address needs one, which
+    `lapis keys create NAME` makes.
+    The web pages at /console need the console extra: pip install 'lapis[console]'.
+    """
+    from lapis.server import serve
+
+    serve(Home.default(), models, host, port, console=not no_console, ready=_announce)
+
+
+def _announce(server: RunningServer) -> None:
+    say(f"Lapis serves {', '.join(server.models)} at {server.url}")

@@ -1,0 +1,39 @@
+"""The order of training samples: a pure function of index, number of samples and seed."""
+
+from __future__ import annotations
+
+MASK = (1 << 64) - 1
+ROUNDS = 6
+
+
+def sample_at(index: int, samples: int, seed: int) -> int:
+    """Which of `samples` samples stands at `index`; each run of `samples` indices is another permutation.
+
+    A Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002):
+    O(1) time and memory, so a run continues anywhere without replaying what came before.
+    """
+    assert samples > 0
+    assert index >= 0
+    epoch, value = divmod(index, samples)
+    half = max(1, ((samples - 1).bit_length() + 1) // 2)
+    key = _mix(_mix(seed & MASK) ^ epoch)
+    while True:
+        value = _feistel(value, half, key)
+        if value < samples:
+            return value
+
+
+def _feistel(value: int, half: int, key: int) -> int:
+    low = (1 << half) - 1
+    left, right = value >> half, value & low
+    for turn in range(ROUNDS):
+        left, right = right, left ^ (_mix(key ^ _mix(right + (turn << 60))) & low)
+    return left << half | right
+
+
+def _mix(value: int) -> int:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31

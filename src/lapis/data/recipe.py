@@ -1,0 +1,169 @@
+"""What a recipe says about data and tokenizer: the sections [data] and [tokenizer]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lapis.config import Section
+from lapis.data.document import Kind
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Limit = Annotated[float, Field(ge=0)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+Format = Literal["auto", "text", "jsonl", "parquet", "html", "warc"]
+
+
+class SourceConfig(Section):
+    """Where text comes from: one `[[data.sources]]` table."""
+
+    path: str = ""
+    """A file or a folder; not needed when kind is "environment"."""
+    kind: Literal["files", "environment"] = "files"
+    """"files" reads path; "environment" the Python sources and texts installed with this interpreter."""
+    format: Format = "auto"
+    """How files are read; "auto" goes by their ending, and reads whatever is text."""
+    name: str = ""
+    """The source's name in reports and tables; by default the last part of path."""
+    licence: str = ""
+    """The licence of every document of this source, if no column says it."""
+    text_column: str = "text"
+    """The column or key that holds the text, in parquet and JSON lines."""
+    licence_column: str = ""
+    """The column or key that holds a document's licence."""
+    kind_column: str = ""
+    """The column or key that holds a document's kind: "code", or anything else for prose."""
+    text_kind: Literal["auto", "prose", "code"] = "auto"
+    """Which quality rules apply; "auto" goes by the file's ending."""
+    priority: int = 0
+    """Of duplicates, the copy of the source with the smallest priority survives."""
+
+    @model_validator(mode="after")
+    def _place(self) -> SourceConfig:
+        if self.kind == "files" and not self.path:
+            raise ValueError("a source of files needs a path")
+        if self.kind == "environment" and self.path:
+            raise ValueError("the environment source takes no path")
+        return self
+
+
+class ProseRules(Section):
+    """Limits for prose, after Gopher (arXiv 2112.11446, table A1); words are what white space separates."""
+
+    min_words: Count = 50
+    """Fewest words of a document."""
+    mean_word: tuple[float, float] = (3.0, 10.0)
+    """Smallest and largest mean length of the words, in characters."""
+    max_symbols: Limit = 0.1
+    """Most hash signs per word, and most ellipses per word."""
+    max_bullets: Limit = 0.9
+    """Most lines that start with a bullet, as a fraction."""
+    max_ellipses: Limit = 0.3
+    """Most lines that end in an ellipsis, as a fraction."""
+    min_alphabetic: Limit = 0.8
+    """Fewest words with at least one letter, as a fraction."""
+    min_stop_words: Count = 0
+    """Fewest different words of {the, be, to, of, and, that, have, with}: 2 in Gopher, 0 for any language."""
+    max_word: Positive = 1000
+    """Longest word, in characters."""
+    max_duplicate_lines: Limit = 0.3
+    """Most lines that repeat an earlier one, as a fraction."""
+    max_duplicate_line_chars: Limit = 0.2
+    """Most characters in lines that repeat an earlier one, as a fraction."""
+    max_top_ngram: tuple[float, ...] = (0.20, 0.18, 0.16)
+    """Most characters in the commonest 2-gram, 3-gram and 4-gram, as fractions; empty turns the rule off."""
+    max_duplicate_ngram: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
+    """Most characters in repeated 5-grams to 10-grams, as fractions; empty turns the rule off."""
+
+
+class CodeRules(Section):
+    """Limits for code, after Codex (arXiv 2107.03374, section 3.1) and StarCoder (arXiv 2305.06161)."""
+
+    min_chars: Count = 64
+    """Fewest characters of a document."""
+    max_mean_line: Limit = 100.0
+    """Longest mean line, in characters: longer ones are minified or data."""
+    max_line: Positive = 1000
+    """Longest line, in characters."""
+    min_alphanumeric: Limit = 0.25
+    """Fewest letters and digits, as a fraction of all characters."""
+    max_digits: Limit = 0.5
+    """Most digits, as a fraction of what is no white space: more of them is a table of numbers."""
+    generated: bool = False
+    """Whether files that say they are generated are kept."""
+
+
+class FilterConfig(Section):
+    """The quality rules."""
+
+    enabled: bool = True
+    """Whether documents that break a rule are dropped."""
+    prose: ProseRules = ProseRules()
+    """Limits for prose."""
+    code: CodeRules = CodeRules()
+    """Limits for code."""
+
+
+class DedupConfig(Section):
+    """Which duplicates are removed."""
+
+    exact: bool = True
+    """Whether documents that are equal up to white space are removed."""
+    near: bool = True
+    """Whether near-duplicates are removed."""
+    threshold: Part = 0.75
+    """The Jaccard similarity of word 5-grams from which two documents are near-duplicates."""
+    heldout_threshold: Part = 0.5
+    """The looser similarity from which a document is too close to a held-out one to be trained on."""
+
+
+class HeldoutConfig(Section):
+    """The held-out documents: never trained on, and nothing close to them."""
+
+    fraction: Part = 0.02
+    """Their part of the clean text."""
+    min_bytes: Positive = 10_000
+    """Fewest bytes; the training text must be at least as long."""
+    max_bytes: Positive = 1_000_000
+    """Most bytes, roughly."""
+
+
+class DataConfig(Section):
+    """The section [data]: from sources to token shards."""
+
+    sources: tuple[SourceConfig, ...]
+    """Where the text comes from."""
+    max_bytes: Count = 0
+    """Most bytes of raw text that are used, files taken in the order of their names' digests; 0 uses all."""
+    document_chars: Annotated[int, Field(ge=1_000)] = 65_536
+    """Longer texts are cut into pieces of at most so many characters, at paragraph, line or word borders."""
+    filters: FilterConfig = FilterConfig()
+    """The quality rules."""
+    dedup: DedupConfig = DedupConfig()
+    """Which duplicates are removed."""
+    heldout: HeldoutConfig = HeldoutConfig()
+    """How much text is held out."""
+
+    @model_validator(mode="after")
+    def _some(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("at least one [[data.sources]] is needed")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The section [tokenizer]: trained on the data, or an existing one."""
+
+    vocab_size: Annotated[int, Field(ge=259)] = 8192
+    """Entries of the vocabulary that is trained: at least 256 bytes and 3 special tokens."""
+    path: str = ""
+    """An existing tokenizer.json to use instead of training one."""
+    sample_bytes: Positive = 10_000_000
+    """How many bytes of the training documents the vocabulary is trained on."""
+
+
+def kind_named(value: object) -> Kind:
+    """The kind that a column's value names."""
+    return "code" if value == "code" else "prose"

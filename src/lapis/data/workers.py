@@ -1,0 +1,77 @@
+"""A function over many tasks in worker processes, results in the order of the tasks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import TypeVar
+
+from lapis.errors import UnavailableError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def worker_count(wanted: int = 0) -> int:
+    """How many workers to use: what is asked for, or the CPUs this process may run on."""
+    return wanted or len(os.sched_getaffinity(0))
+
+
+def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    """Yield function(task) for each task in order; one worker means this process.
+
+    Raises what a task raises, and UnavailableError if a worker dies (as one does that runs out of memory).
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    try:
+        yield from _ordered(pool, function, tasks, workers)
+    except BrokenProcessPool as error:
+        raise UnavailableError(
+            "A worker process ended unexpectedly: most often the machine is out of memory.",
+            hint="Run the same command again with fewer workers (--workers 1); finished parts are kept.",
+        ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()  # parts commit atomically, so nothing is lost
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ordered(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    waiting: deque[Future[Result]] = deque()
+    for task in tasks:
+        if len(waiting) >= 4 * workers:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(function, task))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _begin() -> None:
+    """What a worker does first: leave Ctrl-C to its parent, end with it, and use one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        with suppress(OSError):
+            parent.join()
+        os._exit(1)

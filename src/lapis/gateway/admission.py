@@ -1,0 +1,30 @@
+"""Who may come in: a bearer key becomes an Identity. Limits follow where work begins: metering, the queue."""
+
+from __future__ import annotations
+
+from lapis.errors import AuthError
+from lapis.tenants.keys import LOCAL, ApiKeys, Identity
+
+
+class Admission:
+    """A server's door. Without `keys_required` (loopback only) whoever shows no key is the local user."""
+
+    def __init__(self, keys: ApiKeys, keys_required: bool) -> None:
+        self.keys = keys
+        self.keys_required = keys_required
+
+    def identify(self, key: str | None) -> Identity:
+        """Whose key this is, looked up each time: a revoked key is refused at once. Raises AuthError."""
+        if key is None or not self.keys_required:
+            return self._without_keys(key)
+        return self.keys.verify(key)
+
+    def _without_keys(self, key: str | None) -> Identity:
+        if self.keys_required:
+            raise AuthError(
+                "No API key was given.",
+                hint="Send it as `Authorization: Bearer KEY`; `lapis keys create NAME` makes one.",
+            )
+        if key is None or not key.startswith("lapis_"):
+            return LOCAL  # the official client always sends some key
+        return self.keys.verify(key)

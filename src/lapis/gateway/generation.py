@@ -1,0 +1,171 @@
+"""The answers to one request: n streams for each of its prompts, metered and cancelled together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lapis.errors import LapisError
+from lapis.gateway.counters import Counters
+from lapis.gateway.deployment import Deployment
+from lapis.gateway.metering import Meter, Meterage
+from lapis.inference.engine import Engine
+from lapis.inference.request import Output, Request, SamplingParams, check_request, join_outputs
+from lapis.inference.stream import Stream
+from lapis.tenants.keys import Identity
+from lapis.tenants.usage import Usage
+
+SEEDS = 2**63  # seeds of further answers wrap below this
+
+
+class Prompt(NamedTuple):
+    """Token ids to continue, and how."""
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+
+
+class Piece(NamedTuple):
+    """What is new in one of the answers."""
+
+    answer: int
+    output: Output
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Who wants what: `choices` answers for each prompt."""
+
+    id: str
+    identity: Identity
+    model: str
+    prompts: Sequence[Prompt]
+    choices: int = 1
+
+
+class Generation:
+    """A running request: take its pieces or the whole; always `close`, which cancels what still runs.
+
+    `usage` counts each prompt once it was read by the model, and every token that was given out.
+    """
+
+    def __init__(self, ask: Ask, deployment: Deployment, meterage: Meterage, counters: Counters) -> None:
+        self.ask = ask
+        self.created = int(time.time())
+        self.digest = deployment.servable.digest
+        self.finished = False
+        self._deployment = deployment
+        self._meterage = meterage
+        self._counters = counters
+        self._streams: list[Stream] = []
+        self._last: dict[int, Output] = {}
+        self._closed = False
+        deployment.active += 1
+
+    @staticmethod
+    async def start(ask: Ask, deployment: Deployment, meter: Meter, counters: Counters) -> Generation:
+        """Check, reserve, and hand everything to the engine.
+
+        Raises InputError for what the model cannot run, LimitError for a quota or a full queue.
+        """
+        engine = await deployment.engine()
+        for prompt in ask.prompts:
+            check_request(
+                Request(ask.id, prompt.ids, prompt.params), engine.context, engine.tokenizer.vocab_size
+            )
+        tokens = sum(len(prompt.ids) + ask.choices * prompt.params.max_tokens for prompt in ask.prompts)
+        meterage = await meter.reserve(ask.identity, ask.model, tokens)
+        generation = Generation(ask, deployment, meterage, counters)
+        try:
+            generation._submit(engine)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        firsts = [
+            self._last.get(number, Output()) for number in range(0, len(self._streams), self.ask.choices)
+        ]
+        return Usage(
+            prompt_tokens=sum(output.prompt_tokens for output in firsts),
+            completion_tokens=sum(output.completion_tokens for output in self._last.values()),
+            cached_tokens=sum(output.cached_tokens for output in firsts),
+        )
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """What the engine gives, as it comes. Raises LapisError if the engine failed this request."""
+        async for piece in self._merged():
+            self._last[piece.answer] = piece.output
+            self._meterage.tick()
+            if piece.output.finish_reason == "error":
+                raise LapisError(f"The engine ended the request: {piece.output.error or 'no reason given'}.")
+            yield piece
+        self.finished = True
+
+    async def whole(self) -> list[Output]:
+        """The finished answers, in the order of prompts, then choices. Raises LapisError."""
+        outputs: list[list[Output]] = [[] for _ in self._streams]
+        async for index, output in self.pieces():
+            outputs[index].append(output)
+        return [join_outputs(parts) for parts in outputs]
+
+    def close(self) -> None:
+        """Cancel what still runs and settle the usage. Does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        for stream in self._streams:
+            stream.cancel()
+        self._deployment.active -= 1
+        usage = self.usage
+        self._meterage.settle(usage)
+        self._counters.generation(self.ask.model, usage, finished=self.finished)
+
+    def _submit(self, engine: Engine) -> None:
+        for number, prompt in enumerate(self.ask.prompts):
+            for choice in range(self.ask.choices):
+                params = _seeded(prompt.params, choice)
+                name = f"{self.ask.id}-{number}-{choice}"
+                request = Request(name, prompt.ids, params, tenant=self.ask.identity.project_id)
+                self._streams.append(engine.submit(request))
+
+    async def _merged(self) -> AsyncIterator[Piece]:
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                yield Piece(0, output)
+            return
+        queue: asyncio.Queue[Piece | None] = asyncio.Queue()
+        pumps = [
+            asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(self._streams)
+        ]
+        try:
+            for _ in pumps:
+                while (piece := await queue.get()) is not None:
+                    yield piece
+            for pump in pumps:
+                pump.result()
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(index: int, stream: Stream, queue: asyncio.Queue[Piece | None]) -> None:
+    try:
+        async for output in stream:
+            queue.put_nowait(Piece(index, output))
+    finally:
+        queue.put_nowait(None)
+
+
+def _seeded(params: SamplingParams, choice: int) -> SamplingParams:
+    """Further answers to a seeded prompt differ, but always in the same way."""
+    if params.seed is None or choice == 0:
+        return params
+    return replace(params, seed=(params.seed + choice) % SEEDS)

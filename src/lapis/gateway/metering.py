@@ -1,0 +1,86 @@
+"""Tokens are reserved before a request runs and settled after it, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from lapis.log import logger
+from lapis.tenants.keys import Identity
+from lapis.tenants.usage import LIFETIME, Reservation, Usage, UsageLedger
+
+
+class Meter:
+    """The ledger, written from one thread: the event loop never waits for the disk."""
+
+    def __init__(self, ledger: UsageLedger) -> None:
+        self._ledger = ledger
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="meter")
+
+    async def reserve(self, identity: Identity, model: str, tokens: int) -> Meterage:
+        """Take tokens out of the project's quota. Raises LimitError when it does not allow them."""
+        booking = self._thread.submit(self._ledger.reserve, identity, model, tokens)
+        try:
+            reservation = await asyncio.wrap_future(booking)
+        except asyncio.CancelledError:
+            booking.add_done_callback(self._give_back)  # the client left while we wrote
+            raise
+        return Meterage(reservation, self)
+
+    def write(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do a ledger write later, in order; a failure is logged."""
+        self._thread.submit(work, *arguments).add_done_callback(_report)
+
+    def flush(self) -> None:
+        """Block until everything asked for so far is written."""
+        self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Write what is still to be written, then end."""
+        self._thread.shutdown(wait=True)
+
+    def settle(self, reservation: Reservation, usage: Usage) -> None:
+        """Replace a reservation by what was used; nothing used gives it back."""
+        if usage.total_tokens:
+            self.write(self._ledger.settle, reservation, usage)
+        else:
+            self.write(self._ledger.release, reservation)
+
+    def renew(self, reservation: Reservation) -> None:
+        """Keep a long request's reservation open."""
+        self.write(self._ledger.renew, reservation)
+
+    def _give_back(self, booking: Future[Reservation]) -> None:
+        if not booking.cancelled() and booking.exception() is None:
+            self.write(self._ledger.release, booking.result())
+
+
+class Meterage:
+    """One request's reservation: settled exactly once."""
+
+    def __init__(self, reservation: Reservation, meter: Meter) -> None:
+        self._reservation = reservation
+        self._meter = meter
+        self._renewed = time.monotonic()
+        self._closed = False
+
+    def tick(self) -> None:
+        """Say that the request is alive; renews the reservation when half its lifetime is over."""
+        if time.monotonic() - self._renewed > LIFETIME / 2:
+            self._renewed = time.monotonic()
+            self._meter.renew(self._reservation)
+
+    def settle(self, usage: Usage) -> None:
+        """Book what was used. Later calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self._meter.settle(self._reservation, usage)
+
+
+def _report(done: Future[Any]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        logger.error("the usage ledger could not be written: %s", error)

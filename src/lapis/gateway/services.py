@@ -1,0 +1,31 @@
+"""What the API and the console stand on: one object per process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy.engine import Engine as Database
+
+from lapis.gateway.admission import Admission
+from lapis.gateway.counters import Counters
+from lapis.gateway.metering import Meter
+from lapis.gateway.router import Router
+from lapis.home import Home
+
+
+@dataclass
+class Services:
+    """The home, its database, and the parts of the gateway over them."""
+
+    home: Home
+    db: Database
+    router: Router
+    admission: Admission
+    meter: Meter
+    counters: Counters = field(default_factory=Counters)
+
+    def close(self) -> None:
+        """End the engines, write the last usage, close the database."""
+        self.router.close()
+        self.meter.close()
+        self.db.dispose()

@@ -1,0 +1,39 @@
+"""The one folder under which everything that Lapis keeps lies: `LAPIS_HOME`, by default `~/.lapis`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths below the home folder. Nothing is created by asking for a path."""
+
+    root: Path
+
+    @staticmethod
+    def default() -> Home:
+        """The home named by LAPIS_HOME, or `~/.lapis`."""
+        return Home(Path(os.environ.get("LAPIS_HOME") or Path.home() / ".lapis").expanduser().absolute())
+
+    @property
+    def data(self) -> Path:
+        """Prepared datasets, one folder per digest."""
+        return self.root / "data"
+
+    @property
+    def runs(self) -> Path:
+        """Training runs, one folder per run."""
+        return self.root / "runs"
+
+    @property
+    def models(self) -> Path:
+        """Models that can be served: pulled ones and the weights of releases, one folder per name."""
+        return self.root / "models"
+
+    @property
+    def database_url(self) -> str:
+        """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
+        return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

@@ -1,0 +1,106 @@
+"""Engine: what answers requests. LocalEngine answers them with a model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lapis.inference.loop import EngineLoop, Limits
+from lapis.inference.request import Request
+from lapis.inference.stream import Stream
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.tokenizer.chat import ChatTemplate
+
+if TYPE_CHECKING:
+    from lapis.model.weights import LoadedModel
+
+
+class Engine(Protocol):
+    """A model that continues token ids and scores them. Everything may be called from any thread."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the model is asked for."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and completion together."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The model's chat template; None for a model that only completes text."""
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether the prompt of a plain completion starts with `bos_id`."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts a sequence."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer when the request names no others."""
+
+    @property
+    def bit_exact(self) -> bool:
+        """Whether logits are those of training, bit for bit, whatever else is in the batch."""
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request. Raises InputError, LimitError (the queue is full), UnavailableError (closed)."""
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """The log probability of each token after the first. Blocks; raises InputError, UnavailableError."""
+
+    def stats(self) -> dict[str, Any]:
+        """What is running, waiting and cached now, and what has been done since the start."""
+
+    def close(self) -> None:
+        """Accept nothing more and end within 2 s; what still runs then ends with an error."""
+
+
+class LocalEngine(EngineLoop):
+    """A loaded model in this process, stepped by one thread; `cache_bytes` bounds its key/value memory."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        *,
+        cache_bytes: int | None = None,
+        step_tokens: int = Limits.step_tokens,
+        running: int = Limits.running,
+        queued_tokens: int = Limits.queued_tokens,
+    ) -> None:
+        from lapis.inference.runner import ModelRunner  # torch is loaded here, not by whoever knows engines
+
+        runner = ModelRunner(loaded, cache_bytes)
+        limits = Limits(loaded.config.context, runner.pages, step_tokens, running, queued_tokens)
+        self.chat = loaded.chat
+        self.add_bos = loaded.add_bos
+        self.bos_id = loaded.bos_id
+        self.bit_exact = runner.bit_exact
+        self.kernels = runner.kernels
+        super().__init__(name, runner, limits, loaded.tokenizer, loaded.stop_ids)
+
+    @staticmethod
+    def load(folder: Path, name: str) -> LocalEngine:
+        """Serve a model folder, every digest verified first. Raises what `read_model` raises."""
+        from lapis.model.weights import read_model
+
+        return LocalEngine(read_model(folder), name)
+
+    def stats(self) -> dict[str, Any]:
+        """As EngineLoop, with the name of the kernels."""
+        return {**super().stats(), "kernels": self.kernels, "bit_exact": self.bit_exact}
+
+
+def prompt_ids(engine: Engine, text: str) -> list[int]:
+    """The token ids of a plain completion's prompt, with the start token where the model wants one."""
+    start = [engine.bos_id] if engine.add_bos and engine.bos_id is not None else []
+    return start + engine.tokenizer.encode(text)

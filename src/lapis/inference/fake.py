@@ -1,0 +1,122 @@
+"""FakeEngine: a whole engine without a model, for tests, demos and the work on everything above it.
+
+Only the arithmetic is made up. Queue, limits, scheduling, cancellation, stop strings and streams are the
+ones of LocalEngine, so what works against the fake works against a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+
+from lapis.inference.kv_cache import KVCache, pages_for
+from lapis.inference.loop import EngineLoop, Limits, Sample
+from lapis.inference.request import TokenLogprob
+from lapis.inference.scheduler import Chunk
+from lapis.inference.scheduler import Sequence as Running
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.tokenizer.chat import CHATML, ChatTemplate
+
+Reply = Callable[[str, int], str]  # prompt text and seed to answer
+
+TEXT = (
+    "a bridge carries the river under the morning light while seven quiet engines count small stones and "
+    "every lantern remembers its own weather before the long road turns home again"
+)
+WORDS = TEXT.split()
+
+
+def babble(prompt: str, seed: int) -> str:
+    """One to three sentences of plain words that depend on nothing but prompt and seed."""
+    numbers = hashlib.shake_128(f"{seed}\n{prompt}".encode(errors="replace")).digest(64)
+    sentences = []
+    for start in range(0, 16 * (1 + numbers[0] % 3), 16):
+        count = 5 + numbers[start + 1] % 8
+        words = [WORDS[number % len(WORDS)] for number in numbers[start + 2 : start + 2 + count]]
+        sentences.append(" ".join(words).capitalize() + ".")
+    return " ".join(sentences)
+
+
+class FakeRunner:
+    """Plays out a reply token by token instead of computing one."""
+
+    def __init__(self, tokenizer: Tokenizer, reply: Reply, seconds_per_token: float) -> None:
+        self._tokenizer = tokenizer
+        self._reply = reply
+        self._seconds = seconds_per_token
+        self._scripts: dict[int, list[int]] = {}
+
+    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
+        """The next token of each reply; all at once, after the delay of one token."""
+        if self._seconds:
+            time.sleep(self._seconds)
+        live = {chunk.sequence.number for chunk in chunks}
+        self._scripts = {number: script for number, script in self._scripts.items() if number in live}
+        return [self._sample(chunk.sequence) if chunk.samples else None for chunk in chunks]
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """Numbers between -8 and 0 that depend on each pair of neighbours."""
+        return [_logprob(before, token) for before, token in pairwise(ids)]
+
+    def _sample(self, sequence: Running) -> Sample:
+        script = self._scripts.get(sequence.number)
+        if script is None:
+            prompt = self._tokenizer.decode(sequence.request.prompt_ids)
+            seed = 0 if sequence.request.params.greedy else sequence.seed
+            script = [*self._tokenizer.encode(self._reply(prompt, seed)), self._tokenizer.end_id]
+            self._scripts[sequence.number] = script
+        # After the end only end tokens follow, for a request that does not stop at them.
+        token = script[min(sequence.completion_tokens, len(script) - 1)]
+        count = sequence.request.params.logprobs
+        return Sample(token) if count is None else Sample(token, self._logprobs(token, count))
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprob:
+        chosen = TokenLogprob(token, self._tokenizer.token_bytes(token), -0.5)
+        top = [chosen] if count else []
+        for rank in range(1, count):
+            other = (token + rank) % self._tokenizer.vocab_size
+            top.append(TokenLogprob(other, self._tokenizer.token_bytes(other), -1.0 - rank))
+        return TokenLogprob(token, chosen.token, chosen.logprob, tuple(top))
+
+
+class FakeEngine(EngineLoop):
+    """An Engine that answers `reply(prompt text, seed)`; by default deterministic babble. Needs no torch.
+
+    The seed is 0 at temperature 0, else the request's. `seconds_per_token` slows it down to a model's pace.
+    """
+
+    bit_exact = True
+    add_bos = True
+
+    def __init__(
+        self,
+        name: str = "fake",
+        *,
+        reply: Reply = babble,
+        seconds_per_token: float = 0.0,
+        context: int = 2048,
+        pages: int | None = None,
+        step_tokens: int = Limits.step_tokens,
+        running: int = Limits.running,
+        queued_tokens: int = Limits.queued_tokens,
+    ) -> None:
+        tokenizer = _tokenizer()
+        pages = max(pages_for(context), 16 * pages_for(context) if pages is None else pages)
+        self.bos_id = tokenizer.end_id
+        self.chat = ChatTemplate(CHATML)
+        runner = FakeRunner(tokenizer, reply, seconds_per_token)
+        limits = Limits(context, pages, step_tokens, running, queued_tokens)
+        super().__init__(name, runner, limits, tokenizer, tokenizer.stop_ids)
+
+
+def _logprob(before: int, token: int) -> float:
+    digest = hashlib.blake2b(f"{before} {token}".encode(), digest_size=2).digest()
+    return -8.0 * int.from_bytes(digest, "little") / 65536
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT + ". " + TEXT.title()], vocab_size=512)

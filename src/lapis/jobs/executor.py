@@ -1,0 +1,38 @@
+"""The seam between the queue and what runs jobs: this machine, Slurm, Kubernetes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lapis.jobs.job import Job, Resources
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of an attempt: it runs, exited with a code, vanished, or was fenced and never starts."""
+
+    kind: Literal["running", "exited", "lost", "fenced"]
+    exit_code: int | None = None
+
+
+class Executor(Protocol):
+    """Where jobs run. An attempt is named by (job.id, job.attempt), and starts at most once whoever asks."""
+
+    name: str  # also says on which host, where that matters: only the same executor can find its processes
+    capacity: Resources
+
+    def start(self, job: Job) -> None:
+        """Start the attempt. Raises ConflictError if it was fenced, UnavailableError if it cannot start."""
+
+    def fence(self, job: Job) -> bool:
+        """Make sure that the attempt never starts; False if it has started."""
+
+    def poll(self, job: Job) -> Status:
+        """What became of the attempt."""
+
+    def terminate(self, job: Job) -> None:
+        """Ask all processes of the attempt to end."""
+
+    def kill(self, job: Job) -> None:
+        """End all processes of the attempt, also those that outlived its first one."""

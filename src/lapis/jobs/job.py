@@ -1,0 +1,116 @@
+"""A job: an argv plus resources. Its states, and the legal moves between them, in one table."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lapis.errors import ConflictError, InputError
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class State(StrEnum):
+    """How far a job has come."""
+
+    QUEUED = "queued"
+    STARTING = "starting"  # a controller holds its lease and is about to start it
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"  # stopped for another one; it will be queued again
+
+
+MOVES = {
+    State.QUEUED: (State.STARTING, State.FAILED, State.CANCELLED),
+    State.STARTING: (State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED),
+    State.RUNNING: (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.PREEMPTED, State.QUEUED),
+    State.PREEMPTED: (State.QUEUED, State.CANCELLED),
+    State.SUCCEEDED: (),
+    State.FAILED: (),
+    State.CANCELLED: (),
+}
+ACTIVE = (State.STARTING, State.RUNNING)
+ENDED = tuple(state for state, moves in MOVES.items() if not moves)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job occupies while it runs, or what an executor has. CPUs may be fractions."""
+
+    cpus: float = 1.0
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.cpus) and self.cpus >= 0 and self.gpus >= 0):
+            raise InputError(f"{self.cpus} CPUs and {self.gpus} GPUs cannot be asked for.", param="resources")
+
+    def __add__(self, other: Resources) -> Resources:
+        return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
+
+    def fits(self, room: Resources) -> bool:
+        """Whether all of it fits into `room`."""
+        return self.cpus <= room.cpus and self.gpus <= room.gpus
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus} GPUs"
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What to run. `retries` is how often it is started anew after it was lost (not after it failed).
+
+    Raises InputError for an argv or an environment that no process can have.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    resources: Resources = Resources()
+    env: Mapping[str, str] = field(default_factory=dict)
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.argv or not self.argv[0]:
+            raise InputError(f"The job {self.name!r} has no command.", param="argv")
+        if any("\0" in text for text in (*self.argv, *self.env.values())):
+            raise InputError(f"The job {self.name!r} has a zero byte in its command.", param="argv")
+        for name in self.env:
+            if not VARIABLE.fullmatch(name):
+                raise InputError(f"{name!r} cannot be the name of a variable.", param="env")
+        if self.retries < 0:
+            raise InputError("retries cannot be negative.", param="retries")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the queue knows it. `reason` says why it is in its state.
+
+    `attempt` numbers its starts; `losses` counts those whose process vanished.
+    """
+
+    id: str
+    project_id: str
+    spec: JobSpec
+    state: State
+    reason: str
+    attempt: int
+    losses: int
+    executor: str | None
+    exit_code: int | None
+    lease_until: float | None
+    cancel_at: float | None
+    created_at: float
+    created_by: str
+    started_at: float | None
+    ended_at: float | None
+
+
+def check_move(job_id: str, state: State, to: State) -> None:
+    """Raises ConflictError naming the legal moves if a job cannot go from one state to the other."""
+    if to not in MOVES[state]:
+        legal = ", ".join(MOVES[state]) or "none, it has ended"
+        raise ConflictError(f"The job {job_id} is {state} and cannot become {to}. Legal: {legal}.")

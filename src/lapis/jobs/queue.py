@@ -1,0 +1,174 @@
+"""The job queue: a table. Who starts a job holds its lease; who lost the lease changes nothing any more."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+
+from lapis.audit import AuditLog
+from lapis.db import jobs, write
+from lapis.errors import ConflictError, NotFoundError
+from lapis.hashing import canonical_json
+from lapis.jobs.job import ACTIVE, ENDED, Job, JobSpec, Resources, State, check_move
+from lapis.tenants.tenant import DEFAULT
+
+LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to change one job, as long as its token is the one in the table."""
+
+    job_id: str
+    token: str
+
+
+class JobQueue:
+    """The jobs of an installation. Every change is one guarded transaction, for any number of controllers."""
+
+    def __init__(
+        self, db: Engine, clock: Callable[[], float] = time.time, lease_seconds: float = LEASE
+    ) -> None:
+        self.db = db
+        self.clock = clock
+        self.lease_seconds = lease_seconds
+        self.audit = AuditLog(db, clock)
+
+    def submit(self, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
+        """Put a job at the end of the queue."""
+        job_id = f"job_{secrets.token_hex(10)}"
+        row = {"id": job_id, "project_id": project_id, "name": spec.name, "spec": canonical_json(spec)}
+        row |= {"state": State.QUEUED, "reason": "", "created_by": actor}
+        with write(self.db) as connection:
+            connection.execute(jobs.insert().values(**row, attempt=0, losses=0, created_at=self.clock()))
+            facts = {"name": spec.name, "argv": spec.argv, "project_id": project_id}
+            self.audit.append_in(connection, actor, "job.submit", job_id, facts)
+            return _get(connection, job_id)
+
+    def get(self, job_id: str) -> Job:
+        """A job by its id. Raises NotFoundError."""
+        with self.db.connect() as connection:
+            return _get(connection, job_id)
+
+    def list(self, *states: State, project_id: str | None = None) -> list[Job]:
+        """Jobs, oldest first: all of them, or those in some states, or of one project."""
+        query = sa.select(jobs).order_by(jobs.c.created_at, jobs.c.id)
+        if states:
+            query = query.where(jobs.c.state.in_(states))
+        if project_id is not None:
+            query = query.where(jobs.c.project_id == project_id)
+        with self.db.connect() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def cancel(self, job_id: str, actor: str) -> Job:
+        """End a waiting job now; have a running one stopped by its holder. Raises ConflictError if ended."""
+        with write(self.db, lock=f"job:{job_id}") as connection:
+            job, now = _get(connection, job_id), self.clock()
+            if job.state in ENDED:
+                raise ConflictError(f"The job {job_id} has ended already: it is {job.state}.")
+            if job.state in ACTIVE:
+                _set(connection, job_id, cancel_at=now if job.cancel_at is None else job.cancel_at)
+            else:
+                check_move(job_id, job.state, State.CANCELLED)
+                _set(connection, job_id, state=State.CANCELLED, reason=f"cancelled by {actor}", ended_at=now)
+            self.audit.append_in(connection, actor, "job.cancel", job_id, {"state": job.state})
+            return _get(connection, job_id)
+
+    def claim(self, job: Job, executor: str) -> Lease | None:
+        """Take a queued job in order to start it (its next attempt); None if another one was faster."""
+        with write(self.db, lock=f"job:{job.id}") as connection:
+            current = _get(connection, job.id)
+            if current.state is not State.QUEUED or current.attempt != job.attempt:
+                return None
+            return self._grant(
+                connection,
+                job.id,
+                state=State.STARTING,
+                attempt=job.attempt + 1,
+                executor=executor,
+                reason="",
+            )
+
+    def orphans(self, executor: str) -> Sequence[Job]:
+        """Jobs that this executor started and whose holder has been silent for longer than its lease."""
+        now = self.clock()
+        active = self.list(*ACTIVE)
+        return [job for job in active if job.executor == executor and (job.lease_until or 0.0) <= now]
+
+    def take_over(self, job: Job) -> Lease | None:
+        """Take an orphan's lease from its silent holder; None if it spoke again or another was faster."""
+        with write(self.db, lock=f"job:{job.id}") as connection:
+            current = _get(connection, job.id)
+            silent = (current.lease_until or 0.0) <= self.clock()
+            if current.state not in ACTIVE or current.attempt != job.attempt or not silent:
+                return None
+            return self._grant(connection, job.id)
+
+    def heartbeat(self, lease: Lease) -> Job:
+        """Prolong a lease; returns the job as it is now. Raises ConflictError if the lease is lost."""
+        with write(self.db, lock=f"job:{lease.job_id}") as connection:
+            self._held(connection, lease)
+            _set(connection, lease.job_id, lease_until=self.clock() + self.lease_seconds)
+            return _get(connection, lease.job_id)
+
+    def started(self, lease: Lease) -> Job:
+        """Record that the job's process runs. Raises ConflictError if the lease is lost."""
+        return self._move(lease, State.RUNNING, started_at=self.clock())
+
+    def finish(self, lease: Lease, state: State, reason: str = "", exit_code: int | None = None) -> Job:
+        """End a job and give its lease back. Raises ConflictError if the lease is lost."""
+        assert state in ENDED
+        ended = {"ended_at": self.clock(), "exit_code": exit_code, "lease_token": None, "lease_until": None}
+        return self._move(lease, state, reason=reason, **ended)
+
+    def requeue(self, lease: Lease, reason: str, losses: int) -> Job:
+        """Put a job, lost so often, back to its place in the queue. Raises ConflictError: lease lost."""
+        free = {"lease_token": None, "lease_until": None, "executor": None}
+        return self._move(lease, State.QUEUED, reason=reason, losses=losses, **free)
+
+    def _move(self, lease: Lease, to: State, **values: Any) -> Job:
+        with write(self.db, lock=f"job:{lease.job_id}") as connection:
+            check_move(lease.job_id, self._held(connection, lease).state, to)
+            _set(connection, lease.job_id, state=to, **values)
+            return _get(connection, lease.job_id)
+
+    def _grant(self, connection: Connection, job_id: str, **values: Any) -> Lease:
+        lease = Lease(job_id, secrets.token_hex(16))
+        until = self.clock() + self.lease_seconds
+        _set(connection, job_id, lease_token=lease.token, lease_until=until, **values)
+        return lease
+
+    def _held(self, connection: Connection, lease: Lease) -> Job:
+        row = connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one_or_none()
+        if row is None or row.lease_token != lease.token:
+            raise ConflictError(f"The lease of {lease.job_id} is lost: another holder has the job now.")
+        return _job(row)
+
+
+def _set(connection: Connection, job_id: str, **values: Any) -> None:
+    connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
+
+
+def _get(connection: Connection, job_id: str) -> Job:
+    row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"There is no job {job_id[:60]!r}.")
+    return _job(row)
+
+
+def _job(row: Row[Any]) -> Job:
+    facts = json.loads(row.spec)
+    resources = Resources(**facts.pop("resources"))
+    spec = JobSpec(**{**facts, "argv": tuple(facts["argv"]), "resources": resources})
+    return Job(
+        row.id, row.project_id, spec, State(row.state), row.reason, row.attempt, row.losses,
+        row.executor, row.exit_code,
+        row.lease_until, row.cancel_at, row.created_at, row.created_by, row.started_at, row.ended_at,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""The C functions of one build, with their types. Every call releases the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_double, c_float, c_int, c_int64, c_void_p
+from types import SimpleNamespace
+from typing import Any
+
+SUM_ROWS, NORM_STEP, COLUMNS = 64, 4096, 32  # as in the C sources: they size work buffers
+
+_P, _I = c_void_p, c_int64
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "pack": (None, [_P, _P, _I, _I]),
+    "linear": (None, [_P, _I, _I, _P, _I, _P, _P, c_int]),
+    "rms_norm": (None, [_P, _P, _P, _I, _I, c_float]),
+    "silu_mul": (None, [_P, _P, _I, _I]),
+    "logprobs": (None, [_P, _I, _I, _P, _P, _P]),
+    "attention": (None, [_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P]),
+    "rms_norm_backward": (None, [_P, _P, _P, _P, _P, _P, _I, _I, c_float]),
+    "silu_mul_backward": (None, [_P, _P, _P, _I, _I]),
+    "embedding_backward": (None, [_P, _P, _P, _P, _I, _I]),
+    "cross_entropy": (None, [_P, _I, _I, _P, _P, _P, _P]),
+    "attention_backward": (None, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
+    "adamw": (None, [_P, _P, _P, _P, _P, _I, _P]),
+    "squared_norm": (c_double, [_P, _I, _P]),
+}
+
+
+class CBatch(Structure):
+    """`struct batch` of cpu.c: pointers to the int32 tensors of a Batch."""
+
+    _fields_ = (
+        ("sequence", c_void_p),
+        ("position", c_void_p),
+        ("page_table", c_void_p),
+        ("tokens", c_int64),
+        ("columns", c_int64),
+    )
+
+
+class CAdamW(Structure):
+    """`struct adamw` of cpu_train.c: the numbers of one optimizer step."""
+
+    _fields_ = (
+        ("lr", c_float),
+        ("beta1", c_float),
+        ("beta2", c_float),
+        ("eps", c_float),
+        ("weight_decay", c_float),
+        ("correction1", c_float),
+        ("correction2", c_float),
+        ("clip", c_float),
+    )
+
+
+def bind(library: ctypes.CDLL) -> SimpleNamespace:
+    """The library's functions under their short names."""
+    functions = SimpleNamespace()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, f"lapis_{name}")
+        function.restype, function.argtypes = result, arguments
+        setattr(functions, name, function)
+    return functions

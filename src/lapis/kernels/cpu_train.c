@@ -1,0 +1,276 @@
+// What training needs beside the forward: gradients, the loss, the optimizer step. Not part of the bit contract,
+// but the same on any number of threads: every sum over tokens has an order that only the sizes decide.
+#include "cpu_vector.h"
+
+#define BLOCK 32       // queries and keys per block of the attention gradient
+#define SUM_ROWS 64    // rows whose contributions to a norm's weight gradient are summed before others
+#define NORM_STEP 4096 // elements of a gradient whose squares are summed before others
+#if defined(__AVX512F__)
+#define PANEL_ROWS 8
+#else
+#define PANEL_ROWS 2
+#endif
+
+INLINE void add_bf16(bf16 *p, f32x16 v) { store_bf16(p, load_bf16(p) + v); }
+
+// ---- rms_norm: dx, and the weight's gradient added to dw. partial: fp32 [ceil(rows/SUM_ROWS)][width].
+
+static void rms_norm_rows(const bf16 *x, const bf16 *w, const bf16 *g, bf16 *dx, float *partial, int64_t rows,
+                          int64_t width, float eps) {
+    memset(partial, 0, (size_t)width * 4);
+    for (int64_t row = 0; row < rows; row++, x += width, g += width, dx += width) {
+        f32x16 squares = all(0), products = all(0);
+        for (int64_t i = 0; i < width; i += LANES) {
+            const f32x16 v = load_bf16(x + i);
+            squares += v * v;
+            products += v * (load_bf16(g + i) * load_bf16(w + i));
+        }
+        const float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)width + eps);
+        const float pull = sum_lanes(products) / (float)width * scale * scale * scale;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const f32x16 v = load_bf16(x + i), grad = load_bf16(g + i);
+            store_bf16(dx + i, grad * load_bf16(w + i) * scale - v * pull);
+            store(partial + i, load(partial + i) + grad * (v * scale));
+        }
+    }
+}
+
+EXPORT void lapis_rms_norm_backward(const bf16 *x, const bf16 *w, const bf16 *g, bf16 *dx, bf16 *dw, float *partial,
+                                    int64_t rows, int64_t width, float eps) {
+    const int64_t blocks = (rows + SUM_ROWS - 1) / SUM_ROWS;
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = block * SUM_ROWS, count = rows - first < SUM_ROWS ? rows - first : SUM_ROWS;
+            const int64_t at = first * width;
+            rms_norm_rows(x + at, w, g + at, dx + at, partial + block * width, count, width, eps);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < width; i += LANES) {
+            f32x16 sum = all(0);
+            for (int64_t block = 0; block < blocks; block++) sum += load(partial + block * width + i);
+            add_bf16(dw + i, sum);
+        }
+        restore_mode(mode);
+    }
+}
+
+// ---- silu(gate) * up
+
+EXPORT void lapis_silu_mul_backward(const bf16 *x, const bf16 *g, bf16 *dx, int64_t rows, int64_t width) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < width; i += LANES) {
+                const int64_t at = row * 2 * width + i;
+                const f32x16 gate = load_bf16(x + at), up = load_bf16(x + at + width);
+                const f32x16 grad = load_bf16(g + row * width + i), sigmoid = 1.0f / (1.0f + exp16(-gate));
+                store_bf16(dx + at, grad * up * (sigmoid * (1.0f + gate * (1.0f - sigmoid))));
+                store_bf16(dx + at + width, grad * (gate * sigmoid));
+            }
+        restore_mode(mode);
+    }
+}
+
+// ---- embedding: rows of g with equal ids are summed in fp32 in the order of tokens, then added to dw.
+// order: tokens sorted by id, equal ids in order of tokens.
+
+EXPORT void lapis_embedding_backward(const int64_t *ids, const int64_t *order, const bf16 *g, bf16 *dw, int64_t tokens,
+                                     int64_t width) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t start = 0; start < tokens; start++) {
+            const int64_t id = ids[order[start]];
+            if (start > 0 && ids[order[start - 1]] == id) continue;  // inside a group that its first token sums
+            for (int64_t i = 0; i < width; i += LANES) {
+                f32x16 sum = all(0);
+                for (int64_t t = start; t < tokens && ids[order[t]] == id; t++)
+                    sum += load_bf16(g + order[t] * width + i);
+                add_bf16(dw + id * width + i, sum);
+            }
+        }
+        restore_mode(mode);
+    }
+}
+
+// ---- cross entropy of rows of logits (which are overwritten): losses with the serving path's bits, and gradients.
+// losses[row] = weight * -logprob(target), 0 where the target is -1, NaN where it is beyond the row; grad = weight * (softmax - onehot).
+
+EXPORT void lapis_cross_entropy(float *logits, int64_t rows, int64_t width, const int64_t *targets,
+                                const float *weights, bf16 *grad, float *losses) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            float *in = logits + row * width;
+            bf16 *out = grad + row * width;
+            if (targets[row] < 0 || targets[row] >= width) {
+                memset(out, 0, (size_t)width * 2);
+                losses[row] = targets[row] < 0 ? 0.0f : NAN;
+                continue;
+            }
+            const int64_t target = targets[row];
+            const float max = row_max(in, width), at_target = in[target], weight = weights[row];
+            f32x16 sums = all(0);
+            for (int64_t i = 0; i < width; i += LANES) {
+                const f32x16 e = exp_below(load_row(in, i, width), max);
+                sums = sums + e;
+                memcpy(in + i, &e, (size_t)(width - i < LANES ? width - i : LANES) * 4);
+            }
+            const float sum = sum_lanes(sums), factor = weight / sum;
+            losses[row] = -(at_target - row_lse(max, sum)) * weight;
+            int64_t i = 0;
+            for (; i + LANES <= width; i += LANES) store_bf16(out + i, load(in + i) * factor);
+            for (; i < width; i++) out[i] = round_one(in[i] * factor);
+            out[target] = round_one(in[target] * factor - weight);
+        }
+        restore_mode(mode);
+    }
+}
+
+// ---- AdamW (Loshchilov & Hutter 2019) in one pass over flat buffers; zeroes the gradient
+
+struct adamw {  // mirrored in cpu.py
+    float lr, beta1, beta2, eps, weight_decay, correction1, correction2, clip;
+};
+
+INLINE void adamw_16(const struct adamw *o, bf16 *weight, bf16 *grad, float *master, float *first, float *second) {
+    const f32x16 g = load_bf16(grad) * o->clip;
+    const f32x16 m = load(first) * o->beta1 + g * (1.0f - o->beta1);
+    const f32x16 v = load(second) * o->beta2 + g * g * (1.0f - o->beta2);
+    f32x16 root = v / o->correction2;
+    for (int i = 0; i < LANES; i++) root[i] = sqrtf(root[i]);
+    const f32x16 value = load(master) * (1.0f - o->lr * o->weight_decay) - o->lr * (m / o->correction1) / (root + o->eps);
+    store(first, m);
+    store(second, v);
+    store(master, value);
+    store_bf16(weight, value);
+    memset(grad, 0, LANES * 2);
+}
+
+EXPORT void lapis_adamw(bf16 *weight, bf16 *grad, float *master, float *first, float *second, int64_t n,
+                        const struct adamw *o) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n / LANES; i++) {
+            const int64_t at = i * LANES;
+            adamw_16(o, weight + at, grad + at, master + at, first + at, second + at);
+        }
+        restore_mode(mode);
+    }
+    const int64_t at = n / LANES * LANES, left = n - at;
+    if (left == 0) return;
+    bf16 w[LANES] = {0}, g[LANES] = {0};
+    float p[LANES] = {0}, m[LANES] = {0}, v[LANES] = {0};
+    memcpy(g, grad + at, (size_t)left * 2);
+    memcpy(p, master + at, (size_t)left * 4);
+    memcpy(m, first + at, (size_t)left * 4);
+    memcpy(v, second + at, (size_t)left * 4);
+    adamw_16(o, w, g, p, m, v);
+    memcpy(weight + at, w, (size_t)left * 2);
+    memcpy(grad + at, g, (size_t)left * 2);
+    memcpy(master + at, p, (size_t)left * 4);
+    memcpy(first + at, m, (size_t)left * 4);
+    memcpy(second + at, v, (size_t)left * 4);
+}
+
+// Squares in fp32, sums of NORM_STEP elements in 16 fp32 lanes, their sums in double in order of the steps.
+// partial: double [ceil(n/NORM_STEP)].
+EXPORT double lapis_squared_norm(const bf16 *grad, int64_t n, double *partial) {
+    const int64_t steps = (n + NORM_STEP - 1) / NORM_STEP;
+#pragma omp parallel for schedule(static)
+    for (int64_t step = 0; step < steps; step++) {
+        const int64_t start = step * NORM_STEP, end = start + NORM_STEP < n ? start + NORM_STEP : n;
+        f32x16 sums = all(0);
+        int64_t i = start;
+        for (; i + LANES <= end; i += LANES) sums += load_bf16(grad + i) * load_bf16(grad + i);
+        double sum = sum_lanes(sums);
+        for (; i < end; i++) sum += widen_one(grad[i]) * widen_one(grad[i]);
+        partial[step] = sum;
+    }
+    double total = 0;
+    for (int64_t step = 0; step < steps; step++) total += partial[step];
+    return total;
+}
+
+// ---- attention
+
+struct attention_backward {
+    const bf16 *q, *k, *qkv, *o, *grad_o;
+    const float *lse, *cos, *sin;
+    const int32_t *position;
+    bf16 *grad_qkv;
+    int64_t heads, kv_heads;
+    float scale;
+};
+
+INLINE void panel_part(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
+                       int64_t out_stride, int add) {
+    f32x16 sum[PANEL_ROWS][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < PANEL_ROWS; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] = add ? load(out + r * out_stride + v * LANES) : all(0);
+    for (int64_t k = 0; k < depth; k += 2) {
+        const u32x16 b0 = load_pairs(b + k * columns), b1 = load_pairs(b + k * columns + 2 * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < PANEL_ROWS; r++) {
+            uint32_t pair;
+            memcpy(&pair, a + r * a_stride + k, 4);
+            sum[r][0] = dp(sum[r][0], pair, b0);
+            sum[r][1] = dp(sum[r][1], pair, b1);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < PANEL_ROWS; r++)
+        for (int v = 0; v < 2; v++) store(out + r * out_stride + v * LANES, sum[r][v]);
+}
+
+// out[rows][columns] (+)= a[rows][depth] b, where b is laid out as [depth/2][columns][2].
+static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
+                  int64_t out_stride, int64_t rows, int64_t width, int add) {
+    for (int64_t c = 0; c < width; c += 2 * LANES)
+        for (int64_t r = 0; r < rows; r += PANEL_ROWS)
+            panel_part(a + r * a_stride, a_stride, b + 2 * c, columns, depth, out + r * out_stride + c, out_stride, add);
+}
+
+#define HEAD 32
+#include "cpu_attention_backward.h"
+#undef HEAD
+#define HEAD 64
+#include "cpu_attention_backward.h"
+#undef HEAD
+#define HEAD 128
+#include "cpu_attention_backward.h"
+#undef HEAD
+
+typedef void (*span_function)(const struct attention_backward *, int64_t, int64_t, int64_t);
+
+// spans: [count][2] tokens. grad_qkv is filled completely for the tokens of the spans.
+EXPORT void lapis_attention_backward(const int64_t *spans, int64_t count, const int32_t *position, const bf16 *q,
+                                     const bf16 *k, const bf16 *qkv, const bf16 *o, const float *lse,
+                                     const bf16 *grad_o, const float *cos, const float *sin, bf16 *grad_qkv,
+                                     int64_t heads, int64_t kv_heads, int64_t size) {
+    const struct attention_backward a = {q,        k,        qkv,   o,        grad_o,
+                                         lse,      cos,      sin,   position, grad_qkv,
+                                         heads,    kv_heads, (float)(1.0 / sqrt((double)size))};
+    const span_function backward = size == 32   ? attention_backward_32
+                                   : size == 64 ? attention_backward_64
+                                                : attention_backward_128;
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < count * kv_heads; item++)
+            backward(&a, item % kv_heads, spans[2 * (item / kv_heads)], spans[2 * (item / kv_heads) + 1]);
+        restore_mode(mode);
+    }
+}

@@ -1,0 +1,166 @@
+// Vectors of 16 fp32 lanes in GCC/Clang vector extensions, and the pieces whose order contract.md fixes.
+// Compiled once per instruction set from the same text; `dp` and the subnormal mode are all that differ.
+#ifndef LAPIS_CPU_VECTOR_H
+#define LAPIS_CPU_VECTOR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+#define LANES 16
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t bf16;  // the high half of an fp32
+
+INLINE f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, 64); return v; }
+INLINE void store(float *p, f32x16 v) { memcpy(p, &v, 64); }
+INLINE u32x16 load_pairs(const void *p) { u32x16 v; memcpy(&v, p, 64); return v; }
+INLINE f32x16 all(float x) { return x - (f32x16){0}; }
+
+// ---- bf16 <-> fp32, round to nearest even
+INLINE f32x16 widen(u16x16 h) { return (f32x16)(__builtin_convertvector(h, u32x16) << 16); }
+INLINE u32x16 rounded_bits(f32x16 v) {
+    u32x16 bits = (u32x16)v;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+INLINE f32x16 load_bf16(const bf16 *p) { u16x16 h; memcpy(&h, p, 32); return widen(h); }
+INLINE void store_bf16(bf16 *p, f32x16 v) {
+#ifdef __AVX512BF16__
+    u16x16 h = (u16x16)_mm512_cvtneps_pbh((__m512)v);  // the same bits, since subnormals are zero already
+#else
+    u16x16 h = __builtin_convertvector(rounded_bits(v), u16x16);
+#endif
+    memcpy(p, &h, 32);
+}
+INLINE float widen_one(bf16 h) { uint32_t bits = (uint32_t)h << 16; float f; memcpy(&f, &bits, 4); return f; }
+INLINE bf16 round_one(float f) {
+    uint32_t bits; memcpy(&bits, &f, 4);
+    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// ---- the primitive: two fused multiply-adds per lane, odd element of each pair first
+INLINE f32x16 fused(f32x16 sum, f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    union { f32x16 all; __m256 half[2]; } s = {sum}, x = {a}, y = {b};
+    s.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], s.half[0]);
+    s.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], s.half[1]);
+    return s.all;
+#elif defined(__aarch64__)
+    for (int i = 0; i < LANES; i++) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+    return sum;
+#else
+    return sum + a * b;  // a product of two bf16 is exact in fp32 unless it is subnormal
+#endif
+}
+INLINE f32x16 dp_plain(f32x16 sum, uint32_t a, u32x16 w) {
+    u32x16 pair = a - (u32x16){0};
+    sum = fused(sum, (f32x16)(pair & 0xffff0000u), (f32x16)(w & 0xffff0000u));
+    return fused(sum, (f32x16)(pair << 16), (f32x16)(w << 16));
+}
+INLINE f32x16 dp(f32x16 sum, uint32_t a, u32x16 w) {
+#ifdef __AVX512BF16__
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)w);
+#else
+    return dp_plain(sum, a, w);
+#endif
+}
+
+// ---- butterflies over the 16 lanes: distance 8, 4, 2, 1
+#define CROSS(v, d) __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, \
+                                            8 ^ d, 9 ^ d, 10 ^ d, 11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d)
+INLINE float sum_lanes(f32x16 v) {
+    v = v + CROSS(v, 8);
+    v = v + CROSS(v, 4);
+    v = v + CROSS(v, 2);
+    v = v + CROSS(v, 1);
+    return v[0];
+}
+INLINE f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
+    return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
+}
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
+INLINE float max_lanes(f32x16 v) {
+    v = larger(v, CROSS(v, 8));
+    v = larger(v, CROSS(v, 4));
+    v = larger(v, CROSS(v, 2));
+    v = larger(v, CROSS(v, 1));
+    return v[0];
+}
+
+// ---- exp and log of our own, so that no library version enters the bits (Cephes polynomial; odd atanh series)
+INLINE f32x16 exp16(f32x16 x) {
+    x = choose(x < -87.0f, all(-87.0f), x);
+    x = choose(x > 88.0f, all(88.0f), x);
+    f32x16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer to x / ln 2
+    x = x - n * 0.693359375f;
+    x = x - n * -2.12194440e-4f;
+    f32x16 p = all(1.9875691500e-4f);
+    p = p * x + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    p = p * (x * x) + x + 1.0f;
+    return p * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+}
+INLINE double log_double(double x) {
+    int exponent;
+    double m = frexp(x, &exponent);
+    if (m < 0.70710678118654752) {
+        m *= 2;
+        exponent--;
+    }
+    double s = (m - 1) / (m + 1), z = s * s, series = 0;
+    for (int k = 25; k >= 1; k -= 2) series = series * z + 1.0 / k;
+    return 2 * s * series + exponent * 0.69314718055994531;
+}
+
+// ---- log of the summed exponentials of a row of any width; lanes beyond the row hold -inf
+INLINE f32x16 load_row(const float *row, int64_t i, int64_t width) {
+    if (i + LANES <= width) return load(row + i);
+    f32x16 v = all(-INFINITY);
+    memcpy(&v, row + i, (size_t)(width - i) * 4);
+    return v;
+}
+INLINE float row_max(const float *row, int64_t width) {
+    f32x16 v = all(-INFINITY);
+    for (int64_t i = 0; i < width; i += LANES) v = larger(v, load_row(row, i, width));
+    return max_lanes(v);
+}
+INLINE f32x16 exp_below(f32x16 x, float max) {  // exp(x - max), and +0 for lanes beyond the row
+    return (f32x16)((i32x16)exp16(x - max) & (x != -INFINITY));
+}
+INLINE float row_lse(float max, float sum) { return (float)(max + log_double(sum)); }
+
+// ---- subnormals count as zero, in every build as vdpbf16ps has it
+#if defined(__x86_64__)
+INLINE uint64_t flush_subnormals(void) { uint32_t old = _mm_getcsr(); _mm_setcsr(old | 0x8040u); return old; }
+INLINE void restore_mode(uint64_t old) { _mm_setcsr((uint32_t)old); }
+#elif defined(__aarch64__)
+INLINE uint64_t flush_subnormals(void) {
+    uint64_t old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"(old | (1ull << 24)));
+    return old;
+}
+INLINE void restore_mode(uint64_t old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#else
+INLINE uint64_t flush_subnormals(void) { return 0; }
+INLINE void restore_mode(uint64_t old) { (void)old; }
+#endif
+
+#endif

@@ -1,0 +1,136 @@
+"""The few operations a model is made of, as a Protocol with two makers: compiled C and plain torch.
+
+Dims: T tokens, K and N input and output width, H width of the residual stream, F width of the feed-forward
+layer, V vocabulary, W joined width of query, key and value heads, P positions, D2 half a head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lapis.kernels import variants
+from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.variants import KernelStatus, status
+
+__all__ = ["KernelStatus", "Ops", "Rope", "select", "status"]
+
+logger = logging.getLogger("lapis")
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Tables of the rotary position embedding (Su et al. 2021), rotate-half form, fp32."""
+
+    cos_PD2: Tensor
+    sin_PD2: Tensor
+
+    @staticmethod
+    def make(head_size: int, base: float, positions: int) -> Rope:
+        """Angles, sines and cosines in fp64, then one rounding to fp32."""
+        exponent_D2 = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
+        angle_PD2 = torch.arange(positions, dtype=torch.float64)[:, None] * base**-exponent_D2
+        return Rope(angle_PD2.cos().float().contiguous(), angle_PD2.sin().float().contiguous())
+
+
+class Ops(Protocol):
+    """All ops are differentiable in grad mode and give the same forward bits as without it.
+
+    The gradient of a weight is added to `weight.grad` in place where that exists already (a trainer's flat
+    buffer); otherwise it is returned to autograd as usual.
+    """
+
+    @property
+    def name(self) -> str:
+        """Which kernels these are, such as "cpu-avx512bf16" or "stock"."""
+
+    @property
+    def bit_exact(self) -> bool:
+        """Whether a row's bits depend on nothing but the row: training equals serving, alone or in any batch."""
+
+    @property
+    def reason(self) -> str:
+        """Why these kernels and not faster ones; empty when there is nothing to say."""
+
+    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
+        """Empty pages for the keys and values of one layer."""
+
+    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
+        """Rows of the table. The gradient sums equal ids in fp32, in the order of T."""
+
+    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
+        """x Wᵀ (+ residual), rounded once; `fp32` keeps the unrounded sums (logits)."""
+
+    def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) · w (Zhang & Sennrich 2019)."""
+
+    def silu_mul(self, x_T2F: Tensor) -> Tensor:
+        """silu(gate) · up of rows that hold gate and up side by side (SwiGLU, Shazeer 2020)."""
+
+    def attention(
+        self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
+    ) -> Tensor:
+        """Rotates queries and keys, writes keys and values to their pages, attends causally: (T, heads·head_size)."""
+
+    def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+        """Log softmax of fp32 logits picked at ids: fp32 (T,)."""
+
+    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
+        """logprobs(linear(x, w, fp32), ids) without whole logits and without gradient; 0 where the id is -1."""
+
+    def linear_cross_entropy(
+        self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        """Sum of -logprob · weight over tokens, fp32 scalar, logits never whole; target -1 is left out."""
+
+    def adamw(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        master: Tensor,
+        first: Tensor,
+        second: Tensor,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        correction1: float,
+        correction2: float,
+        clip: float,
+    ) -> None:
+        """One AdamW step (Loshchilov & Hutter 2019) over flat buffers, in place; zeroes the gradient.
+
+        weight and grad are bf16, master and both moments fp32; correction = 1 - beta^step; the gradient is
+        multiplied by `clip` first. Call `weights_changed` when all buffers are done.
+        """
+
+    def squared_norm(self, grad: Tensor) -> float:
+        """Sum of squares of a flat bf16 buffer, in an order that does not depend on the number of threads."""
+
+    def weights_changed(self) -> None:
+        """Says that weights were changed behind autograd's back (adamw, a flat buffer): packed copies are renewed."""
+
+
+def select(head_size: int, *, widths: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16) -> Ops:
+    """The best ops for this CPU and shape; `widths` are the model's row widths (residual stream, feed-forward).
+
+    LAPIS_KERNELS names a variant, or "stock". Raises ConfigError for an unknown name and UnavailableError for a
+    variant that is not built, cannot run here or does not fit the shape.
+    """
+    from lapis.kernels import stock
+
+    variant, reason = variants.choose(head_size, widths, "bfloat16" if dtype == torch.bfloat16 else str(dtype))
+    if variant is None:
+        if reason:
+            logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)
+        return stock.StockOps(reason)
+    from lapis.kernels import cpu
+
+    return cpu.load(variant)

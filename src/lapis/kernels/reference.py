@@ -1,0 +1,170 @@
+"""The slow judge: the forward ops in numpy, sum by sum in the order that contract.md fixes. No gradients.
+
+Dims as in ops.py; further L the 16 lanes, D head size, S keys. All arithmetic is fp32 unless said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lapis.kernels.batch import PAGE
+from lapis.kernels.ops import Rope
+
+Array = npt.NDArray[np.float32]
+LANES = 16
+
+
+def linear(x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
+    """One chain over K from +0; in each pair the odd element first; residual added at the end; one rounding."""
+    x, w = _array(x_TK), _array(w_NK)
+    sums = np.zeros((x.shape[0], w.shape[0]), np.float32)
+    for k in range(0, x.shape[1], 2):
+        sums = sums + x[:, k + 1, None] * w[None, :, k + 1]
+        sums = sums + x[:, k, None] * w[None, :, k]
+    if residual_TN is not None:
+        sums = sums + _array(residual_TN)
+    return torch.from_numpy(sums) if fp32 else _bf16(sums)
+
+
+def rms_norm(x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+    """16 lane sums of squares, butterfly, then (x · (1 / sqrt(sum / H + eps))) · w."""
+    x, w = _array(x_TH), _array(w_H)
+    lanes_TL = np.zeros((x.shape[0], LANES), np.float32)
+    for i in range(0, x.shape[1], LANES):
+        lanes_TL = lanes_TL + x[:, i : i + LANES] * x[:, i : i + LANES]
+    mean_T = _butterfly_sum(lanes_TL) / np.float32(x.shape[1])
+    scale_T = np.float32(1) / np.sqrt(mean_T + np.float32(eps))
+    return _bf16((x * scale_T[:, None]) * w)
+
+
+def silu_mul(x_T2F: Tensor) -> Tensor:
+    """(g / (1 + exp(-g))) · u."""
+    gate, up = np.split(_array(x_T2F), 2, axis=1)
+    return _bf16((gate / (np.float32(1) + exp(-gate))) * up)
+
+
+def logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+    """x[id] - (float)(max + log(sum of 16 lane sums of exp(x - max)))."""
+    logits = logits_TV.numpy()
+    rest = -logits.shape[1] % LANES
+    padded = np.pad(logits, ((0, 0), (0, rest)), constant_values=-np.inf)
+    out = np.empty(len(logits), np.float32)
+    for t, row in enumerate(padded):
+        highest = row.max()
+        terms = np.where(row == -np.inf, np.float32(0), exp(row - highest)).reshape(-1, LANES)
+        lanes_L = np.zeros(LANES, np.float32)
+        for part_L in terms:
+            lanes_L = lanes_L + part_L
+        out[t] = row[int(ids_T[t])] - _lse(highest, _butterfly_sum(lanes_L[None])[0])
+    return torch.from_numpy(out)
+
+
+def attention(
+    qkv_TW: Tensor,
+    spans: Sequence[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    rope: Rope,
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences from position 0: output (T, heads·D) and log denominators (T, heads)."""
+    qkv_THD = _array(qkv_TW).reshape(len(qkv_TW), heads + 2 * kv_heads, head_size)
+    o_THD = np.empty((len(qkv_TW), heads, head_size), np.float32)
+    lse_TH = np.empty((len(qkv_TW), heads), np.float32)
+    for start, end in spans:
+        rotated = _rotate(qkv_THD[start:end, : heads + kv_heads], rope)
+        for t in range(end - start):
+            for h in range(heads):
+                kv = heads + h // (heads // kv_heads)
+                keys_SD, values_SD = rotated[: t + 1, kv], qkv_THD[start : start + t + 1, kv + kv_heads]
+                o_THD[start + t, h], lse_TH[start + t, h] = _attend(rotated[t, h], keys_SD, values_SD)
+    return _bf16(o_THD.reshape(len(qkv_TW), -1)), torch.from_numpy(lse_TH)
+
+
+def exp(x: Array) -> Array:
+    """Cephes polynomial after reduction by ln 2 in two parts; multiplies and adds apart, nothing fused."""
+    c = np.float32
+    x = np.clip(x, c(-87), c(88))
+    n = (x * c(1.44269504) + c(12582912)) - c(12582912)
+    x = x - n * c(0.693359375)
+    x = x - n * c(-2.12194440e-4)
+    p = np.full_like(x, c(1.9875691500e-4))
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * x + c(coefficient)
+    p = p * (x * x) + x + c(1)
+    return p * ((n.astype(np.int32) + 127) << 23).view(np.float32)
+
+
+def log(x: float) -> float:
+    """In fp64: frexp to [sqrt(1/2), sqrt(2)), then 2 artanh((m - 1) / (m + 1)) as an odd series to the 25th power."""
+    m, exponent = math.frexp(x)
+    if m < 0.70710678118654752:
+        m, exponent = m * 2, exponent - 1
+    s = (m - 1) / (m + 1)
+    z, series = s * s, 0.0
+    for k in range(25, 0, -2):
+        series = series * z + 1.0 / k
+    return 2 * s * series + exponent * 0.69314718055994531
+
+
+def _attend(q_D: Array, keys_SD: Array, values_SD: Array) -> tuple[Array, np.float32]:
+    """One query over its pages: online softmax with one step per page of 32 keys."""
+    scale = np.float32(1.0 / math.sqrt(len(q_D)))
+    highest, total, sums_D = np.float32(-np.inf), np.float32(0), np.zeros_like(q_D)
+    for first in range(0, len(keys_SD), PAGE):
+        keys = _whole_page(keys_SD[first : first + PAGE])
+        values = _whole_page(values_SD[first : first + PAGE])
+        seen_P = np.arange(PAGE) < len(keys_SD) - first
+        scores_P = np.zeros(PAGE, np.float32)
+        for d in range(0, len(q_D), 2):
+            scores_P = scores_P + q_D[d + 1] * keys[:, d + 1]
+            scores_P = scores_P + q_D[d] * keys[:, d]
+        scores_P = np.where(seen_P, scores_P * scale, np.float32(-np.inf))
+        page_highest, factor = scores_P.max(), np.float32(1)
+        if page_highest > highest:
+            factor = exp(np.array([highest - page_highest], np.float32))[0]
+            highest = page_highest
+        p_P = np.where(seen_P, exp(scores_P - highest), np.float32(0))
+        total = total * factor + _butterfly_sum((p_P[:LANES] + p_P[LANES:])[None])[0]
+        sums_D = sums_D * factor
+        p_P = _array(_bf16(p_P))
+        for j in range(0, PAGE, 2):
+            sums_D = sums_D + p_P[j + 1] * values[j + 1]
+            sums_D = sums_D + p_P[j] * values[j]
+    return sums_D * (np.float32(1) / total), _lse(highest, total)
+
+
+def _rotate(x_THD: Array, rope: Rope) -> Array:
+    cos, sin = rope.cos_PD2.numpy()[: len(x_THD), None], rope.sin_PD2.numpy()[: len(x_THD), None]
+    a, b = np.split(x_THD, 2, axis=2)
+    return _array(_bf16(np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)))
+
+
+def _whole_page(rows: Array) -> Array:
+    return np.pad(rows, ((0, PAGE - len(rows)), (0, 0)))
+
+
+def _butterfly_sum(lanes_TL: Array) -> Array:
+    """Lane i adds lane i xor 8, then 4, 2, 1; lane 0 is the sum."""
+    lane_L = np.arange(LANES)
+    for distance in (8, 4, 2, 1):
+        lanes_TL = lanes_TL + lanes_TL[:, lane_L ^ distance]
+    return lanes_TL[:, 0]
+
+
+def _lse(highest: np.float32, total: np.float32) -> np.float32:
+    return np.float32(float(highest) + log(float(total)))
+
+
+def _array(x: Tensor) -> Array:
+    return x.detach().float().numpy()
+
+
+def _bf16(x: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16()

@@ -1,0 +1,189 @@
+"""The ops in plain torch: the fallback without compiled kernels, and the negative control of the bit tests.
+
+Dims as in ops.py; further S keys of a sequence, D head size, G query heads per key/value head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapis.kernels.batch import PAGE, Batch, LayerCache
+from lapis.kernels.ops import Rope
+
+CHUNK = 1024  # tokens whose logits exist at a time
+
+
+class StockOps:
+    """Plain torch. Pages are (pages, PAGE, kv_heads, head_size)."""
+
+    name = "stock"
+    bit_exact = False
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+
+    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
+        """Zeroed bf16 pages."""
+        shape = (pages, PAGE, kv_heads, head_size)
+        return LayerCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+
+    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
+        """Rows of the table."""
+        return F.embedding(ids_T, w_VH)
+
+    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
+        """x Wᵀ (+ residual); with `fp32` widened after the product was rounded to the weights' type."""
+        y_TN = F.linear(x_TK, w_NK)
+        if residual_TN is not None:
+            y_TN = y_TN + residual_TN
+        return y_TN.float() if fp32 else y_TN
+
+    def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+        """RMSNorm by torch."""
+        return F.rms_norm(x_TH, (x_TH.shape[-1],), w_H, eps)
+
+    def silu_mul(self, x_T2F: Tensor) -> Tensor:
+        """silu(gate) · up."""
+        gate_TF, up_TF = x_T2F.chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+
+    def attention(
+        self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
+    ) -> Tensor:
+        """Causal attention span by span; keys of earlier passes come from the pages."""
+        qkv_THD = qkv_TW.view(batch.tokens, heads + 2 * kv_heads, head_size)
+        rotated_THD = _rotate(qkv_THD[:, : heads + kv_heads], rope, batch.position_T)
+        q_THD, k_THD, v_THD = rotated_THD[:, :heads], rotated_THD[:, heads:], qkv_THD[:, heads + kv_heads :]
+        if batch.caches is not None:
+            _write(batch.caches[layer], batch, k_THD, v_THD)
+        outputs = []
+        for start, end in batch.spans:
+            k_SHD, v_SHD, past = k_THD[start:end], v_THD[start:end], 0
+            if batch.caches is not None:
+                past = int(batch.position_T[start])
+                k_SHD, v_SHD = _read(batch.caches[layer], batch, start, past + end - start)
+            outputs.append(_attend(q_THD[start:end], k_SHD, v_SHD, past))
+        return torch.cat(outputs).reshape(batch.tokens, heads * head_size)
+
+    def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+        """Log softmax picked at ids."""
+        return logits_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0]
+
+    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
+        """Chunk by chunk; 0 where the id is -1."""
+        with torch.no_grad():
+            picked = [
+                self.logprobs(self.linear(x, w_VH, fp32=True), ids.clamp(min=0)).where(ids >= 0, 0.0)
+                for x, ids in zip(x_TH.split(CHUNK), ids_T.split(CHUNK), strict=True)
+            ]
+        return torch.cat(picked)
+
+    def linear_cross_entropy(
+        self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        """Summed loss; forward and backward hold one chunk of logits."""
+        weights_T = torch.ones(x_TH.shape[0]) if weights_T is None else weights_T
+        return cast(Tensor, _CrossEntropy.apply(x_TH, w_VH, targets_T, weights_T))  # type: ignore[no-untyped-call]
+
+    def adamw(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        master: Tensor,
+        first: Tensor,
+        second: Tensor,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        correction1: float,
+        correction2: float,
+        clip: float,
+    ) -> None:
+        """The AdamW step in torch calls over the flat buffers."""
+        with torch.no_grad():
+            scaled = grad.float().mul_(clip)
+            first.lerp_(scaled, 1 - beta1)
+            second.mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
+            denominator = second.sqrt().div_(math.sqrt(correction2)).add_(eps)
+            master.mul_(1 - lr * weight_decay).addcdiv_(first, denominator, value=-lr / correction1)
+            weight.copy_(master)
+            grad.zero_()
+
+    def squared_norm(self, grad: Tensor) -> float:
+        """Blocks of fixed size summed by torch, then exactly."""
+        return math.fsum(float(part.double().square().sum()) for part in grad.detach().flatten().split(1 << 14))
+
+    def weights_changed(self) -> None:
+        """Nothing is kept beside the weights."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for part in _chunks(x_TH.shape[0]):
+            total += _chunk_loss(x_TH[part], w_VH, targets_T[part], weights_T[part]).double()
+        ctx.save_for_backward(x_TH, w_VH, targets_T, weights_T)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TH, w_VH, targets_T, weights_T = ctx.saved_tensors
+        dx_TH, dw_VH = torch.empty_like(x_TH), torch.zeros(w_VH.shape)
+        w_leaf = w_VH.detach().requires_grad_()
+        for part in _chunks(x_TH.shape[0]):
+            with torch.enable_grad():
+                x_leaf = x_TH[part].detach().requires_grad_()
+                loss = _chunk_loss(x_leaf, w_leaf, targets_T[part], weights_T[part])
+                dx_TH[part], dw = torch.autograd.grad(loss, (x_leaf, w_leaf), grads[0])
+            dw_VH += dw
+        return dx_TH, dw_VH.to(w_VH.dtype), None, None
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]
+
+
+def _chunk_loss(x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+    losses_T = F.cross_entropy(F.linear(x_TH, w_VH).float(), targets_T, ignore_index=-1, reduction="none")
+    return (losses_T * weights_T).sum()
+
+
+def _rotate(x_THD: Tensor, rope: Rope, position_T: Tensor) -> Tensor:
+    cos_T1D, sin_T1D = rope.cos_PD2[position_T][:, None], rope.sin_PD2[position_T][:, None]
+    a, b = x_THD.float().chunk(2, dim=-1)
+    return torch.cat([a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D], dim=-1).to(x_THD.dtype)
+
+
+def _write(cache: LayerCache, batch: Batch, k_THD: Tensor, v_THD: Tensor) -> None:
+    position_T = batch.position_T.long()
+    page_T = batch.page_table_SP[batch.sequence_T.long(), position_T // PAGE].long()
+    with torch.no_grad():
+        cache.keys[page_T, position_T % PAGE] = k_THD
+        cache.values[page_T, position_T % PAGE] = v_THD
+
+
+def _read(cache: LayerCache, batch: Batch, token: int, length: int) -> tuple[Tensor, Tensor]:
+    pages = batch.page_table_SP[int(batch.sequence_T[token]), : -(-length // PAGE)].long()
+    return cache.keys[pages].flatten(0, 1)[:length], cache.values[pages].flatten(0, 1)[:length]
+
+
+def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int) -> Tensor:
+    group = q_THD.shape[1] // k_SHD.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SHD, v_SHD))
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if past == 0:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        mask_TS = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS)
+    return o[0].transpose(0, 1)

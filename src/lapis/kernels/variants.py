@@ -1,0 +1,153 @@
+"""Which builds of the C kernels are here, and which of them this CPU and a model's shape can use. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapis.errors import ConfigError, UnavailableError, nearest
+
+FOLDER = Path(__file__).parent
+SOURCES = ("cpu.c", "cpu_train.c", "cpu_vector.h", "cpu_attention.h", "cpu_attention_backward.h")
+HEAD_SIZES = (32, 64, 128)
+WIDTH_STEP = 16  # lanes of the fp32 vector that the contract is written in
+LOST = (
+    "training and serving give slightly different bits, an answer depends on what else is in the batch, "
+    "and both are slower"
+)
+REBUILD = "pip install --force-reinstall --no-deps lapis (in a checkout: python setup.py build_ext --inplace)"
+
+_V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+# fastest first: name -> CPU flags it needs, as Linux names them
+VARIANTS: dict[str, frozenset[str]] = {
+    "avx512bf16": _V4 | {"avx512_bf16"},
+    "avx512": _V4,
+    "avx2": _V3,
+    "portable": frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """What `lapis doctor` tells about kernels: what runs, what was built, what is missing and what that costs."""
+
+    chosen: str  # "cpu-<variant>" or "stock"
+    bit_exact: bool
+    built: tuple[str, ...]  # builds that lie in the package
+    usable: tuple[str, ...]  # those this CPU can run, fastest first
+    compiler: str | None  # path of the C compiler found, if any
+    reason: str  # why not the compiled kernels; empty if they run
+    lost: str  # what plain torch does not give; empty if nothing is lost
+    hint: str  # the command that adds what is missing
+
+
+def library_path(variant: str) -> Path:
+    """Where the build puts a variant's shared library."""
+    return FOLDER / f"cpu-{variant}.so"
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the C sources, compiled into each library so that a stale build is noticed."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this CPU by their Linux names; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+@functools.cache
+def library(variant: str) -> ctypes.CDLL:
+    """A variant's library, checked: current sources, and a dot product that keeps the contract.
+
+    Raises UnavailableError that says why the library cannot be used.
+    """
+    path = library_path(variant)
+    if not path.exists():
+        raise UnavailableError(f"the {variant} kernels are not built", hint=REBUILD)
+    missing = VARIANTS[variant] - cpu_flags()
+    if missing:
+        raise UnavailableError(f"this CPU cannot run the {variant} kernels: no {', '.join(sorted(missing))}")
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"the {variant} kernels do not load: {error}", hint=REBUILD) from error
+    found.lapis_source.restype = ctypes.c_char_p
+    if found.lapis_source().decode() != source_digest():
+        raise UnavailableError(f"the {variant} kernels were built from other sources", hint=REBUILD)
+    if found.lapis_check() != 0:
+        raise UnavailableError(f"the bf16 dot product of this CPU ({platform.processor()}) adds in another order")
+    return found
+
+
+def choose(head_size: int, widths: Sequence[int], dtype: str) -> tuple[str | None, str]:
+    """The variant to use (None: plain torch) and the reason if it is not a compiled one.
+
+    Raises ConfigError or UnavailableError if LAPIS_KERNELS asks for what is not there.
+    """
+    asked = os.environ.get("LAPIS_KERNELS", "")
+    if asked == "stock":
+        return None, "LAPIS_KERNELS=stock"
+    if asked and asked not in VARIANTS:
+        known = ("stock", *VARIANTS)
+        raise ConfigError(f"LAPIS_KERNELS={asked!r} is not a kernel variant", hint=nearest(asked, known))
+    misfit = _misfit(head_size, widths, dtype)
+    if asked:
+        if misfit:
+            raise UnavailableError(f"LAPIS_KERNELS={asked}: {misfit}", hint="Unset it, or set it to 'stock'.")
+        library(asked)
+        return asked, ""
+    if misfit:
+        return None, misfit
+    reasons = []
+    for variant in VARIANTS:
+        if not library_path(variant).exists() or not VARIANTS[variant] <= cpu_flags():
+            continue
+        try:
+            library(variant)
+            return variant, ""
+        except UnavailableError as error:
+            reasons.append(error.message)
+    return None, "; ".join(reasons) or "no compiled kernels for this CPU are installed"
+
+
+def status() -> KernelStatus:
+    """What runs here for a model that fits, what is built and what is missing. Loads no torch."""
+    built = tuple(variant for variant in VARIANTS if library_path(variant).exists())
+    usable = tuple(variant for variant in built if VARIANTS[variant] <= cpu_flags())
+    compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    variant, reason = choose(HEAD_SIZES[1], (), "bfloat16")
+    if variant is not None:
+        return KernelStatus(f"cpu-{variant}", True, built, usable, compiler, "", "", "")
+    hint = "unset LAPIS_KERNELS" if reason == "LAPIS_KERNELS=stock" else REBUILD
+    if compiler is None and not usable:
+        hint = f"install a C compiler (Debian: apt install gcc), then {REBUILD}"
+    return KernelStatus("stock", False, built, usable, compiler, reason, LOST, hint)
+
+
+def _misfit(head_size: int, widths: Sequence[int], dtype: str) -> str:
+    """What of a model's shape the compiled kernels do not offer; empty if all fits."""
+    if dtype != "bfloat16":
+        return f"the compiled kernels store bf16, not {dtype.removeprefix('torch.')}"
+    if head_size not in HEAD_SIZES:
+        return f"the compiled kernels have head sizes {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
+    odd = [width for width in widths if width % WIDTH_STEP]
+    return f"width {odd[0]} is not a multiple of {WIDTH_STEP}" if odd else ""

@@ -1,0 +1,106 @@
+"""What happened: events.jsonl (one JSON object per fact) and the progress of long work in the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger("lapis")
+
+
+class Progress(Protocol):
+    """Where long work reports to: `done` of `total` units, and a short text beside it."""
+
+    def __call__(self, done: float, total: float | None = None, text: str = "") -> None: ...
+
+
+def silent(done: float, total: float | None = None, text: str = "") -> None:
+    """A Progress that shows nothing."""
+
+
+class EventLog:
+    """Append-only events.jsonl. Each line is one object with `time` (seconds since 1970), `event` and its facts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one event with a single write, so that concurrent or killed writers leave whole lines."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, allow_nan=False) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def read(self, event: str | None = None) -> list[dict[str, Any]]:
+        """All events in order, or those of one name; a torn last line (killed writer) is left out."""
+        if not self.path.exists():
+            return []
+        events = []
+        for line in self.path.read_bytes().splitlines():
+            try:
+                fact = json.loads(line)
+            except ValueError:
+                continue  # only the line a writer was killed in can be torn
+            if event is None or fact["event"] == event:
+                events.append(fact)
+        return events
+
+
+@contextmanager
+def progress(title: str, unit: str = "", stream: Any = None) -> Iterator[Progress]:
+    """Show long work: a live line in a terminal, one plain line every few seconds elsewhere."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        with _live(title, unit, stream) as report:
+            yield report
+    else:
+        yield _plain(title, unit, stream)
+
+
+@contextmanager
+def _live(title: str, unit: str, stream: Any) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = [
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Bar(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task(title, total=None, text="")
+
+        def report(done: float, total: float | None = None, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, text=text or _amount(done, total, unit))
+
+        yield report
+
+
+def _plain(title: str, unit: str, stream: Any, every: float = 5.0) -> Progress:
+    last = time.monotonic()
+
+    def report(done: float, total: float | None = None, text: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            print(f"{title}: {text or _amount(done, total, unit)}", file=stream, flush=True)
+
+    return report
+
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    return f"{done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}".strip()

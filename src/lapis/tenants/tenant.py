@@ -1,0 +1,144 @@
+"""Who shares this installation: organizations, their projects, and what a role may do."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine, Row
+
+from lapis.audit import AuditLog
+from lapis.db import organizations, projects, write
+from lapis.errors import ConflictError, InputError, NotFoundError, nearest
+from lapis.tenants.quota import Quota
+
+DEFAULT = "default"  # the organization and the project that always exist
+
+
+class Scope(StrEnum):
+    """One thing a key may be allowed to do."""
+
+    MODELS_READ = "models.read"  # list and look up models
+    MODELS_USE = "models.use"  # have them answer
+    ADMIN = "admin"  # keys, projects, releases, everybody's usage
+
+
+class Role(StrEnum):
+    """A named set of scopes."""
+
+    READER = "reader"
+    MEMBER = "member"
+    OWNER = "owner"
+
+    @property
+    def scopes(self) -> frozenset[Scope]:
+        """What the role may do."""
+        return _SCOPES[self]
+
+
+_SCOPES = {
+    Role.READER: frozenset({Scope.MODELS_READ}),
+    Role.MEMBER: frozenset({Scope.MODELS_READ, Scope.MODELS_USE}),
+    Role.OWNER: frozenset(Scope),
+}
+
+
+@dataclass(frozen=True)
+class Organization:
+    """A tenant: the widest border that nothing crosses."""
+
+    id: str
+    name: str
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Project:
+    """A part of an organization: keys, quota and usage belong to one."""
+
+    id: str
+    organization_id: str
+    name: str
+    created_at: float
+    quota: Quota
+
+
+class Tenants:
+    """The organizations and projects of an installation. Every change is audited with it."""
+
+    def __init__(self, db: Engine, clock: Callable[[], float] = time.time) -> None:
+        self.db = db
+        self.clock = clock
+        self.audit = AuditLog(db, clock)
+
+    def organizations(self) -> list[Organization]:
+        """All organizations, oldest first."""
+        with self.db.connect() as connection:
+            rows = connection.execute(sa.select(organizations).order_by(organizations.c.created_at)).all()
+        return [Organization(row.id, row.name, row.created_at) for row in rows]
+
+    def projects(self, organization_id: str = DEFAULT) -> list[Project]:
+        """An organization's projects, oldest first."""
+        query = sa.select(projects).where(projects.c.organization_id == organization_id)
+        with self.db.connect() as connection:
+            return [_project(row) for row in connection.execute(query.order_by(projects.c.created_at))]
+
+    def project(self, name: str, organization_id: str = DEFAULT) -> Project:
+        """A project by its id or its name. Raises NotFoundError naming the nearest one."""
+        known = self.projects(organization_id)
+        for project in known:
+            if name in (project.id, project.name):
+                return project
+        raise NotFoundError(
+            f"There is no project {name!r}. {nearest(name, (p.name for p in known))}".rstrip()
+        )
+
+    def create_organization(self, name: str, actor: str) -> Organization:
+        """Add an organization. Raises ConflictError if the name is taken, InputError if it is empty."""
+        made = Organization(f"org-{secrets.token_hex(8)}", _checked(name, "organization"), self.clock())
+        try:
+            with write(self.db) as connection:
+                connection.execute(organizations.insert().values(**asdict(made)))
+                self.audit.append_in(connection, actor, "organization.create", made.id, {"name": name})
+        except sa.exc.IntegrityError as error:
+            raise ConflictError(f"There is an organization {name!r} already.") from error
+        return made
+
+    def create_project(self, name: str, actor: str, organization_id: str = DEFAULT) -> Project:
+        """Add a project without limits. Raises ConflictError if the name is taken, InputError if empty."""
+        project_id = f"proj_{secrets.token_hex(8)}"
+        made = Project(project_id, organization_id, _checked(name, "project"), self.clock(), Quota())
+        row = {"id": made.id, "organization_id": organization_id, "name": name, "created_at": made.created_at}
+        if all(organization.id != organization_id for organization in self.organizations()):
+            raise NotFoundError(f"There is no organization {organization_id!r}.")
+        try:
+            with write(self.db) as connection:
+                connection.execute(projects.insert().values(**row))
+                self.audit.append_in(connection, actor, "project.create", made.id, {"name": name})
+        except sa.exc.IntegrityError as error:
+            raise ConflictError(f"There is a project {name!r} already.") from error
+        return made
+
+    def set_quota(self, project: str, quota: Quota, actor: str, organization_id: str = DEFAULT) -> Project:
+        """Replace a project's limits; they hold from the next request on."""
+        found = self.project(project, organization_id)
+        with write(self.db) as connection:
+            connection.execute(projects.update().where(projects.c.id == found.id).values(**asdict(quota)))
+            self.audit.append_in(connection, actor, "project.set_quota", found.id, asdict(quota))
+        return self.project(found.id, organization_id)
+
+
+def _project(row: Row[Any]) -> Project:
+    quota = Quota(row.requests_per_minute, row.tokens_per_minute, row.tokens_per_day)
+    return Project(row.id, row.organization_id, row.name, row.created_at, quota)
+
+
+def _checked(name: str, what: str) -> str:
+    if not name.strip() or len(name) > 200 or not name.isprintable():
+        raise InputError(f"The {what}'s name {name[:40]!r} cannot be used: 1 to 200 printable characters.")
+    return name

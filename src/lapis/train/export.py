@@ -1,0 +1,77 @@
+"""A run's weights as a model folder: what releases, evaluation and other programs load."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapis.checkpoint.sharded import latest, load
+from lapis.data.shards import Dataset
+from lapis.errors import ConflictError
+from lapis.home import Home
+from lapis.model.config import ModelConfig
+from lapis.model.weights import Source, write_model
+from lapis.train.run import Run
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model folder (temporary), the run's evaluation if there is one, and where the weights come from."""
+
+    folder: Path
+    report: dict[str, Any] | None
+    lineage: dict[str, Any]
+
+
+@contextmanager
+def exported_run(home: Home, run_id: str) -> Iterator[Exported]:
+    """Export the run's last good checkpoint to a temporary model folder. Raises NotFoundError, ConflictError."""
+    run = Run.find(home, run_id)
+    checkpoint = latest(run.checkpoints)
+    if checkpoint is None:
+        raise ConflictError(
+            f"The run {run.id} has no checkpoint yet.", hint="Train it further: `lapis train RECIPE.toml`"
+        )
+    loaded = load(checkpoint)
+    dataset = Dataset.open(dataset_folder(run))
+    lineage = {
+        "run": run.id,
+        "checkpoint": checkpoint.digest,
+        "step": loaded.state["step"],
+        "dataset": dataset.digest,
+        "tokenizer": dataset.tokenizer.digest,
+        "licences": dataset.manifest["licences"],
+    }
+    with tempfile.TemporaryDirectory(prefix="lapis-export-") as temporary:
+        folder = Path(temporary) / "model"
+        write_model(
+            folder,
+            ModelConfig(**loaded.state["model"]),
+            loaded.groups["model"],
+            dataset.tokenizer,
+            source=Source(kind="run", reference=run.id, licence=_licence(lineage["licences"])),
+            chat_template=None,
+            add_bos=True,
+        )
+        yield Exported(folder, run.evaluation(), lineage)
+
+
+def dataset_folder(run: Run) -> Path:
+    """Where the dataset lies that a run was trained on. Raises ConflictError for a run that never started."""
+    started = run.events.read("start")
+    if not started:
+        raise ConflictError(f"The run {run.id} has not started.", hint="`lapis train RECIPE.toml` starts it.")
+    return Path(started[-1]["dataset"])
+
+
+def _licence(table: Sequence[Mapping[str, Any]]) -> str:
+    """The weights' licence in words: one for all of the texts, or that they are mixed (the lineage counts them)."""
+    names = {str(row["licence"]) for row in table if row["licence"]}
+    stated = all(row["licence"] for row in table)
+    if len(names) == 1 and stated:
+        return names.pop()
+    return "mixed: see the licences of the training texts" if names else "unknown"

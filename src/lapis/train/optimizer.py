@@ -1,0 +1,179 @@
+"""AdamW and Muon over flat buffers: bf16 weights and gradients that the model's parameters are views of.
+
+All parameters of a model lie one after the other in one bf16 buffer, their gradients in a second one; the fp32
+master weights and the moments lie beside them in the same order. Hidden matrices come first, then all others.
+Dims: N matrices of one shape, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lapis.kernels.ops import Ops
+from lapis.model.config import ModelConfig
+from lapis.model.families import Llama
+
+ALIGN = 32  # elements: every parameter starts on a 64-byte line of bf16
+
+BETA1, BETA2, EPS = 0.8, 0.95, 1e-8
+MATRIX_BETA1 = 0.9
+MOMENTUM = 0.95
+# Coefficients of the quintic Newton-Schulz iteration, and how often it runs (Jordan et al. 2024, "Muon").
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one matrix lies inside the flat buffers."""
+
+    start: int
+    rows: int
+    columns: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The matrix as a view of a flat buffer."""
+        return flat[self.start : self.start + self.rows * self.columns].view(self.rows, self.columns)
+
+
+class FlatParameters:
+    """Moves a model's parameters into flat buffers. `matrices` elements at the front are hidden matrices."""
+
+    def __init__(self, model: Llama) -> None:
+        named = sorted(model.named_parameters(), key=lambda item: not is_hidden_matrix(*item))
+        sizes = [-(-parameter.numel() // ALIGN) * ALIGN for _, parameter in named]
+        total = sum(sizes)
+        self.weight = torch.zeros(total, dtype=torch.bfloat16)
+        self.grad = torch.zeros(total, dtype=torch.bfloat16)
+        self.master = torch.zeros(total)
+        self.blocks: list[Block] = []
+        self.matrices = 0
+        start = 0
+        for (name, parameter), size in zip(named, sizes, strict=True):
+            end = start + parameter.numel()
+            self.master[start:end] = parameter.detach().flatten()
+            self.weight[start:end] = parameter.detach().flatten()
+            parameter.data = self.weight[start:end].view(parameter.shape)
+            parameter.grad = self.grad[start:end].view(parameter.shape)
+            if is_hidden_matrix(name, parameter):
+                self.blocks += _blocks(name, start, parameter, model.config)
+                self.matrices = start + size
+            start += size
+
+
+class Optimizer:
+    """One step over flat buffers: Muon or AdamW for the hidden matrices, AdamW for embeddings, head and norms."""
+
+    def __init__(self, flat: FlatParameters, ops: Ops, *, muon: bool, clip: float, weight_decay: float) -> None:
+        self.flat, self.ops, self.muon = flat, ops, muon
+        self.clip, self.weight_decay = clip, weight_decay
+        self.steps = 0
+        self.first = torch.zeros_like(flat.master)
+        self.second = torch.zeros(len(flat.master) - (flat.matrices if muon else 0))
+
+    def step(self, *, lr: float, embed_lr: float) -> float:
+        """Clip, update, zero the gradients. Returns the gradient's norm; a non-finite one changes nothing."""
+        norm = self.ops.squared_norm(self.flat.grad) ** 0.5
+        if norm != norm or norm == float("inf"):
+            return norm
+        self.steps += 1
+        scale = min(1.0, self.clip / (norm + 1e-6))
+        cut = self.flat.matrices
+        if self.muon:
+            self._muon(lr)  # its update has no scale, so it needs no clipping
+        else:
+            self._adamw(slice(0, cut), self.second[:cut], lr, MATRIX_BETA1, self.weight_decay, scale)
+        self._adamw(slice(cut, None), self.second[-(len(self.flat.master) - cut) :], embed_lr, BETA1, 0.0, scale)
+        self.ops.weights_changed()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the bf16 weights."""
+        return {"master": self.flat.master, "first": self.first, "second": self.second}
+
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue from a checkpoint's state; the bf16 weights follow from the master weights."""
+        self.flat.master.copy_(state["master"])
+        self.first.copy_(state["first"])
+        self.second.copy_(state["second"])
+        self.flat.weight.copy_(self.flat.master)
+        self.flat.grad.zero_()
+        self.steps = steps
+        self.ops.weights_changed()
+
+    def _adamw(
+        self, part: slice, second: Tensor, lr: float, beta1: float, weight_decay: float, scale: float
+    ) -> None:
+        flat = self.flat
+        self.ops.adamw(
+            flat.weight[part],
+            flat.grad[part],
+            flat.master[part],
+            self.first[part],
+            second,
+            lr=lr,
+            beta1=beta1,
+            beta2=BETA2,
+            eps=EPS,
+            weight_decay=weight_decay,
+            correction1=1 - beta1**self.steps,
+            correction2=1 - BETA2**self.steps,
+            clip=scale,
+        )
+
+    def _muon(self, lr: float) -> None:
+        """Momentum, orthogonalised per matrix, as the step (Jordan et al. 2024)."""
+        flat, cut = self.flat, self.flat.matrices
+        grad, momentum = flat.grad[:cut].float(), self.first[:cut]
+        momentum.lerp_(grad, 1 - MOMENTUM)
+        update = grad.lerp_(momentum, MOMENTUM).bfloat16()
+        master = flat.master[:cut].mul_(1 - lr * self.weight_decay)
+        for blocks in _by_shape(flat.blocks):
+            stacked_NRC = torch.stack([block.of(update) for block in blocks])
+            steps_NRC = orthogonal(stacked_NRC).float()
+            size = max(1.0, blocks[0].rows / blocks[0].columns) ** 0.5
+            for block, step_RC in zip(blocks, steps_NRC, strict=True):
+                block.of(master).add_(step_RC, alpha=-lr * size)
+        flat.weight[:cut].copy_(master)
+        flat.grad[:cut].zero_()
+
+
+def orthogonal(matrix_NRC: Tensor) -> Tensor:
+    """The nearest half-orthogonal matrices, roughly: singular values end in about 0.7 to 1.2 (Newton-Schulz, bf16)."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix_NRC.shape[-2] > matrix_NRC.shape[-1]
+    x = matrix_NRC.mT if tall else matrix_NRC
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is one of the linear maps of the layers."""
+    return parameter.ndim == 2 and name.startswith("layers.")
+
+
+def _blocks(name: str, start: int, parameter: Tensor, config: ModelConfig) -> list[Block]:
+    """The matrices inside one weight: joined query, key and value or gate and up are orthogonalised one by one."""
+    rows, columns = parameter.shape
+    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
+    joined = {"qkv": (query, key, key), "gate_up": (config.ffn, config.ffn)}
+    blocks = []
+    for part in joined.get(name.rsplit(".", 1)[-1], (rows,)):
+        blocks.append(Block(start, part, columns))
+        start += part * columns
+    return blocks
+
+
+def _by_shape(blocks: Sequence[Block]) -> list[list[Block]]:
+    groups: dict[tuple[int, int], list[Block]] = defaultdict(list)
+    for block in blocks:
+        groups[block.rows, block.columns].append(block)
+    return list(groups.values())

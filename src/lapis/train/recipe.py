@@ -1,0 +1,115 @@
+"""The recipe: one TOML file is one run, from its text sources to its evaluation. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lapis.config import Section
+from lapis.data.recipe import DataConfig, TokenizerConfig
+from lapis.model.config import NAMED, ModelConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelSection(Section):
+    """Which model is trained: a named size, any part of which can be replaced."""
+
+    name: str = "laptop"
+    """A named size: laptop, tiny (docs/model.md has the table)."""
+    layers: Positive | None = None
+    """Replaces the number of layers of the named size."""
+    width: Positive | None = None
+    """Replaces the width of the residual stream; heads follow as width / head_size."""
+    ffn: Positive | None = None
+    """Replaces the width of the feed-forward layers."""
+    context: Positive | None = None
+    """Replaces the longest sequence the model is built for, in tokens."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in NAMED:
+            raise ValueError(f"unknown size {self.name!r}; known: {', '.join(NAMED)}")
+        return self
+
+    def resolve(self, vocab_size: int) -> ModelConfig:
+        """The whole configuration, with the vocabulary of the tokenizer that the data was made with."""
+        base = NAMED[self.name]
+        width = self.width or base.width
+        heads = width // base.head_size
+        return replace(
+            base,
+            vocab_size=vocab_size,
+            layers=self.layers or base.layers,
+            width=width,
+            heads=heads,
+            kv_heads=base.kv_heads if base.kv_heads < base.heads else heads,
+            ffn=self.ffn or base.ffn,
+            context=self.context or base.context,
+        )
+
+
+class TrainSection(Section):
+    """How long, in which steps, and with which optimizer."""
+
+    steps: Positive | None = None
+    """Number of optimizer steps. Give this or `minutes`."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Training time in minutes; the number of steps follows from the speed that is measured on the way."""
+    sequence: Positive = 512
+    """Tokens in one training window; documents inside it do not see each other."""
+    batch: Positive = 4
+    """Windows in one optimizer step."""
+    seed: int = 0
+    """Decides the first weights and the order of the data."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the hidden matrices; embeddings and norms always use AdamW."""
+    lr: Annotated[float, Field(gt=0)] = 0.02
+    """Peak learning rate of the hidden matrices."""
+    embed_lr: Annotated[float, Field(gt=0)] = 0.003
+    """Peak learning rate of embeddings, head and norms."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the hidden matrices."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient's norm is scaled down to this."""
+    warmup: Positive = 20
+    """Steps in which the learning rate rises."""
+    decay: Fraction = 0.6
+    """Fraction of the run, at its end, in which the learning rate falls to zero."""
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Time between two checkpoints."""
+    keep: Positive = 2
+    """Checkpoints kept; the last good one always is."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("give exactly one of train.steps and train.minutes")
+        return self
+
+
+class Recipe(Section):
+    """One run: what is read, how it is cut into tokens, which model is trained on it, and how."""
+
+    name: str = "run"
+    """Names the run; letters, digits, dots, dashes and underscores."""
+    data: DataConfig
+    """Sources and rules."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    model: ModelSection = ModelSection()
+    """The model."""
+    train: TrainSection
+    """The training."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        context = self.model.context or NAMED[self.model.name].context
+        if self.train.sequence > context:
+            raise ValueError(
+                f"train.sequence = {self.train.sequence} is longer than the model's context of {context} tokens"
+            )
+        return self

@@ -1,0 +1,31 @@
+"""What all tests share: a home of their own, hypothesis without deadlines or chance."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from lapis.home import Home
+
+settings.register_profile("lapis", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("lapis")
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's home, whatever the environment says."""
+    monkeypatch.setenv("LAPIS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LAPIS_DATABASE_URL", raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A fresh home."""
+    return Home(tmp_path / "home")
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,213 @@
+"""Jobs: legal moves, pure decisions, and a queue in which only the holder of a lease changes anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapis.audit import AuditLog
+from lapis.db import open_database
+from lapis.errors import ConflictError, InputError, NotFoundError
+from lapis.jobs.controller import choose, decide
+from lapis.jobs.executor import Status
+from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Resources, State, check_move
+from lapis.jobs.queue import JobQueue
+
+SPEC = JobSpec("train", ("lapis", "train", "recipe.toml"), Resources(2, 1), {"A": "b"}, retries=3)
+JOB = Job(
+    "job_1",
+    "default",
+    SPEC,
+    State.RUNNING,
+    "",
+    1,
+    0,
+    "local@here",
+    None,
+    10.0,
+    None,
+    0.0,
+    "os:ana",
+    1.0,
+    None,
+)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def queue(tmp_path: Path, clock: Clock) -> Iterator[JobQueue]:
+    db = open_database(f"sqlite:///{tmp_path / 'lapis.db'}")
+    yield JobQueue(db, clock, lease_seconds=10)
+    db.dispose()
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("to", State)
+def test_illegal_moves_are_refused_with_the_legal_ones(state: State, to: State) -> None:
+    if to in MOVES[state]:
+        check_move("job_1", state, to)
+        return
+    with pytest.raises(ConflictError, match="cannot become") as caught:
+        check_move("job_1", state, to)
+    assert all(legal in caught.value.message for legal in MOVES[state])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"argv": ()}, {"argv": ("",)}, {"argv": ("echo", "a\0b")}, {"env": {"A=B": "c"}}, {"retries": -1},
+    ],
+)  # fmt: skip
+def test_what_no_process_can_have_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        replace(SPEC, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(-1.0, 0), (float("nan"), 0), (float("inf"), 0), (1.0, -1)])
+def test_impossible_resources_are_refused(cpus: float, gpus: int) -> None:
+    with pytest.raises(InputError):
+        Resources(cpus, gpus)
+
+
+def test_a_job_is_read_back_as_it_was_submitted(queue: JobQueue) -> None:
+    job = queue.submit(SPEC, "os:ana")
+    assert queue.get(job.id) == job == queue.list()[0]
+    assert (job.spec, job.state, job.attempt) == (SPEC, State.QUEUED, 0)
+    with pytest.raises(NotFoundError):
+        queue.get("job_none")
+
+
+def test_only_one_of_many_claims_a_job(queue: JobQueue) -> None:
+    job = queue.submit(SPEC, "os:ana")
+    leases = []
+    threads = [threading.Thread(target=lambda: leases.append(queue.claim(job, "e"))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(lease is not None for lease in leases) == 1
+    assert queue.get(job.id).attempt == 1
+
+
+def test_who_lost_the_lease_changes_nothing(queue: JobQueue, clock: Clock) -> None:
+    job = queue.submit(SPEC, "os:ana")
+    stale = queue.claim(job, "e")
+    assert stale is not None
+    queue.started(stale)
+    clock.now += 9.9
+    assert queue.orphans("e") == []
+    clock.now += 0.1
+    orphan = queue.orphans("e")[0]
+    fresh = queue.take_over(orphan)
+    assert fresh is not None
+    assert queue.take_over(orphan) is None  # taken over once
+    before = queue.get(job.id)
+    for act in (
+        lambda: queue.heartbeat(stale),
+        lambda: queue.finish(stale, State.SUCCEEDED),
+        lambda: queue.requeue(stale, "lost", 1),
+        lambda: queue.started(stale),
+    ):
+        with pytest.raises(ConflictError, match="lease"):
+            act()
+    assert queue.get(job.id) == before
+    assert queue.finish(fresh, State.SUCCEEDED, exit_code=0).state is State.SUCCEEDED
+    with pytest.raises(ConflictError, match="lease"):
+        queue.heartbeat(fresh)
+
+
+def test_a_lost_job_is_requeued_once(queue: JobQueue, clock: Clock) -> None:
+    job = queue.submit(SPEC, "os:ana")
+    lease = queue.claim(job, "e")
+    assert lease is not None
+    queue.requeue(lease, "lost", 1)
+    with pytest.raises(ConflictError):
+        queue.requeue(lease, "lost", 1)
+    assert queue.claim(job, "e") is None  # what was read before the loss is out of date
+    assert queue.claim(queue.get(job.id), "e") is not None
+    assert queue.get(job.id).attempt == 2
+
+
+def test_another_machine_s_jobs_are_left_to_it(queue: JobQueue, clock: Clock) -> None:
+    queue.claim(queue.submit(SPEC, "os:ana"), "local@there")
+    clock.now += 100
+    assert queue.orphans("local@here") == []
+
+
+def test_cancelling_ends_what_waits_and_asks_what_runs(queue: JobQueue) -> None:
+    waiting, running = queue.submit(SPEC, "os:ana"), queue.submit(SPEC, "os:ana")
+    lease = queue.claim(running, "e")
+    assert lease is not None
+    assert queue.cancel(waiting.id, "os:bo").state is State.CANCELLED
+    asked = queue.cancel(running.id, "os:bo")
+    assert (asked.state, asked.cancel_at) == (State.STARTING, 1000.0)
+    assert queue.heartbeat(lease).cancel_at == 1000.0
+    with pytest.raises(ConflictError, match="ended already"):
+        queue.cancel(waiting.id, "os:bo")
+    actions = [entry.action for entry in AuditLog(queue.db).entries()]
+    assert actions == ["job.submit", "job.submit", "job.cancel", "job.cancel"]
+
+
+def test_what_runs_goes_on_until_somebody_cancels_it() -> None:
+    running, asked = Status("running"), replace(JOB, cancel_at=100.0)
+    assert decide(JOB, running, 1e9, warned=False).act == "wait"
+    assert decide(asked, running, 100.0, warned=False, grace=5).act == "terminate"
+    assert decide(asked, running, 104.9, warned=True, grace=5).act == "wait"
+    assert decide(asked, running, 105.0, warned=True, grace=5).act == "kill"
+
+
+@pytest.mark.parametrize(
+    ("status", "cancelled", "losses", "state", "reason"),
+    [
+        (Status("exited", 0), False, 1, State.SUCCEEDED, ""),
+        (Status("exited", 3), False, 1, State.FAILED, "exit status 3"),
+        (Status("exited", 143), True, 1, State.CANCELLED, "on request"),
+        (Status("lost"), True, 1, State.CANCELLED, "on request"),
+        (Status("lost"), False, 2, None, "process was lost"),
+        (Status("lost"), False, 3, State.FAILED, "process was lost"),
+        (Status("fenced"), False, 3, None, "before it began"),
+    ],
+)
+def test_what_ended_is_settled(
+    status: Status, cancelled: bool, losses: int, state: State | None, reason: str
+) -> None:
+    job = replace(JOB, losses=losses, cancel_at=1.0 if cancelled else None)
+    decision = decide(job, status, 2.0, warned=cancelled)
+    assert (decision.act, decision.state) == ("requeue" if state is None else "finish", state)
+    assert reason in decision.reason
+    assert state is None or state in ENDED
+
+
+def sized(cpus: int, gpus: int) -> Job:
+    return replace(JOB, spec=replace(SPEC, resources=Resources(cpus, gpus)))
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)).map(lambda size: sized(*size)), max_size=8)
+
+
+@given(SIZES, SIZES)
+def test_what_is_started_fits_and_nobody_is_overtaken(waiting: list[Job], running: list[Job]) -> None:
+    capacity = Resources(6, 3)
+    chosen = choose(waiting, running, capacity)
+    assert chosen == waiting[: len(chosen)]
+    total = sum((job.spec.resources for job in [*running, *chosen]), Resources(0, 0))
+    assert not chosen or total.fits(capacity)
+    if len(chosen) < len(waiting):
+        assert not (total + waiting[len(chosen)].spec.resources).fits(capacity)
