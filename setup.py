@@ -31,7 +31,15 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16"),
     }
 # sums must keep the order in which the contract writes them: no contraction, no fast math
-FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+)
 
 
 def find_compiler() -> list[str] | None:
@@ -58,18 +66,18 @@ class BuildKernels(build_ext):
         """Build, and report in one line per variant what came of it."""
         folder = PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / "lapis" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("cpu-*.so"):
-            stale.unlink()
         self.built: list[str] = []
+        compiler = find_compiler()
         if os.environ.get("LAPIS_NO_KERNELS"):
             print("lapis kernels: skipped (LAPIS_NO_KERNELS); plain torch will be used")
-            return
-        compiler = find_compiler()
-        if compiler is None:
+        elif compiler is None:
             print("lapis kernels: no C compiler found; plain torch will be used (see: lapis doctor)")
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            self._compile_all(compiler, folder, Path(scratch))
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._compile_all(compiler, folder, Path(scratch))
+        for library in folder.glob("cpu-*.so"):
+            if str(library) not in self.built:
+                library.unlink()  # of an earlier build
 
     def get_outputs(self) -> list[str]:
         """The libraries that were built."""
@@ -102,12 +110,22 @@ class BuildKernels(build_ext):
         if not errors:
             objects = [str(scratch / f"{variant}-{unit}.o") for unit in UNITS]
             beside = target.with_suffix(".tmp")
-            command = [*compiler, "-shared", *(["-fopenmp"] if threads else []), *objects, "-o", str(beside), "-lm"]
+            command = [
+                *compiler,
+                "-shared",
+                *(["-fopenmp"] if threads else []),
+                *objects,
+                "-o",
+                str(beside),
+                "-lm",
+            ]
             linked = subprocess.run(command, capture_output=True, text=True)
             if linked.returncode == 0:
                 beside.replace(target)  # a process that holds the old library keeps it
                 self.built.append(str(target))
-                print(f"lapis kernels: built {target.name}" + ("" if threads else " for one thread: no OpenMP"))
+                print(
+                    f"lapis kernels: built {target.name}" + ("" if threads else " for one thread: no OpenMP")
+                )
                 return
             errors = [linked.stderr]
         print(f"lapis kernels: {variant} left out, the compiler says: {errors[0].strip().splitlines()[-1]}")

@@ -52,7 +52,9 @@ def load(path: Path, schema: type[Recipe], sets: Sequence[str] = ()) -> Recipe:
     return parse(values, schema, sets, where=str(path))
 
 
-def parse(values: dict[str, Any], schema: type[Recipe], sets: Sequence[str] = (), where: str = "recipe") -> Recipe:
+def parse(
+    values: dict[str, Any], schema: type[Recipe], sets: Sequence[str] = (), where: str = "recipe"
+) -> Recipe:
     """Make a recipe of plain values and `a.b=c` overrides. Raises ConfigError."""
     for text in sets:
         _apply(values, text)

@@ -149,7 +149,7 @@ releases = sa.Table(
     Column("created_at", Double, nullable=False),
     Column("created_by", Text, nullable=False),
     Column("approved_by", Text),
-    Column("reason", Text, nullable=False),  # why gates were overridden, or why it was retired
+    Column("reason", Text, nullable=False),  # why gates were overridden
 )
 
 jobs = sa.Table(

@@ -30,8 +30,13 @@ class Home:
 
     @property
     def models(self) -> Path:
-        """Models that can be served: pulled ones and the weights of releases, one folder per name."""
+        """Pulled models, one folder per name."""
         return self.root / "models"
+
+    @property
+    def releases(self) -> Path:
+        """Weights of releases, one folder per name and version."""
+        return self.root / "releases"
 
     @property
     def database_url(self) -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from lapis.storage import storage_errors
+
 logger = logging.getLogger("lapis")
 
 
@@ -30,16 +32,16 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append one event with a single write, so that concurrent or killed writers leave whole lines."""
+        """Append one event as one line, after a line that a killed writer left torn too. Raises StorageError."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, allow_nan=False) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                    line = "\n" + line
+                file.write(line.encode())
 
     def read(self, event: str | None = None) -> list[dict[str, Any]]:
         """All events in order, or those of one name; a torn last line (killed writer) is left out."""

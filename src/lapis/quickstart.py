@@ -5,6 +5,7 @@ Every stage is named by what goes into it, so a stage that is done is not done a
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,30 +15,28 @@ from typing import Any
 
 from lapis import config
 from lapis.audit import os_user
-from lapis.checkpoint.sharded import latest, load
 from lapis.data.pipeline import prepare
 from lapis.data.shards import Dataset
 from lapis.db import open_database
 from lapis.errors import ConfigError, InputError
-from lapis.evaluate.evaluation import evaluate
 from lapis.evaluate.report import FIVE_GRAM
 from lapis.home import Home
 from lapis.log import progress
-from lapis.model.config import ModelConfig
-from lapis.model.families import Llama
 from lapis.release.registry import Registry
 from lapis.release.release import Release, State
 from lapis.server import running_server
 from lapis.storage import lock
 from lapis.tenants.keys import ApiKeys
 from lapis.train.export import exported_run
+from lapis.train.measure import last_checkpoint, measure_run
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
-from lapis.train.trainer import find_or_create, train, trained_tokens
+from lapis.train.trainer import find_or_create, train
 
 NAME = "quickstart"
 DEFAULT_BYTES = 32_000_000  # raw text of the environment that is read: enough for half an hour of training
 PROMPT_WORDS = 12
+HEAD_CHARS = 1500
 ANSWER_TOKENS = 96
 KEY_SECONDS = 600
 
@@ -84,7 +83,7 @@ def quickstart(
     with lock(home.root / "quickstart.lock", f"A quickstart in {home.root}"):
         dataset = _prepare(walk, recipe)
         run = _train(walk, recipe, dataset)
-        report = _evaluate(walk, recipe, dataset, run)
+        report = _evaluate(walk, run)
         release = _release(walk, run)
         prompt = opening(dataset)
         answer = _ask(walk, release, prompt)
@@ -104,12 +103,15 @@ def quickstart_recipe(texts: Sequence[Path], minutes: float) -> Recipe:
     """The recipe of a quickstart. Raises ConfigError for no training time, InputError for a path that is not there."""
     if minutes <= 0:
         raise ConfigError(
-            f"--minutes {minutes:g}: training needs more than no time.", hint="Example: lapis quickstart --minutes 3"
+            f"--minutes {minutes:g}: training needs more than no time.",
+            hint="Example: lapis quickstart --minutes 3",
         )
     missing = [path for path in texts if not path.exists()]
     if missing:
         raise InputError(f"There is no file or folder {missing[0]}.", hint="Give --text an existing path.")
-    sources = [{"path": str(path.absolute())} for path in texts] or [{"kind": "environment", "name": "environment"}]
+    sources = [{"path": str(path.absolute())} for path in texts] or [
+        {"kind": "environment", "name": "environment"}
+    ]
     values = {
         "name": NAME,
         "data": {"sources": sources, "max_bytes": 0 if texts else DEFAULT_BYTES},
@@ -119,12 +121,14 @@ def quickstart_recipe(texts: Sequence[Path], minutes: float) -> Recipe:
 
 
 def opening(dataset: Dataset) -> str:
-    """A prompt: the first words of the first held-out document that has enough of them."""
-    for document in dataset.heldout():
-        words = document.text.split(" ")
-        if len(words) > 2 * PROMPT_WORDS:
-            return " ".join(words[:PROMPT_WORDS])
-    return dataset.heldout()[0].text[:80]
+    """A prompt: some words of a held-out document, from a paragraph behind its head (heads are often licences)."""
+    texts = [document.text for document in dataset.heldout()]
+    for text in texts:
+        start = text.find("\n\n", HEAD_CHARS)
+        words = re.findall(r"\s*\S+", text[start:])[:PROMPT_WORDS]
+        if start > 0 and len(words) == PROMPT_WORDS:
+            return "".join(words).strip("\n")
+    return texts[0][:80]
 
 
 def _prepare(walk: Quickstart, recipe: Recipe) -> Dataset:
@@ -140,7 +144,9 @@ def _prepare(walk: Quickstart, recipe: Recipe) -> Dataset:
         heldout = sum(len(document.text.encode()) for document in dataset.heldout())
         came_out = f"{dataset.tokens:,} tokens, {heldout / 1e6:.2f} MB held out"
         for step in steps:
-            walk.say(f"  {step.step:<12} {step.documents_in:>8,} -> {step.documents_out:>8,} documents  {step.top_reasons()}")
+            walk.say(
+                f"  {step.step:<12} {step.documents_in:>8,} -> {step.documents_out:>8,} documents  {step.top_reasons()}"
+            )
         return came_in, came_out, str(dataset.folder), dataset.folder not in before
 
     walk.stage("data", work)
@@ -167,29 +173,27 @@ def _train(walk: Quickstart, recipe: Recipe, dataset: Dataset) -> Run:
     return run
 
 
-def _evaluate(walk: Quickstart, recipe: Recipe, dataset: Dataset, run: Run) -> dict[str, Any]:
+def _evaluate(walk: Quickstart, run: Run) -> dict[str, Any]:
     def work() -> tuple[str, str, str, bool]:
         known = run.evaluation()
-        new = known is None
+        new = known is None or known["weights"] != last_checkpoint(run).digest
         if new:
-            checkpoint = latest(run.checkpoints)
-            assert checkpoint is not None, "a finished run has a checkpoint"
-            loaded = load(checkpoint)
-            model = Llama(ModelConfig(**loaded.state["model"]))
-            model.load_state_dict(loaded.groups["model"])
-            model.ops.weights_changed()
-            tokens = trained_tokens(recipe, dataset, loaded.state["step"])
             with progress("evaluate") as report:
-                run.write_evaluation(evaluate(model, dataset, train_tokens=tokens, progress=report).to_dict())
-        result = run.evaluation()
-        assert result is not None
+                run.write_evaluation(measure_run(run, progress=report).to_dict())
+        result = _evaluation(run)
         came_in = f"{result['documents']:,} held-out documents, {result['bytes'] / 1e6:.2f} MB"
-        came_out = f"{result['bits_per_byte']:.3f} bits per byte (5-gram {result['yardsticks'][FIVE_GRAM]:.3f})"
+        came_out = (
+            f"{result['bits_per_byte']:.3f} bits per byte (5-gram {result['yardsticks'][FIVE_GRAM]:.3f})"
+        )
         return came_in, came_out, str(run.folder / "eval.json"), new
 
     walk.stage("evaluate", work)
+    return _evaluation(run)
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
     result = run.evaluation()
-    assert result is not None
+    assert result is not None, "the stage before has written it"
     return result
 
 
@@ -198,12 +202,16 @@ def _release(walk: Quickstart, run: Run) -> Release:
 
     def work() -> tuple[str, str, str, bool]:
         registry = Registry(walk.home, open_database(walk.home.database_url))
-        known = [item for item in registry.list(NAME) if item.run_id == run.id and item.state is not State.RETIRED]
+        known = [
+            item for item in registry.list(NAME) if item.run_id == run.id and item.state is not State.RETIRED
+        ]
         if known:
             release = known[-1]
         else:
             with exported_run(walk.home, run.id) as exported:
-                release = registry.create(NAME, exported.folder, run.id, exported.report, os_user(), exported.lineage)
+                release = registry.create(
+                    NAME, exported.folder, run.id, exported.report, os_user(), exported.lineage
+                )
         if release.state is State.EVALUATED:
             release = registry.approve(release.id, os_user(), *_excuse(registry, release))
         made.append(release)
@@ -231,7 +239,12 @@ def _ask(walk: Quickstart, release: Release, prompt: str) -> str:
         with running_server(walk.home, [release.name]) as server, _key(walk.home) as key:
             client = OpenAI(base_url=server.url, api_key=key)
             completion = client.completions.create(
-                model=release.name, prompt=prompt, max_tokens=ANSWER_TOKENS, temperature=0.7, top_p=0.95, seed=0
+                model=release.name,
+                prompt=prompt,
+                max_tokens=ANSWER_TOKENS,
+                temperature=0.7,
+                top_p=0.95,
+                seed=0,
             )
         usage = completion.usage
         assert usage is not None

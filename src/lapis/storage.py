@@ -91,7 +91,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise StorageError(
                 f"No space left while writing {path}: {error.strerror}.",
-                hint="What was complete is kept. Free some space (`lapis doctor` shows where things lie), then run the same command again.",
+                hint="What was complete is kept. Free some space (`lapis doctor` shows where things lie), then run "
+                "the same command again.",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error

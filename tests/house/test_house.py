@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "lapis"
 FILES = sorted(SOURCE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
-HEAVY = ("torch", "fastapi", "sqlalchemy", "alembic", "pyarrow", "matplotlib", "transformers", "nicegui", "openai")
+HEAVY = (
+    "torch",
+    "fastapi",
+    "sqlalchemy",
+    "alembic",
+    "pyarrow",
+    "matplotlib",
+    "transformers",
+    "nicegui",
+    "openai",
+)
 TORCH_FREE = (
     "errors", "hashing", "config", "home", "log", "storage", "db", "audit", "tenants", "jobs", "release",
     "gateway", "api", "console", "cli", "inference/request.py", "inference/kv_cache.py",
@@ -38,7 +48,9 @@ def torch_free_modules() -> list[str]:
 
 def test_no_file_is_longer_than_500_lines() -> None:
     sources = [*FILES, *SOURCE.rglob("*.c"), *SOURCE.rglob("*.h")]
-    long = {str(path): count for path in sources if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES}
+    long = {
+        str(path): count for path in sources if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES
+    }
     assert not long
 
 

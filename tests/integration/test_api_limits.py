@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import httpx
 import openai
 import pytest
-from served import fake_server
 
 from lapis.db import open_database
 from lapis.home import Home
@@ -18,6 +17,7 @@ from lapis.tenants.keys import ApiKeys
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
 from lapis.tenants.usage import UsageLedger
+from tests.served import fake_server
 
 ACTOR = "test"
 

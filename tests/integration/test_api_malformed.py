@@ -10,11 +10,11 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import fake_server
 
 from lapis.api.body import BODY_LIMIT
 from lapis.home import Home
 from lapis.server import RunningServer
+from tests.served import fake_server
 
 JSON = {"content-type": "application/json"}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import fake_server, model_folder
 
 from lapis.db import open_database
 from lapis.errors import ConfigError, ConflictError, IntegrityError, NotFoundError
@@ -25,6 +24,7 @@ from lapis.release.registry import Registry
 from lapis.release.release import State
 from lapis.server import RunningServer, running_server
 from lapis.tenants.keys import ApiKeys
+from tests.served import fake_server, model_folder
 
 # What cli/serve.py does, with the FakeEngine in the model's place.
 SERVE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,14 +29,13 @@ def saved() -> Iterator[Checkpoint]:
     shutil.rmtree(folder)
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
-@given(data=st.data())
-def test_every_flipped_bit_is_refused_with_the_file_named(saved: Checkpoint, data: st.DataObject) -> None:
-    """60 flips over all files, header and manifest included; the bits of a file are drawn evenly."""
-    files = sorted(path for path in saved.folder.iterdir())
-    path = data.draw(st.sampled_from(files))
+@pytest.mark.parametrize("seed", range(60))
+def test_every_flipped_bit_is_refused_with_the_file_named(saved: Checkpoint, seed: int) -> None:
+    """One random bit of one random file: tensors, headers, state and the manifest itself."""
+    chance = random.Random(seed)
+    path = chance.choice(sorted(saved.folder.iterdir()))
     whole = path.read_bytes()
-    bit = data.draw(st.integers(0, len(whole) * 8 - 1))
+    bit = chance.randrange(len(whole) * 8)
     changed = bytearray(whole)
     changed[bit // 8] ^= 1 << bit % 8
     path.write_bytes(changed)

@@ -46,6 +46,7 @@ def test_a_good_release_passes_and_what_is_unlicensed_is_counted() -> None:
         ({"perplexity": 7.0}, COUNTED, "evaluation"),
         ({"bits_per_byte": 2.0, "yardsticks": {"5-gram": 2.0}}, COUNTED, "yardstick"),
         (GOOD, Lineage(), "licences"),
+        ({**GOOD, "weights": "an older checkpoint"}, COUNTED, "evaluation"),
     ],
 )
 def test_what_is_missing_refuses_until_it_is_forced(
@@ -56,6 +57,12 @@ def test_what_is_missing_refuses_until_it_is_forced(
         require("m:1", gates)
     assert "--force --reason" in caught.value.hint
     require("m:1", gates, force=True)
+
+
+def test_an_evaluation_counts_for_the_weights_it_measured() -> None:
+    lineage = Lineage(checkpoint="c" * 64, licences={"MIT": 1})
+    for weights in ("c" * 64, "w" * 64, ""):
+        require("m:1", judge({**GOOD, "weights": weights}, lineage, weights="w" * 64))
 
 
 def test_no_force_passes_damaged_weights() -> None:

@@ -11,7 +11,9 @@ from lapis.cli.output import json_option, print_json, print_table, say
 
 @click.command()
 @click.argument("recipe", required=False, type=click.Path(exists=True, dir_okay=False))
-@click.option("--set", "sets", multiple=True, metavar="a.b=c", help="Override one setting of RECIPE; repeatable.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="a.b=c", help="Override one setting of RECIPE; repeatable."
+)
 @json_option
 def command(recipe: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of a recipe; with RECIPE, print that recipe resolved, and its digest."""
@@ -31,4 +33,6 @@ def command(recipe: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json([asdict(field) for field in fields])
         return
-    print_table(["key", "type", "default", "what it is"], [(f.key, f.type, f.default, f.text) for f in fields])
+    print_table(
+        ["key", "type", "default", "what it is"], [(f.key, f.type, f.default, f.text) for f in fields]
+    )

@@ -150,8 +150,10 @@ def _x_labels(xs: Sequence[float], columns: int) -> str:
     """First, middle and last step under their columns."""
     middle = math.exp((math.log(xs[0]) + math.log(xs[-1])) / 2)
     left, centre, right = f"{xs[0]:,.0f}", f"{middle:,.0f}", f"step {xs[-1]:,.0f}"
+    if len(left) + len(centre) + len(right) + 4 > columns:
+        return left + right.rjust(columns - len(left))
     line = left.ljust(columns // 2 - len(centre) // 2) + centre
-    return line.ljust(columns - len(right)) + right
+    return line + right.rjust(columns - len(line))
 
 
 def _number(value: float) -> str:

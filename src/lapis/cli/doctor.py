@@ -51,9 +51,13 @@ def command(brief: bool, as_json: bool) -> None:
         kernels = _kernels().fact
         say(f"Lapis {version('lapis')} is ready: kernels {kernels}." if not wrong else _complaint(wrong))
     else:
-        print_table(["what", "state", "here", "to add it"], [tuple(asdict(check).values()) for check in checks])
+        print_table(
+            ["what", "state", "here", "to add it"], [tuple(asdict(check).values()) for check in checks]
+        )
         say()
-        print_table(["kept under " + str(home.root), "MB"], [(name, size // 10**6) for name, size in places.items()])
+        print_table(
+            ["kept under " + str(home.root), "MB"], [(name, size // 10**6) for name, size in places.items()]
+        )
 
 
 def _complaint(wrong: list[Check]) -> str:
@@ -82,7 +86,12 @@ def _disk(root: Path) -> Check:
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     state = "ok" if free > LOW_DISK else "missing"
-    return Check("disk", state, f"{free / 1e9:.1f} GB free for {root}", "" if state == "ok" else "LAPIS_HOME=/bigger/disk")
+    return Check(
+        "disk",
+        state,
+        f"{free / 1e9:.1f} GB free for {root}",
+        "" if state == "ok" else "LAPIS_HOME=/bigger/disk",
+    )
 
 
 def _torch() -> Check:
@@ -93,8 +102,9 @@ def _torch() -> Check:
 
 
 def _gpu() -> Check:
-    found = shutil.which("nvidia-smi")
-    return Check("gpu", "ok" if found else "optional", "NVIDIA driver found; Lapis runs on the CPU in this version" if found else "none; Lapis runs on the CPU")
+    if shutil.which("nvidia-smi"):
+        return Check("gpu", "optional", "an NVIDIA driver; this version of Lapis runs on the CPU")
+    return Check("gpu", "optional", "none; Lapis runs on the CPU")
 
 
 def _kernels() -> Check:
@@ -120,12 +130,14 @@ def _extra(name: str, package: str, purpose: str) -> Check:
 
 
 def _places(root: Path) -> dict[str, int]:
-    if not root.is_dir():
-        return {}
-    return {
-        path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-        for path in sorted(root.iterdir())
-    }
+    """Bytes of everything directly below the home."""
+    return {path.name: _bytes(path) for path in sorted(root.iterdir())} if root.is_dir() else {}
+
+
+def _bytes(path: Path) -> int:
+    return sum(
+        file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()
+    )
 
 
 def _lines(path: str) -> list[str]:

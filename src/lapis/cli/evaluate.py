@@ -11,12 +11,12 @@ import click
 from lapis.cli.output import json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from lapis.data.shards import Dataset
     from lapis.evaluate.report import EvalReport
     from lapis.home import Home
     from lapis.log import Progress
     from lapis.release.registry import Registry
     from lapis.release.release import Release
+    from lapis.train.measure import Ground
     from lapis.train.run import Run
 
 YARDSTICK_TOKENS = 3_000_000  # what the 5-gram counts where it is not known what the model was trained on
@@ -36,12 +36,13 @@ def command(subject: str, data: str | None, as_json: bool) -> None:
     """
     from lapis.home import Home
     from lapis.log import progress
+    from lapis.train.measure import measure_run
 
     home = Home.default()
     run, release, folder = _find(home, subject)
     with progress("evaluate") as shown:
         if run is not None:
-            report = _measure_run(home, run, data, shown)
+            report = measure_run(run, None if data is None else _ground_named(home, data), shown)
         else:
             report = _measure_folder(home, subject, folder, release, data, shown)
     kept = _keep(home, run, release, data, report)
@@ -79,58 +80,45 @@ def _find(home: Home, subject: str) -> tuple[Run | None, Release | None, Path]:
     return run, None, run.folder
 
 
-def _measure_run(home: Home, run: Run, data: str | None, progress: Progress) -> EvalReport:
-    from lapis import config
-    from lapis.checkpoint.sharded import latest, load
-    from lapis.data.shards import Dataset
-    from lapis.errors import ConflictError
-    from lapis.evaluate.evaluation import evaluate
-    from lapis.model.config import ModelConfig
-    from lapis.model.families import Llama
-    from lapis.train.export import dataset_folder
-    from lapis.train.recipe import Recipe
-    from lapis.train.trainer import trained_tokens
-
-    checkpoint = latest(run.checkpoints)
-    if checkpoint is None:
-        hint = "`lapis train RECIPE.toml` goes on with it."
-        raise ConflictError(f"The run {run.id} has no checkpoint to measure.", hint=hint)
-    loaded = load(checkpoint)
-    model = Llama(ModelConfig(**loaded.state["model"]))
-    model.load_state_dict(loaded.groups["model"])
-    model.ops.weights_changed()
-    own = Dataset.open(dataset_folder(run))
-    if data is None:
-        recipe = config.load(run.folder / "recipe.toml", Recipe)
-        tokens = trained_tokens(recipe, own, loaded.state["step"])
-        report = evaluate(model, own, train_tokens=tokens, progress=progress)
-    else:
-        other = _dataset(home, data)
-        counted = other.read(0, min(other.tokens, YARDSTICK_TOKENS))
-        report = evaluate(model, other, train_tokens=counted, tokenizer=own.tokenizer, progress=progress)
-    return replace(report, subject=f"{run.id} at step {checkpoint.step}", weights=checkpoint.digest)
-
-
 def _measure_folder(
     home: Home, subject: str, folder: Path, release: Release | None, data: str | None, progress: Progress
 ) -> EvalReport:
     from lapis.errors import InputError
     from lapis.evaluate.evaluation import evaluate
     from lapis.model.weights import read_model
+    from lapis.train.measure import ground_of_run
+    from lapis.train.run import Run
 
-    dataset = _dataset_of_release(home, release) if data is None else _dataset(home, data)
-    if dataset is None:
+    if data is not None:
+        ground = _ground_named(home, data)
+    elif release is not None and release.run_id is not None:
+        run = Run.find(home, release.run_id)
+        ground = ground_of_run(run, run.summary().step or 0)
+    else:
         raise InputError(
             f"{subject} is not a run: on which dataset is it to be measured?",
             hint=f"`lapis data prepare RECIPE.toml` makes one; then: lapis evaluate {subject} --data DATASET",
         )
     loaded = read_model(folder, progress=progress)
-    tokens = dataset.read(0, min(dataset.tokens, YARDSTICK_TOKENS))
     report = evaluate(
-        loaded.model, dataset, train_tokens=tokens, tokenizer=loaded.tokenizer, progress=progress
+        loaded.model,
+        ground.dataset,
+        train_tokens=ground.counted,
+        tokenizer=loaded.tokenizer,
+        progress=progress,
     )
     name = release.id if release is not None else subject
     return replace(report, subject=name, weights=loaded.manifest.digest)
+
+
+def _ground_named(home: Home, data: str) -> Ground:
+    """A dataset by its folder or name. What a model was trained on is not known: the 5-gram gets its share."""
+    from lapis.data.shards import Dataset
+    from lapis.train.measure import Ground
+
+    path = Path(data).expanduser()
+    dataset = Dataset.open(path if path.is_dir() else home.data / data)
+    return Ground(dataset, dataset.read(0, min(dataset.tokens, YARDSTICK_TOKENS)))
 
 
 def _keep(home: Home, run: Run | None, release: Release | None, data: str | None, report: EvalReport) -> str:
@@ -144,24 +132,6 @@ def _keep(home: Home, run: Run | None, release: Release | None, data: str | None
         _registry(home).record_evaluation(release.id, report.to_dict(), os_user())
         return f"Kept with {release.id}. Next: lapis release approve {release.id}"
     return ""
-
-
-def _dataset_of_release(home: Home, release: Release | None) -> Dataset | None:
-    """The dataset of the run that a release was made of; None where that is not known."""
-    from lapis.data.shards import Dataset
-    from lapis.train.export import dataset_folder
-    from lapis.train.run import Run
-
-    if release is None or release.run_id is None:
-        return None
-    return Dataset.open(dataset_folder(Run.find(home, release.run_id)))
-
-
-def _dataset(home: Home, data: str) -> Dataset:
-    from lapis.data.shards import Dataset
-
-    path = Path(data).expanduser()
-    return Dataset.open(path if path.is_dir() else home.data / data)
 
 
 def _registry(home: Home) -> Registry:

@@ -25,7 +25,9 @@ def group() -> None:
 @click.argument("name")
 @click.option("--project", default="default", show_default=True, help="Which project pays.")
 @click.option(
-    "--expires-days", type=click.FloatRange(min=0, min_open=True), help="Valid for so long; else for good."
+    "--expires-days",
+    type=click.FloatRange(min=0, min_open=True, max=36_500),
+    help="Valid for so long; else for good.",
 )
 @click.option(
     "--scope",

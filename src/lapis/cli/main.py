@@ -87,7 +87,9 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         print(f"error: a defect in Lapis: {type(error).__name__}: {error}", file=sys.stderr)
-        print("Nothing that was complete is lost. `lapis --debug …` shows where it happened.", file=sys.stderr)
+        print(
+            "Nothing that was complete is lost. `lapis --debug …` shows where it happened.", file=sys.stderr
+        )
         _leave(INTERNAL)
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     help="A file or folder of text to train on; repeatable. By default the texts of this Python's library.",
 )
 @click.option("--minutes", type=float, default=3.0, show_default=True, help="Training time.")
-@click.option("--home", "folder", type=click.Path(path_type=Path), help="Where everything is kept (LAPIS_HOME).")
+@click.option(
+    "--home", "folder", type=click.Path(path_type=Path), help="Where everything is kept (LAPIS_HOME)."
+)
 @click.option("--keep-serving", is_flag=True, help="Go on serving the model when all is done, until Ctrl-C.")
 @json_option
 def command(
@@ -60,7 +62,13 @@ def _tell(facts: dict[str, Any], home: Home) -> None:
     print_table(COLUMNS, rows(report))
     say(summary(report) + "\n")
     table = [
-        (stage["name"], f"{stage['seconds']:.1f} s", stage["came_in"], stage["came_out"], _short(stage["place"], home))
+        (
+            stage["name"],
+            f"{stage['seconds']:.1f} s",
+            stage["came_in"],
+            stage["came_out"],
+            _short(stage["place"], home),
+        )
         for stage in facts["stages"]
     ]
     print_table(["stage", "time", "came in", "came out", "where it lies"], table)

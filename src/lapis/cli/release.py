@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +25,36 @@ def group() -> None:
 
 @group.command()
 @click.argument("name")
-@click.option("--run", "run_id", help="Of the last checkpoint of this training run.")
-@click.option("--model", help="Of a model folder, or of a model by its name.")
+@click.option(
+    "--run", "run_id", help="From the last checkpoint of this run: its id, the beginning of one, or `last`."
+)
+@click.option("--model", help="From a model folder, or a pulled model by its name.")
 @json_option
 def create(name: str, run_id: str | None, model: str | None, as_json: bool) -> None:
-    """Keep a verified copy of a model as the next version of the release NAME."""
+    """Keep a model as the next version of NAME.
+
+    Its files are copied and verified. A run brings its evaluation with it.
+    """
     if (run_id is None) == (model is None):
         raise click.UsageError("Give either --run RUN or --model FOLDER_OR_NAME.")
     from lapis.audit import os_user
     from lapis.home import Home
+    from lapis.log import progress
 
     home = Home.default()
     registry = _registry(home)
-    if run_id is not None:
-        from lapis.train.export import exported_run
+    with progress("release") as shown:
+        if run_id is not None:
+            from lapis.train.export import exported_run
 
-        with exported_run(home, run_id) as run:
-            made = registry.create(name, run.folder, run_id, run.report, os_user(), run.lineage)
-    else:
-        made = registry.create(name, _model_folder(registry, str(model)), None, None, os_user())
-    _print(made, as_json, f"Next: lapis release approve {made.id}")
+            with exported_run(home, run_id) as run:  # its id in full: what was typed may be `last`
+                known = run.lineage["run"]
+                made = registry.create(name, run.folder, known, run.report, os_user(), run.lineage, shown)
+        else:
+            folder = _model_folder(registry, str(model))
+            made = registry.create(name, folder, None, None, os_user(), progress=shown)
+    measure = "" if made.report else f"lapis evaluate {made.id} --data DATASET, then "
+    _print(made, as_json, f"Next: {measure}lapis release approve {made.id}")
 
 
 @group.command()
@@ -52,7 +63,7 @@ def create(name: str, run_id: str | None, model: str | None, as_json: bool) -> N
 @click.option("--reason", default="", help="Why; recorded with the release and in the audit log.")
 @json_option
 def approve(reference: str, force: bool, reason: str, as_json: bool) -> None:
-    """Vouch for a release, so that it may be served."""
+    """Vouch for a release: it may be served."""
     from lapis.audit import os_user
     from lapis.home import Home
 
@@ -62,10 +73,10 @@ def approve(reference: str, force: bool, reason: str, as_json: bool) -> None:
 
 @group.command()
 @click.argument("reference", metavar="NAME[:VERSION]")
-@click.option("--reason", default="", help="Why; recorded with the release and in the audit log.")
+@click.option("--reason", default="", help="Why; recorded in the audit log.")
 @json_option
 def retire(reference: str, reason: str, as_json: bool) -> None:
-    """Serve a release no more. Its weights and its record stay."""
+    """Serve a release no more; its record stays."""
     from lapis.audit import os_user
     from lapis.home import Home
 
@@ -76,7 +87,7 @@ def retire(reference: str, reason: str, as_json: bool) -> None:
 @click.argument("reference", metavar="[NAME[:VERSION]]", required=False)
 @json_option
 def show(reference: str | None, as_json: bool) -> None:
-    """List all releases, or tell everything of one and what its gates say."""
+    """List all releases, or tell all of one."""
     from lapis.home import Home
 
     registry = _registry(Home.default())
@@ -88,11 +99,9 @@ def show(reference: str | None, as_json: bool) -> None:
     if as_json:
         print_json({**_facts(release), "gates": [asdict(gate) for gate in gates]})
         return
-    rows: list[tuple[str, object]] = [("release", release.id), ("state", release.state.value)]
-    rows += [(key, value) for key, value in _facts(release).items() if isinstance(value, str) and value]
-    rows += [(f"lineage {key}", _line(value)) for key, value in asdict(release.lineage).items() if value]
-    rows += [(f"gate {gate.name}", f"{gate.verdict}: {gate.text}") for gate in gates]
-    print_table(("fact", "value"), [row for at, row in enumerate(rows) if row not in rows[:at]])
+    print_table(
+        ("fact", "value"), [*_rows(release), *((f"gate: {g.name}", f"{g.verdict}. {g.text}") for g in gates)]
+    )
 
 
 def _registry(home: Home) -> Registry:
@@ -141,7 +150,18 @@ def _print_all(releases: Sequence[Release], as_json: bool) -> None:
     print_table(("release", "state", "digest", "bits per byte", "run", "created by", "reason"), rows)
 
 
-def _line(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {count:,}" for key, count in value.items())
-    return str(value)
+def _rows(release: Release) -> list[tuple[str, str]]:
+    """What is known of a release, fact by fact."""
+    facts: dict[str, object] = {
+        "release": release.id,
+        "state": release.state,
+        "digest": release.digest,
+        "folder": release.folder,
+        "created": f"{datetime.fromtimestamp(release.created_at, UTC):%Y-%m-%d %H:%M} UTC by {release.created_by}",
+        "approved by": release.approved_by,
+        "reason": release.reason,
+        "bits per byte": (release.report or {}).get("bits_per_byte"),
+        **asdict(release.lineage),
+    }
+    facts["licences"] = ", ".join(f"{name} {count:,}" for name, count in release.lineage.licences.items())
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

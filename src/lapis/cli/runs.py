@@ -90,7 +90,7 @@ def plot(run: str, out: Path | None, as_json: bool) -> None:
     """Draw loss, tokens/s and learning rate to a PNG. RUN is an id, the beginning of one, or `last`."""
     from lapis.checkpoint.folder import listing
     from lapis.cli import curve
-    from lapis.errors import ConflictError
+    from lapis.errors import ConflictError, InputError
     from lapis.home import Home
     from lapis.storage import storage_errors
     from lapis.train.run import Run
@@ -104,9 +104,13 @@ def plot(run: str, out: Path | None, as_json: bool) -> None:
     out = out or Path(f"{found.id}.png")
     resumes = [event["step"] for event in found.events.read("resume")]
     kept = [checkpoint.step for checkpoint in listing(found.checkpoints)[0]]
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        curve.plot(steps, _title(found), resumes, kept, out)
+    try:
+        with storage_errors(out):
+            curve.plot(steps, _title(found), resumes, kept, out)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written: {error.strerror}.", hint="Name another file: --out"
+        ) from error
     if as_json:
         print_json({"run": found.id, "file": str(out.absolute()), "steps": steps[-1]["step"]})
     else:

@@ -12,7 +12,9 @@ from lapis.cli.output import json_option, print_json, say
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "sets", multiple=True, metavar="a.b=c", help="Override one setting; repeatable.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes for the data; 0 is one per core.")
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, help="Processes for the data; 0 is one per core."
+)
 @json_option
 def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) -> None:
     """Train a model by RECIPE. A run that was stopped or killed goes on from its last checkpoint."""
@@ -39,4 +41,6 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
         print_json(asdict(summary))
         return
     say(f"{run.id}: step {summary.step:,}, loss {summary.loss:.4f}, {summary.seconds:,.0f} s of training")
-    say(f"Next: lapis evaluate {run.id}   lapis runs plot {run.id}   lapis release create NAME --run {run.id}")
+    say(
+        f"Next: lapis evaluate {run.id}   lapis runs plot {run.id}   lapis release create NAME --run {run.id}"
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from fastapi import FastAPI
-from nicegui import run as threads
 from nicegui import ui
 from starlette.requests import Request
 
@@ -100,7 +100,7 @@ async def _overview(services: Services, session: Session) -> None:
         running.text = f"{sum(row['running'] or 0 for row in rows):,}"
         waiting.text = f"{sum(row['waiting'] or 0 for row in rows):,}"
         _fill(models, MODELS, rows)
-        _fill(usage, USAGE, await threads.io_bound(facts.usage_today, services, identity) or [])
+        _fill(usage, USAGE, await asyncio.to_thread(facts.usage_today, services, identity))
 
     await _repeat(session, look)
 
@@ -111,11 +111,11 @@ async def _runs(services: Services, session: Session) -> None:
         table = _table("Training runs", RUNS, "id", "No run yet: lapis train RECIPE.toml starts one.")
     table.add_slot(
         "body-cell-id",
-        f'<q-td :props="props"><a :href="`{PATH}/runs/${{props.value}}`">{{{{ props.value }}}}</a></q-td>',
+        f'<q-td :props="props"><a class="underline" :href="`{PATH}/runs/${{props.value}}`">{{{{ props.value }}}}</a></q-td>',
     )
 
     async def look() -> None:
-        _fill(table, RUNS, await threads.io_bound(facts.recent_runs, services) or [])
+        _fill(table, RUNS, await asyncio.to_thread(facts.recent_runs, services))
 
     await _repeat(session, look)
 
@@ -130,14 +130,14 @@ async def _run(services: Services, session: Session, run_id: str) -> None:
         return
     with _body():
         title = ui.label(run.id).classes("text-xl font-semibold break-all")
-        charts = {field: _chart(text) for field, text in CURVES.items()}
+        charts = {field: _chart(text, field != "loss") for field, text in CURVES.items()}
         with ui.expansion("Recipe").classes("w-full"):
             ui.code(run.recipe_text, language="toml").classes("w-full")
 
     async def look() -> None:
-        title.text = f"{run.id}: {await threads.io_bound(run.status)}"
+        title.text = f"{run.id}: {await asyncio.to_thread(run.status)}"
         for field, chart in charts.items():
-            points = await threads.io_bound(facts.curve, run, field)
+            points = await asyncio.to_thread(facts.curve, run, field)
             chart.options["series"][0]["data"] = points
             chart.update()
 
@@ -149,7 +149,7 @@ async def _repeat(session: Session, look: Callable[[], Awaitable[None]]) -> None
 
     async def checked() -> None:
         try:
-            await threads.io_bound(session.identity)
+            await asyncio.to_thread(session.identity)
         except AuthError:
             ui.navigate.to(PATH)  # which asks for a key
             return
@@ -198,13 +198,13 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _chart(title: str) -> ui.echart:
+def _chart(title: str, from_zero: bool) -> ui.echart:
     return ui.echart(
         {
             "title": {"text": title, "textStyle": {"fontSize": 14, "color": "#888"}},
             "grid": {"left": 64, "right": 16, "top": 40, "bottom": 28},
-            "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax"},
-            "yAxis": {"type": "value", "scale": True},
+            "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax", "name": "step"},
+            "yAxis": {"type": "value", "scale": not from_zero},
             "tooltip": {"trigger": "axis"},
             "animation": False,
             "series": [{"type": "line", "showSymbol": False, "data": [], "color": LINE}],

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from lapis.data.dedup import HASHES, content_digest, normal_digest, sketches
 from lapis.data.document import KINDS, Document
-from lapis.data.filters import fault, repair, repetition_fault
+from lapis.data.filters import repair
+from lapis.data.judge import judge
 from lapis.data.readers import Note, Part, Skip, read_part
 from lapis.data.recipe import FilterConfig
 from lapis.data.report import Step
@@ -121,17 +122,6 @@ def clean_part(task: CleanTask) -> PartFacts:
     facts = worker.facts()
     facts.write(task.facts)
     return facts
-
-
-def judge(documents: list[Document], rules: FilterConfig) -> list[str]:
-    """For each repaired document of one chunk the reason to drop it, or ""."""
-    reasons = [fault(document.text, document.kind, rules) for document in documents]
-    again = [n for n, document in enumerate(documents) if not reasons[n] and document.kind == "prose"]
-    if again and rules.enabled:
-        words = split_words([documents[n].text for n in again])
-        for place, n in enumerate(again):
-            reasons[n] = repetition_fault(words, place, len(documents[n].text.encode()), rules.prose)
-    return reasons
 
 
 class _Cleaner:

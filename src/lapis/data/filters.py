@@ -55,7 +55,10 @@ def fault(text: str, kind: Kind, rules: FilterConfig) -> str:
 
 
 def repetition_fault(words: Words, document: int, size: int, rules: ProseRules) -> str:
-    """The reason to drop one document of a chunk for repeated n-grams, or "". `size` is its bytes."""
+    """The reason to drop one document of a chunk for repeated n-grams, or "". `size` is its bytes.
+
+    Not for scripts without spaces: their words here are characters, five of which recur in any text.
+    """
     part = slice(words.first_D1[document], words.first_D1[document + 1])
     hash_W, start_W, end_W = words.hash_W[part], words.start_W[part], words.end_W[part]
     if rules.max_top_ngram and _top_ngram(hash_W, start_W, end_W, size, rules.max_top_ngram):
@@ -77,7 +80,7 @@ class _WordCounts(NamedTuple):
 def _prose_fault(text: str, rules: ProseRules) -> str:
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     return (
-        (_word_fault(text, rules) if _has_spaces(text) else "")
+        (_word_fault(text, rules) if has_spaces(text) else "")
         or _line_fault(lines, rules)
         or _duplicate_fault(text, lines, rules)
     )
@@ -174,7 +177,7 @@ def _code_fault(text: str, rules: CodeRules) -> str:
     return ""
 
 
-def _has_spaces(text: str) -> bool:
+def has_spaces(text: str) -> bool:
     """Whether the text's scripts separate words by spaces, so that rules on words mean something."""
     if text.isascii():
         return True
@@ -201,6 +204,8 @@ def _top_ngram(
         borders = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1], True])
         counts = np.diff(borders)
         most = int(counts.max())
+        if most == 1:
+            return False  # what occurs once is no repetition, however short the text
         # Of equally common n-grams the longest counts, so that the answer has no hash in it.
         common = np.isin(grams, sorted_[borders[:-1][counts == most]])
         length = int((end_W[n - 1 :] - start_W[: len(grams)])[common].max())

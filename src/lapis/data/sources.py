@@ -75,7 +75,7 @@ class _Candidate:
     @property
     def order(self) -> tuple[bytes, str, str]:
         key = f"{self.source.name}\0{self.name}"
-        return hashlib.sha256(key.encode(errors="surrogateescape")).digest(), key, str(self.path)
+        return hashlib.sha256(key.encode()).digest(), key, str(self.path)
 
 
 def list_inputs(config: DataConfig, progress: Progress = silent) -> Listing:
@@ -157,7 +157,8 @@ def _candidates(source: SourceConfig) -> Iterator[_Candidate]:
     found = False
     for path in _walk(root, top=True):
         found = True
-        yield _Candidate(source, path.relative_to(root).as_posix(), path, source.licence)
+        name = os.fsencode(path.relative_to(root)).decode("utf-8", errors="replace")
+        yield _Candidate(source, name, path, source.licence)
     if not found:
         raise InputError(
             f"The folder {source.path} holds no files.",

@@ -23,7 +23,7 @@ class LayerCache(NamedTuple):
     values: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Tokens of one or more sequences, laid one after the other.
 
@@ -36,11 +36,14 @@ class Batch:
     page_table_SP: Tensor  # int32: pages of each sequence, in order of position
     caches: Sequence[LayerCache] | None  # one per layer; None: private temporary pages (training, scoring)
     spans: tuple[tuple[int, int], ...]  # (start, end) of each sequence inside T
-    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # ops' own notes
+    prepared: dict[str, Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # what ops derive from this once
 
     def __post_init__(self) -> None:
         for tensor in (self.sequence_T, self.position_T, self.page_table_SP):
-            assert tensor.dtype == torch.int32 and tensor.is_contiguous(), "a Batch holds contiguous int32 tensors"
+            assert tensor.dtype is torch.int32, "a Batch holds int32 tensors"
+            assert tensor.is_contiguous(), "a Batch holds contiguous tensors"
 
     @property
     def tokens(self) -> int:
@@ -55,7 +58,7 @@ class Batch:
 
 def packed(lengths: Sequence[int]) -> Batch:
     """A batch of whole sequences, positions from 0, in private pages: the form of training and of scoring."""
-    assert lengths and min(lengths) > 0, "every packed sequence has at least one token"
+    assert min(lengths, default=0) > 0, "there is a sequence, and each has at least one token"
     counts = torch.tensor(lengths, dtype=torch.int32)
     ends = counts.cumsum(0, dtype=torch.int32)
     starts = ends - counts

@@ -24,7 +24,10 @@ from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, SUM_ROWS, CAdamW, CBat
 from lapis.kernels.ops import Rope
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CHUNK_LOGITS, CHUNK_ROWS = 1 << 22, 256  # about how many logits exist at a time in the chunked losses, and least rows
+CHUNK_LOGITS, CHUNK_ROWS = (
+    1 << 22,
+    256,
+)  # about how many logits exist at a time in the chunked losses, and least rows
 
 
 @dataclass
@@ -99,7 +102,9 @@ class CpuOps:
         y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
         residual = None
         if residual_TN is not None:
-            assert residual_TN.dtype is BF16 and residual_TN.is_contiguous() and residual_TN.shape == y_TN.shape
+            assert (
+                residual_TN.dtype is BF16 and residual_TN.is_contiguous() and residual_TN.shape == y_TN.shape
+            )
             residual = residual_TN.data_ptr()
         self.c.linear(
             x_TK.data_ptr(), tokens, inner, self._pack(w_NK), columns, residual, y_TN.data_ptr(), fp32
@@ -362,10 +367,18 @@ class _SiluMul(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: CpuOps, qkv_TW: Tensor, batch: Batch, layer: int, sizes: tuple[int, int, int], rope: Rope
+        ctx: Any,
+        ops: CpuOps,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        sizes: tuple[int, int, int],
+        rope: Rope,
     ) -> Tensor:
         heads, kv_heads, head_size = sizes
-        assert batch.caches is None, "gradients need the keys of whole sequences: a packed batch without caches"
+        assert batch.caches is None, (
+            "gradients need the keys of whole sequences: a packed batch without caches"
+        )
         k_TX = torch.empty(batch.tokens, kv_heads * head_size, dtype=BF16)
         lse_TQ = torch.empty(batch.tokens, heads, dtype=FP32)
         o_TX, q_TX = ops.attention_forward(qkv_TW, batch, layer, sizes, rope, k_TX, lse_TQ)
@@ -423,7 +436,11 @@ class _CrossEntropy(torch.autograd.Function):
             grad_RV = torch.empty(logits_RV.shape, dtype=BF16)
             pointers = (part[rows].data_ptr() for part in (targets_T, weights_T))
             ops.c.cross_entropy(
-                logits_RV.data_ptr(), *logits_RV.shape, *pointers, grad_RV.data_ptr(), losses_T[rows].data_ptr()
+                logits_RV.data_ptr(),
+                *logits_RV.shape,
+                *pointers,
+                grad_RV.data_ptr(),
+                losses_T[rows].data_ptr(),
             )
             torch.mm(grad_RV, w_VH, out=dx_TH[rows])
             if dw_VH is None:
@@ -475,7 +492,9 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 def _describe(name: str, batch: Batch, rope: Rope) -> _Descriptor:
     if batch.tokens:
         last, pages = int(batch.position_T.max()), batch.page_table_SP.shape[1]
-        assert last < rope.cos_PD2.shape[0], f"position {last} lies beyond the {rope.cos_PD2.shape[0]} rotary rows"
+        assert last < rope.cos_PD2.shape[0], (
+            f"position {last} lies beyond the {rope.cos_PD2.shape[0]} rotary rows"
+        )
         assert last < pages * PAGE, f"position {last} lies beyond the {pages} pages of the page table"
     tokens = CBatch(
         batch.sequence_T.data_ptr(),

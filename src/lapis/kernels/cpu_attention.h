@@ -41,8 +41,12 @@ static void NAME(write_run)(const struct attention *a, int64_t first, int64_t en
             if (a->k) memcpy(a->k + (t * a->kv_heads + h) * HEAD, key, sizeof key);
             uint32_t *key_page = (uint32_t *)(keys + h * head_page);
             for (int d = 0; d < HEAD / 2; d++) key_page[d * PAGE + j] = key[d];
-            bf16 *value_page = values + h * head_page + (j / 2) * HEAD * 2 + (j & 1);
-            for (int d = 0; d < HEAD; d++) value_page[d * 2] = value[d];
+            bf16 *value_page = values + h * head_page + (j / 2) * HEAD * 2;
+            for (int d = 0; d < HEAD; d += LANES) {  // one half of each pair; the other one stays
+                const u32x16 high = (u32x16)load_bf16(value + d), pair = load_pairs(value_page + 2 * d);
+                const u32x16 joined = j % 2 ? (pair & 0xffffu) | high : (pair & 0xffff0000u) | high >> 16;
+                memcpy(value_page + 2 * d, &joined, 64);
+            }
         }
     }
 }
@@ -50,9 +54,13 @@ static void NAME(write_run)(const struct attention *a, int64_t first, int64_t en
 // Online softmax (Milakov & Gimelshein 2018) of one page's scores: new maximum and sum, probabilities as bf16.
 INLINE float NAME(softmax_page)(f32x16 s0, f32x16 s1, int64_t last, float *max, float *sum, uint32_t *pairs) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const i32x16 seen0 = lane <= (int32_t)last, seen1 = lane + LANES <= (int32_t)last;
-    s0 = choose(seen0, s0, all(-INFINITY));
-    s1 = choose(seen1, s1, all(-INFINITY));
+    i32x16 seen0 = lane >= 0, seen1 = seen0;
+    if (last < PAGE - 1) {
+        seen0 = lane <= (int32_t)last;
+        seen1 = lane + LANES <= (int32_t)last;
+        s0 = choose(seen0, s0, all(-INFINITY));
+        s1 = choose(seen1, s1, all(-INFINITY));
+    }
     float page_max = max_lanes(larger(s0, s1)), factor = 1.0f;
     if (page_max > *max) {
         factor = exp16(all(*max - page_max))[0];
@@ -171,7 +179,8 @@ static void (*const NAME(attend_rows)[])(const struct attention *, int64_t, int6
 static void NAME(attend_run)(const struct attention *a, int64_t kv_head, int64_t first, int64_t end) {
     const int64_t rows = (end - first) * (a->heads / a->kv_heads);
     for (int64_t row = 0; row < rows;) {
-        const int64_t n = rows - row < ATTENTION_ROWS ? rows - row : ATTENTION_ROWS;
+        const int64_t left = rows - row, tiles = (left + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+        const int64_t n = (left + tiles - 1) / tiles;  // tiles of about equal size
         NAME(attend_rows)[n](a, kv_head, first, row);
         row += n;
     }

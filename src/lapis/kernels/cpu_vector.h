@@ -92,7 +92,13 @@ INLINE float sum_lanes(f32x16 v) {
 INLINE f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
     return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
 }
+#if defined(__AVX512F__)  // one instruction with the same rule: the second operand unless the first is beyond it
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32x16 smaller(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
+INLINE f32x16 smaller(f32x16 a, f32x16 b) { return choose(a < b, a, b); }
+#endif
 INLINE float max_lanes(f32x16 v) {
     v = larger(v, CROSS(v, 8));
     v = larger(v, CROSS(v, 4));
@@ -103,8 +109,7 @@ INLINE float max_lanes(f32x16 v) {
 
 // ---- exp and log of our own, so that no library version enters the bits (Cephes polynomial; odd atanh series)
 INLINE f32x16 exp16(f32x16 x) {
-    x = choose(x < -87.0f, all(-87.0f), x);
-    x = choose(x > 88.0f, all(88.0f), x);
+    x = smaller(all(88.0f), larger(all(-87.0f), x));
     f32x16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer to x / ln 2
     x = x - n * 0.693359375f;
     x = x - n * -2.12194440e-4f;

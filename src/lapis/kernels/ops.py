@@ -51,7 +51,7 @@ class Ops(Protocol):
 
     @property
     def bit_exact(self) -> bool:
-        """Whether a row's bits depend on nothing but the row: training equals serving, alone or in any batch."""
+        """Whether a row's bits depend on the row alone: training equals serving, in any batch."""
 
     @property
     def reason(self) -> str:
@@ -63,7 +63,9 @@ class Ops(Protocol):
     def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
         """Rows of the table. The gradient sums equal ids in fp32, in the order of T."""
 
-    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
+    ) -> Tensor:
         """x Wᵀ (+ residual), rounded once; `fp32` keeps the unrounded sums (logits)."""
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
@@ -75,13 +77,16 @@ class Ops(Protocol):
     def attention(
         self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
     ) -> Tensor:
-        """Rotates queries and keys, writes keys and values to their pages, attends causally: (T, heads·head_size)."""
+        """Rotates, writes keys and values to their pages, attends causally: (T, heads·head_size)."""
 
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         """Log softmax of fp32 logits picked at ids: fp32 (T,)."""
 
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """Index of the first maximum of each row: int64 (T,)."""
+
     def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
-        """logprobs(linear(x, w, fp32), ids) without whole logits and without gradient; 0 where the id is -1."""
+        """logprobs(linear(x, w, fp32), ids), logits never whole, no gradient; 0 where the id is -1."""
 
     def linear_cross_entropy(
         self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
@@ -115,21 +120,22 @@ class Ops(Protocol):
         """Sum of squares of a flat bf16 buffer, in an order that does not depend on the number of threads."""
 
     def weights_changed(self) -> None:
-        """Says that weights were changed behind autograd's back (adamw, a flat buffer): packed copies are renewed."""
+        """Says that weights changed behind autograd's back (adamw, a flat buffer): packed copies are renewed."""
 
 
 def select(head_size: int, *, widths: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16) -> Ops:
-    """The best ops for this CPU and shape; `widths` are the model's row widths (residual stream, feed-forward).
+    """The best ops for this CPU and shape; `widths` are the model's row widths (residual, feed-forward).
 
-    LAPIS_KERNELS names a variant, or "stock". Raises ConfigError for an unknown name and UnavailableError for a
-    variant that is not built, cannot run here or does not fit the shape.
+    LAPIS_KERNELS names a variant, or "stock". Raises ConfigError for an unknown name and UnavailableError
+    for a variant that is not built, cannot run here or does not fit the shape.
     """
     from lapis.kernels import stock
 
-    variant, reason = variants.choose(head_size, widths, "bfloat16" if dtype == torch.bfloat16 else str(dtype))
+    variant, reason = variants.choose(
+        head_size, widths, "bfloat16" if dtype == torch.bfloat16 else str(dtype)
+    )
     if variant is None:
-        if reason:
-            logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)
+        logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)
         return stock.StockOps(reason)
     from lapis.kernels import cpu
 

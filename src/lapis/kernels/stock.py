@@ -16,6 +16,7 @@ from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.ops import Rope
 
 CHUNK = 1024  # tokens whose logits exist at a time
+NORM_BLOCK = 1 << 14  # elements that torch sums in one thread
 
 
 class StockOps:
@@ -36,7 +37,9 @@ class StockOps:
         """Rows of the table."""
         return F.embedding(ids_T, w_VH)
 
-    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
+    ) -> Tensor:
         """x Wᵀ (+ residual); with `fp32` widened after the product was rounded to the weights' type."""
         y_TN = F.linear(x_TK, w_NK)
         if residual_TN is not None:
@@ -74,14 +77,18 @@ class StockOps:
         """Log softmax picked at ids."""
         return logits_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0]
 
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """Index of the maximum of each row."""
+        return logits_TV.argmax(-1)
+
     def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
         """Chunk by chunk; 0 where the id is -1."""
         with torch.no_grad():
             picked = [
-                self.logprobs(self.linear(x, w_VH, fp32=True), ids.clamp(min=0)).where(ids >= 0, 0.0)
-                for x, ids in zip(x_TH.split(CHUNK), ids_T.split(CHUNK), strict=True)
+                self.logprobs(self.linear(x_TH[rows], w_VH, fp32=True), ids_T[rows].clamp(min=0))
+                for rows in _chunks(x_TH.shape[0])
             ]
-        return torch.cat(picked)
+        return torch.cat(picked).where(ids_T >= 0, 0.0)
 
     def linear_cross_entropy(
         self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
@@ -119,7 +126,8 @@ class StockOps:
 
     def squared_norm(self, grad: Tensor) -> float:
         """Blocks of fixed size summed by torch, then exactly."""
-        return math.fsum(float(part.double().square().sum()) for part in grad.detach().flatten().split(1 << 14))
+        blocks = torch.split(grad.detach().flatten(), NORM_BLOCK)
+        return math.fsum(float(block.double().square().sum()) for block in blocks)
 
     def weights_changed(self) -> None:
         """Nothing is kept beside the weights."""

@@ -1,4 +1,4 @@
-"""Which builds of the C kernels are here, and which of them this CPU and a model's shape can use. No torch."""
+"""Which builds of the C kernels lie here, and which of them this CPU and a model's shape can use. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ VARIANTS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """What `lapis doctor` tells about kernels: what runs, what was built, what is missing and what that costs."""
+    """What `lapis doctor` tells: which kernels run, which were built, what is missing and what that costs."""
 
     chosen: str  # "cpu-<variant>" or "stock"
     bit_exact: bool
@@ -94,7 +93,7 @@ def library(variant: str) -> ctypes.CDLL:
     if found.lapis_source().decode() != source_digest():
         raise UnavailableError(f"the {variant} kernels were built from other sources", hint=REBUILD)
     if found.lapis_check() != 0:
-        raise UnavailableError(f"the bf16 dot product of this CPU ({platform.processor()}) adds in another order")
+        raise UnavailableError("this CPU's bf16 dot product adds in another order than the contract")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ class Gate:
     text: str
 
 
-def judge(report: Mapping[str, Any] | None, lineage: Lineage, damage: str = "") -> list[Gate]:
-    """All gates of a release. `damage` says what is wrong with its bytes; empty if they match."""
-    return [_digest(damage), *_evaluation(report), _licences(lineage)]
+def judge(
+    report: Mapping[str, Any] | None, lineage: Lineage, weights: str = "", damage: str = ""
+) -> list[Gate]:
+    """All gates of a release. `weights` is its digest; `damage` says what is wrong with its bytes, if anything."""
+    return [_digest(damage), *_evaluation(report, {weights, lineage.checkpoint, ""}), _licences(lineage)]
 
 
 def require(release_id: str, gates: Sequence[Gate], force: bool = False) -> None:
@@ -45,9 +47,12 @@ def _digest(damage: str) -> Gate:
     return Gate("digest", "pass", "Every file matches its recorded digest.")
 
 
-def _evaluation(report: Mapping[str, Any] | None) -> list[Gate]:
+def _evaluation(report: Mapping[str, Any] | None, own: Container[str | None]) -> list[Gate]:
     if report is None:
         return [Gate("evaluation", "refuse", "There is no evaluation.")]
+    if report.get("weights", "") not in own:  # a run that was trained on after it was measured
+        subject = report.get("subject") or "other weights"
+        return [Gate("evaluation", "refuse", f"The evaluation is not of these weights: it is of {subject}.")]
     model, yardstick = report.get("bits_per_byte"), _five_gram(report)
     if not isinstance(model, int | float):
         return [Gate("evaluation", "refuse", "The evaluation has no bits per byte.")]

@@ -44,7 +44,7 @@ class Registry:
     def __init__(self, home: Home, db: Engine, clock: Callable[[], float] = time.time) -> None:
         self.db = db
         self.clock = clock
-        self.folder = home.root / "releases"
+        self.folder = home.releases
         self.store = ModelStore(home)
         self.audit = AuditLog(db, clock)
 
@@ -120,9 +120,7 @@ class Registry:
 
     def retire(self, reference: str, actor: str, reason: str = "") -> Release:
         """Serve a release no more; weights and record stay. Raises ConflictError if it is retired."""
-        return self._move(
-            reference, State.RETIRED, actor, {"reason": reason}, {"reason": reason} if reason else {}
-        )
+        return self._move(reference, State.RETIRED, actor, {"reason": reason}, {})
 
     def show(self, reference: str) -> Release:
         """A release by `name:version`, or the newest version of `name`. Raises NotFoundError."""
@@ -144,7 +142,7 @@ class Registry:
             self._verify(release)
         except IntegrityError as error:
             damage = error.message
-        return gates.judge(release.report, release.lineage, damage)
+        return gates.judge(release.report, release.lineage, release.digest, damage)
 
     def servables(self) -> Sequence[Servable]:
         """All names that can be served: approved and live releases (`name`: the newest), pulled models."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 import string
 import time
@@ -100,9 +101,10 @@ class ApiKeys:
             expires_at=expires_at,
             revoked_at=None,
         )
-        if expires_at is not None and expires_at <= made.created_at:
+        if expires_at is not None and not made.created_at < expires_at < math.inf:  # NaN fails too
             raise InputError(
-                "The key would be expired already.", hint="Give at least one day: --expires-days 1"
+                "The key would be expired already, or never expire.",
+                hint="Give at least one day: --expires-days 1",
             )
         text = f"{MARK}_{made.prefix}_{_random(SECRET_LENGTH)}"
         salt = secrets.token_hex(32)

@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS = 2.0
+CPU_SECONDS = 1.0
 OUTPUT_LIMIT = 16 << 20  # characters
 MEMORY_LIMIT = 1 << 30  # bytes of address space
 

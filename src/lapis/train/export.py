@@ -14,7 +14,8 @@ from lapis.data.shards import Dataset
 from lapis.errors import ConflictError
 from lapis.home import Home
 from lapis.model.config import ModelConfig
-from lapis.model.weights import Source, write_model
+from lapis.model.manifest import Source
+from lapis.model.weights import write_model
 from lapis.train.run import Run
 
 

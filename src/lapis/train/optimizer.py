@@ -7,6 +7,7 @@ Dims: N matrices of one shape, R rows, C columns.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class FlatParameters:
 class Optimizer:
     """One step over flat buffers: Muon or AdamW for the hidden matrices, AdamW for embeddings, head and norms."""
 
-    def __init__(self, flat: FlatParameters, ops: Ops, *, muon: bool, clip: float, weight_decay: float) -> None:
+    def __init__(
+        self, flat: FlatParameters, ops: Ops, *, muon: bool, clip: float, weight_decay: float
+    ) -> None:
         self.flat, self.ops, self.muon = flat, ops, muon
         self.clip, self.weight_decay = clip, weight_decay
         self.steps = 0
@@ -78,8 +81,8 @@ class Optimizer:
 
     def step(self, *, lr: float, embed_lr: float) -> float:
         """Clip, update, zero the gradients. Returns the gradient's norm; a non-finite one changes nothing."""
-        norm = self.ops.squared_norm(self.flat.grad) ** 0.5
-        if norm != norm or norm == float("inf"):
+        norm = math.sqrt(self.ops.squared_norm(self.flat.grad))
+        if not math.isfinite(norm):
             return norm
         self.steps += 1
         scale = min(1.0, self.clip / (norm + 1e-6))
@@ -88,7 +91,9 @@ class Optimizer:
             self._muon(lr)  # its update has no scale, so it needs no clipping
         else:
             self._adamw(slice(0, cut), self.second[:cut], lr, MATRIX_BETA1, self.weight_decay, scale)
-        self._adamw(slice(cut, None), self.second[-(len(self.flat.master) - cut) :], embed_lr, BETA1, 0.0, scale)
+        self._adamw(
+            slice(cut, None), self.second[-(len(self.flat.master) - cut) :], embed_lr, BETA1, 0.0, scale
+        )
         self.ops.weights_changed()
         return norm
 
@@ -147,7 +152,7 @@ def orthogonal(matrix_NRC: Tensor) -> Tensor:
     """The nearest half-orthogonal matrices, roughly: singular values end in about 0.7 to 1.2 (Newton-Schulz, bf16)."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix_NRC.shape[-2] > matrix_NRC.shape[-1]
-    x = matrix_NRC.mT if tall else matrix_NRC
+    x: Tensor = matrix_NRC.mT if tall else matrix_NRC
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

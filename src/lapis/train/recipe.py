@@ -11,6 +11,8 @@ from lapis.config import Section
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.model.config import NAMED, ModelConfig
 
+VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -36,13 +38,13 @@ class ModelSection(Section):
         return self
 
     def resolve(self, vocab_size: int) -> ModelConfig:
-        """The whole configuration, with the vocabulary of the tokenizer that the data was made with."""
+        """The whole configuration for a tokenizer's vocabulary, rounded up to full rows of the kernels' tiles."""
         base = NAMED[self.name]
         width = self.width or base.width
         heads = width // base.head_size
         return replace(
             base,
-            vocab_size=vocab_size,
+            vocab_size=-(-vocab_size // VOCAB_STEP) * VOCAB_STEP,
             layers=self.layers or base.layers,
             width=width,
             heads=heads,

@@ -25,7 +25,6 @@ from lapis.errors import ConfigError, ConflictError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.log import Progress, silent
-from lapis.model.config import ModelConfig
 from lapis.model.families import Llama
 from lapis.train import schedule
 from lapis.train.objective import pretrain_loss
@@ -91,7 +90,7 @@ class Trainer:
         self.tokens_per_step = self.section.sequence * self.section.batch
         self.step = 0  # steps done
         self.trained_s = 0.0
-        self.loss = math.nan
+        self.loss: float | None = None  # of the last step
         self.plan = self._first_plan()
         self.peak = gemm_flops()
         self.durations: deque[float] = deque(maxlen=SPEED_OVER)
@@ -139,17 +138,17 @@ class Trainer:
 
     def _one_step(self) -> float:
         loss = pretrain_loss(self.model, self.loader.at(self.step))
-        loss.backward()
+        torch.autograd.backward(loss)
         scale = self.plan.scale(self.step)
         norm = self.optimizer.step(lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale)
-        self.loss = loss.item()
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
             self.run.events.write("end", step=self.step, loss=None, seconds=self.trained_s, reason="failed")
             raise TrainingError(
-                f"The run {self.run.id} is no longer finite at step {self.step}: loss {self.loss}, gradient {norm}.",
+                f"The run {self.run.id} is no longer finite at step {self.step}: loss {value}, gradient {norm}.",
                 hint="The last checkpoint is good. Train with a lower rate: --set train.lr=… --set train.embed_lr=…",
             )
-        self.step += 1
+        self.step, self.loss = self.step + 1, value
         return norm
 
     def _begin(self) -> None:
@@ -223,7 +222,7 @@ class Trainer:
         progress(
             self.trained_s,
             self.trained_s + left,
-            f"step {self.step:,}{of}  loss {self.loss:.3f}  {speed:,.0f} tokens/s  MFU {mfu:.2f}  "
+            f"step {self.step:,}{of}  loss {self.loss or math.nan:.3f}  {speed:,.0f} tokens/s  MFU {mfu:.2f}  "
             f"{int(left) // 60}:{int(left) % 60:02d} left",
         )
 

@@ -1,0 +1,103 @@
+"""The command line's manners: help, typos, exit statuses, JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def lapis(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lapis.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_every_command_and_verb_has_help() -> None:
+    from lapis.cli.main import COMMANDS
+
+    for name in COMMANDS:
+        done = lapis(name, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["trian"], 2, "Did you mean 'train'?"),
+        (["train", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
+        (["runs", "show", "nothing"], 4, "no run 'nothing'"),
+        (["serve", "nothing"], 4, "nothing"),
+        (["chat", "nothing", "--once", "x"], 4, "nothing"),
+        (["models", "show", "nothing"], 4, "nothing"),
+        (["release", "approve", "nothing"], 4, "nothing"),
+        (["serve", "--host", "0.0.0.0"], 2, "API key"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_named_with_the_next_step(arguments: list[str], status: int, said: str) -> None:
+    done = lapis(*arguments)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_with_a_typo(tmp_path: Path) -> None:
+    text = (ROOT / "recipes" / "tiny.toml").read_text().replace("steps", "stpes")
+    (tmp_path / "typo.toml").write_text(text)
+    done = lapis("train", str(tmp_path / "typo.toml"))
+    assert done.returncode == 2
+    assert "'train.stpes'. Did you mean 'steps'?" in done.stderr
+
+
+def test_config_prints_every_field_and_a_resolved_recipe() -> None:
+    facts = json.loads(lapis("config", "--json").stdout)
+    assert {"train.minutes", "data.dedup.threshold"} <= {fact["key"] for fact in facts}
+    resolved = json.loads(
+        lapis("config", str(ROOT / "recipes" / "tiny.toml"), "--set", "train.seed=5", "--json").stdout
+    )
+    assert resolved["recipe"]["train"]["seed"] == 5
+
+
+def test_doctor_says_what_is_there_and_where_things_lie() -> None:
+    facts = json.loads(lapis("doctor", "--json").stdout)
+    names = {check["name"] for check in facts["checks"]}
+    assert {"python", "torch", "kernels", "disk", "compiler"} <= names
+    assert facts["home"]
+    assert lapis("doctor").returncode == 0
+
+
+def test_without_kernels_doctor_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAPIS_KERNELS", "stock")
+    kernels = next(
+        c for c in json.loads(lapis("doctor", "--json").stdout)["checks"] if c["name"] == "kernels"
+    )
+    assert kernels["state"] == "missing"
+    assert "slightly different bits" in kernels["fact"]
+
+
+def test_an_unexpected_defect_shows_no_traceback_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAPIS_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("a file where the home should be")
+    done = lapis("runs", "list")
+    assert "Traceback" not in done.stderr
+    done = lapis("release", "show")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in lapis("--debug", "release", "show").stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="asks git which files the project holds")
+def test_the_project_holds_no_weights_and_no_build() -> None:
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not [name for name in files if name.endswith((".so", ".safetensors", ".gguf", ".min.js", ".whl"))]

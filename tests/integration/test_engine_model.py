@@ -1,0 +1,280 @@
+"""The engine over a real, tiny, random model: whatever the schedule, the same tokens and the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lapis.errors import InputError, IntegrityError
+from lapis.inference import sampler
+from lapis.inference.engine import LocalEngine
+from lapis.inference.kv_cache import PAGE
+from lapis.inference.request import Output, Request, SamplingParams
+from lapis.inference.runner import ModelRunner
+from lapis.kernels.batch import packed
+from lapis.kernels.ops import select
+from lapis.kernels.stock import StockOps
+from lapis.model.config import NAMED
+from lapis.model.families import Llama
+from lapis.model.manifest import Source
+from lapis.model.weights import LoadedModel, read_model, write_model
+from lapis.tokenizer.bpe import Tokenizer
+
+TINY = NAMED["tiny"]
+POISON = 300  # a token whose embedding is NaN
+PAGE_BYTES = PAGE * TINY.kv_bytes_per_token
+GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=0, stop_ids=frozenset())
+ALL = 12
+
+RANDOM = random.Random(5)
+PROMPTS = [[RANDOM.randrange(3, 290) for _ in range(RANDOM.randrange(1, 80))] for _ in range(ALL)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder; its weights are large, so that a random model writes more than one word."""
+    model = Llama(TINY, StockOps())
+    model.init_weights(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("layers") and weight.ndim == 2:
+                weight.mul_(12)
+        model.embed[POISON] = torch.nan
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], vocab_size=320)
+    tokenizer = Tokenizer.train([chr(n) * 2 for n in range(256, 700)], vocab_size=512)
+    place = tmp_path_factory.mktemp("engine") / "tiny"
+    write_model(place, TINY, model.state_dict(), tokenizer, source=Source("run", "test"), add_bos=True)
+    return place
+
+
+@pytest.fixture(scope="module", params=["selected", "stock"])
+def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
+    ops = StockOps() if request.param == "stock" else select(TINY.head_size, widths=(TINY.width, TINY.ffn))
+    return read_model(folder, ops)
+
+
+def results(
+    engine: LocalEngine, params: SamplingParams, prompts: Sequence[list[int]] = PROMPTS
+) -> list[Output]:
+    streams = [engine.submit(Request(str(n), prompt, params)) for n, prompt in enumerate(prompts)]
+    return [stream.result() for stream in streams]
+
+
+def alone(loaded: LoadedModel, params: SamplingParams) -> list[Output]:
+    """Each prompt in an engine of its own: the simple way that all others are compared with."""
+    outputs = []
+    for prompt in PROMPTS:
+        with closing(LocalEngine(loaded, "alone")) as engine:
+            outputs += results(engine, params, [prompt])
+    return outputs
+
+
+def values(output: Output) -> tuple[tuple[int, ...], list[float]]:
+    return output.token_ids, [logprob.logprob for logprob in output.logprobs]
+
+
+def together(engine: LocalEngine) -> list[Output]:
+    return results(engine, GREEDY)
+
+
+def one_after_the_other_with_a_warm_cache(engine: LocalEngine) -> list[Output]:
+    results(engine, GREEDY)
+    outputs = [results(engine, GREEDY, [prompt])[0] for prompt in PROMPTS]
+    assert engine.stats()["cached_tokens"] > 10 * PAGE
+    return outputs
+
+
+def preempted(engine: LocalEngine) -> list[Output]:
+    outputs = results(engine, GREEDY)
+    assert engine.stats()["preemptions"] > 3
+    return outputs
+
+
+SCHEDULES: list[tuple[str, dict[str, Any], Callable[[LocalEngine], list[Output]]]] = [
+    ("in a batch", {}, together),
+    ("in chunks of 7", {"step_tokens": 7, "running": 4}, together),
+    ("in chunks of 33", {"step_tokens": 33}, together),
+    ("token by token", {"step_tokens": 1, "running": 1}, together),
+    ("from the prefix cache", {}, one_after_the_other_with_a_warm_cache),
+    ("after preemption", {"cache_bytes": 7 * PAGE_BYTES}, preempted),
+]
+
+
+@pytest.fixture(scope="module")
+def judged(loaded: LoadedModel) -> list[Output]:
+    return alone(loaded, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "run"), [case[1:] for case in SCHEDULES], ids=[case[0] for case in SCHEDULES]
+)
+def test_greedy_text_is_the_same_in_every_schedule(
+    loaded: LoadedModel,
+    judged: list[Output],
+    options: dict[str, Any],
+    run: Callable[[LocalEngine], list[Output]],
+) -> None:
+    with closing(LocalEngine(loaded, "tiny", **options)) as engine:
+        outputs = run(engine)
+        assert engine.stats()["pages_used"] == 0
+    assert len({output.token_ids for output in judged}) == ALL
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in judged]
+    if loaded.model.ops.bit_exact:
+        assert [values(output) for output in outputs] == [values(output) for output in judged]
+
+
+def test_logprob_bits_are_those_of_training(loaded: LoadedModel, judged: list[Output]) -> None:
+    if not loaded.model.ops.bit_exact:
+        pytest.skip("bits are promised by the compiled kernels only, these are: " + loaded.model.ops.name)
+    texts = [[*prompt, *output.token_ids] for prompt, output in zip(PROMPTS, judged, strict=True)]
+    logprobs = iter(training_logprobs(loaded.model, texts))
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        for prompt, output, text in zip(PROMPTS, judged, texts, strict=True):
+            trained = next(logprobs)
+            assert values(output)[1] == trained[len(prompt) - 1 :]
+            assert engine.score(text) == trained
+
+
+def training_logprobs(model: Llama, texts: list[list[int]]) -> list[list[float]]:
+    """All texts packed in one forward with gradients on, as a trainer does it."""
+    ids_T = torch.tensor([token for text in texts for token in text])
+    logits_TV = model(ids_T, packed([len(text) for text in texts]))
+    assert logits_TV.requires_grad
+    logprobs: list[float] = model.ops.logprobs(logits_TV, ids_T.roll(-1)).tolist()
+    ends = torch.tensor([len(text) for text in texts]).cumsum(0).tolist()
+    return [logprobs[end - len(text) : end - 1] for end, text in zip(ends, texts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.5, "top_p": 0.9},
+        {"top_k": 20, "min_p": 0.05, "frequency_penalty": 0.5},
+    ],
+)
+def test_a_seed_gives_the_same_text_in_any_batch(loaded: LoadedModel, params: dict[str, Any]) -> None:
+    sampled = SamplingParams(max_tokens=30, seed=11, stop_ids=frozenset(), **params)
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        first = results(engine, sampled)
+        single = [results(engine, sampled, [prompt])[0] for prompt in PROMPTS]
+        other = results(engine, replace(sampled, seed=12))
+    with closing(LocalEngine(loaded, "tiny", cache_bytes=7 * PAGE_BYTES)) as engine:
+        interrupted = results(engine, sampled)
+        assert engine.stats()["preemptions"] > 0
+    if loaded.model.ops.bit_exact:
+        assert (
+            [o.token_ids for o in first]
+            == [o.token_ids for o in single]
+            == [o.token_ids for o in interrupted]
+        )
+    assert [o.token_ids for o in first] != [o.token_ids for o in other]
+
+
+def test_without_a_seed_texts_differ(loaded: LoadedModel) -> None:
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        outputs = results(engine, SamplingParams(max_tokens=20, temperature=2.0), [PROMPTS[0]] * 2)
+    assert outputs[0].token_ids != outputs[1].token_ids
+
+
+def test_a_request_that_yields_nan_ends_alone(loaded: LoadedModel, judged: list[Output]) -> None:
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        prompts = [PROMPTS[0], [*PROMPTS[1], POISON], PROMPTS[2]]
+        outputs = results(engine, GREEDY, prompts)
+        after = results(engine, GREEDY, [PROMPTS[3]])[0]
+    assert outputs[1].finish_reason == "error"
+    assert "finite" in str(outputs[1].error)
+    good = [outputs[0], outputs[2], after]
+    assert [output.token_ids for output in good] == [judged[n].token_ids for n in (0, 2, 3)]
+
+
+def test_a_request_whose_sampler_raises_ends_alone(
+    loaded: LoadedModel,
+    judged: list[Output],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[int | None]:
+        if any(row.params.seed == 13 for row in rows):
+            raise RuntimeError("unlucky")
+        return choose(logits_RV, rows)
+
+    choose = sampler.sample
+    monkeypatch.setattr(sampler, "sample", failing)
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        requests = [Request(str(n), PROMPTS[n], GREEDY) for n in range(3)]
+        requests[1] = replace(requests[1], params=replace(GREEDY, seed=13))
+        outputs = [stream.result() for stream in [engine.submit(request) for request in requests]]
+    assert [output.finish_reason for output in outputs] == ["length", "error", "length"]
+    assert outputs[0].token_ids == judged[0].token_ids
+    assert outputs[2].token_ids == judged[2].token_ids
+    assert "unlucky" in caplog.text
+
+
+def test_top_logprobs(loaded: LoadedModel) -> None:
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        output = results(engine, replace(GREEDY, logprobs=5), [PROMPTS[0]])[0]
+    for chosen in output.logprobs:
+        assert len(chosen.top) == 5
+        assert (chosen.top[0].token_id, chosen.top[0].logprob) == (chosen.token_id, chosen.logprob)
+        assert [top.logprob for top in chosen.top] == sorted(
+            (top.logprob for top in chosen.top), reverse=True
+        )
+        assert chosen.token == loaded.tokenizer.token_bytes(chosen.token_id)
+
+
+def test_only_tokens_with_text_are_sampled(folder: Path) -> None:
+    loaded = read_model(folder)
+    assert loaded.tokenizer.vocab_size < TINY.vocab_size
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        output = results(engine, SamplingParams(max_tokens=100, temperature=2.0, stop_ids=frozenset()))
+    assert max(token for o in output for token in o.token_ids) < loaded.tokenizer.vocab_size
+
+
+def test_a_prompt_beyond_the_context_is_refused(loaded: LoadedModel) -> None:
+    with closing(LocalEngine(loaded, "tiny")) as engine:
+        with pytest.raises(InputError) as caught:
+            engine.submit(Request("long", [5] * TINY.context, GREEDY))
+        assert caught.value.param == "prompt"
+        longest = engine.submit(Request("fits", [5] * (TINY.context - 1), GREEDY)).result()
+        assert (longest.finish_reason, longest.completion_tokens) == ("length", 1)
+        assert len(engine.score([5] * TINY.context)) == TINY.context - 1
+
+
+def test_the_cache_holds_one_full_context_at_least(loaded: LoadedModel) -> None:
+    assert ModelRunner(loaded, cache_bytes=0).pages == TINY.context // PAGE
+    assert ModelRunner(loaded, cache_bytes=9 * PAGE_BYTES + 5).pages == 9
+    assert ModelRunner(loaded).pages == 16 * TINY.context // PAGE
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[LocalEngine]:
+    with closing(LocalEngine.load(folder, "tiny")) as engine:
+        yield engine
+
+
+def test_a_folder_is_served_as_it_was_written(engine: LocalEngine) -> None:
+    assert (engine.name, engine.context, engine.add_bos) == ("tiny", TINY.context, True)
+    assert engine.bos_id == engine.tokenizer.end_id
+    assert engine.stats()["kernels"] == engine.kernels
+
+
+def test_a_changed_byte_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        LocalEngine.load(copy, "tiny")

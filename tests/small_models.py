@@ -1,0 +1,168 @@
+"""Small random models for tests: as our weights, as a Hugging Face folder, as a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lapis.kernels.stock import StockOps
+from lapis.model.config import ModelConfig
+from lapis.model.families import Llama
+from lapis.tokenizer.bpe import Tokenizer
+
+TEXT = ["the quick brown fox jumps over the lazy dog 1234567890\n", "def f(x):\n    return x + 1\n"] * 20
+
+
+def config(**changes: object) -> ModelConfig:
+    """Two layers with grouped heads: small, and every shape different from the others."""
+    values = dict(
+        family="llama",
+        vocab_size=320,
+        layers=2,
+        width=128,
+        heads=4,
+        kv_heads=2,
+        head_size=32,
+        ffn=256,
+        context=256,
+        rope_base=10000.0,
+        norm_eps=1e-5,
+        tied=True,
+    )
+    return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def tokenizer(size: int = 300) -> Tokenizer:
+    """A byte-level BPE of a few sentences."""
+    return Tokenizer.train(TEXT, size)
+
+
+def random_state(shape: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of lively size, so that every one of them shows in the logits."""
+    model = Llama(shape, StockOps())
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, weight in model.state_dict().items():
+        noise = torch.randn(weight.shape, generator=generator)
+        state[name] = (1 + noise * 0.1 if weight.ndim == 1 else noise * 0.08).to(torch.bfloat16)
+    return state
+
+
+def write_hf_folder(
+    folder: Path, shape: ModelConfig, tensors: Mapping[str, Tensor], shards: int = 1, **config_changes: object
+) -> Path:
+    """A Hugging Face folder as others write it: weights in one file or in shards with an index."""
+    folder.mkdir(parents=True)
+    made = tokenizer()
+    made.save(folder / "tokenizer.json")
+    ends = {"eos_token_id": made.end_id}
+    (folder / "config.json").write_text(json.dumps({**shape.to_hf(), **ends, **config_changes}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::shards]}
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """Hugging Face's name of a tensor as llama.cpp names it."""
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in whole:
+        return f"{whole[stem]}.weight"
+    _, _, index, part = stem.split(".", 3)
+    return f"blk.{index}.{GGUF_NAMES[part]}.weight"
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Query or key rows as llama.cpp's converter stores them: the two halves of a head woven together."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def write_gguf(
+    path: Path,
+    shape: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    raw: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    extra: Mapping[str, object] | None = None,
+) -> Path:
+    """A GGUF file of float32 tensors under Hugging Face's names, matrices quantised to `kind`.
+
+    `raw` gives tensors (GGUF's names) as they are to be stored, in place of or beside the others.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_license("apache-2.0")
+    _add_tokenizer(writer, pre)
+    for key, value in (extra or {}).items():
+        adding = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        adding[type(value)](key, value)  # type: ignore[operator]
+    raw = dict(raw or {})
+    for name, array in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            array = interleave(array, shape.heads if "q_proj" in name else shape.kv_heads)
+        if gguf_name(name) in raw:
+            continue
+        stored = gguf.GGMLQuantizationType.F32 if array.ndim == 1 else kind
+        raw[gguf_name(name)] = (gguf.quants.quantize(array, stored), stored)
+    for name, (array, stored) in raw.items():
+        writer.add_tensor(name, array, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
+    model = json.loads(tokenizer().to_json())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")

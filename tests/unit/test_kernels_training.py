@@ -1,0 +1,218 @@
+"""Gradients, loss and optimizer of the compiled kernels against torch in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapis.kernels import cpu, stock, variants
+from lapis.kernels.batch import packed
+from lapis.kernels.ops import Ops, Rope
+
+USABLE = variants.status().usable
+BF16 = torch.bfloat16
+ALL_OPS = [pytest.param(variant, id=variant) for variant in (*USABLE, "stock")]
+
+
+def make(name: str) -> Ops:
+    return stock.StockOps() if name == "stock" else cpu.load(name)
+
+
+@pytest.fixture(params=ALL_OPS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return make(request.param)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).bfloat16()
+
+
+def check_gradients(compiled: Callable[..., Tensor], judge: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Gradients of all inputs point where those of the judge in fp32 do, and are as long."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    judges = [x.float().requires_grad_() for x in inputs]
+    y, want = compiled(*leaves), judge(*judges)
+    g = rows(*y.shape) if y.dim() else torch.tensor(0.5)
+    y.backward(g.to(y.dtype))
+    want.backward(g.float())
+    for leaf, other in zip(leaves, judges, strict=True):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        mine, theirs = leaf.grad.float().flatten(), other.grad.flatten()
+        assert F.cosine_similarity(mine, theirs, 0).item() >= 0.99
+        assert mine.norm().item() == pytest.approx(theirs.norm().item(), rel=0.02)
+
+
+def test_gradients_of_linear(ops: Ops) -> None:
+    check_gradients(ops.linear, lambda x, w, r: F.linear(x, w) + r, rows(70, 64), rows(96, 64), rows(70, 96))
+    check_gradients(lambda x, w: ops.linear(x, w, fp32=True), F.linear, rows(5, 64), rows(96, 64))
+
+
+def test_gradients_of_row_ops(ops: Ops) -> None:
+    x = rows(200, 64)
+    check_gradients(
+        lambda x, w: ops.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x, rows(64)
+    )
+    check_gradients(ops.silu_mul, lambda x: F.silu(x[:, :32]) * x[:, 32:], x)
+    ids = torch.randint(0, 40, (200,))
+    check_gradients(lambda w: ops.embedding(ids, w), lambda w: F.embedding(ids, w), rows(50, 64))
+
+
+@pytest.mark.parametrize("head_size", variants.HEAD_SIZES)
+def test_gradients_of_attention(ops: Ops, head_size: int) -> None:
+    lengths, rope = [1, 33, 64, 7, 70], Rope.make(head_size, 1e4, 128)
+    batch = packed(lengths)
+
+    def judge(qkv: Tensor) -> Tensor:
+        return stock.StockOps().attention(qkv, packed(lengths), 0, 4, 2, head_size, rope)
+
+    def compiled(qkv: Tensor) -> Tensor:
+        return ops.attention(qkv, batch, 0, 4, 2, head_size, rope)
+
+    check_gradients(compiled, judge, rows(sum(lengths), 8 * head_size))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_of_the_loss(ops: Ops, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((cpu, "CHUNK_LOGITS"), (cpu, "CHUNK_ROWS"), (stock, "CHUNK")):
+        monkeypatch.setattr(module, name, 24)  # several chunks
+    targets = torch.randint(0, 90, (70,))
+    targets[::9] = -1
+    weights = torch.rand(70) if weighted else torch.ones(70)
+
+    def judge(x: Tensor, w: Tensor) -> Tensor:
+        losses = F.cross_entropy(F.linear(x, w), targets, ignore_index=-1, reduction="none")
+        return (losses * weights).sum()
+
+    def compiled(x: Tensor, w: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, w, targets, weights if weighted else None)
+
+    x, w = rows(70, 64), rows(90, 64, scale=0.2)
+    assert compiled(x, w).item() == pytest.approx(judge(x.float(), w.float()).item(), rel=1e-3)
+    check_gradients(compiled, judge, x, w)
+
+
+def test_gradients_of_logprobs(ops: Ops) -> None:
+    ids, logits = torch.randint(0, 50, (6,)), torch.randn(6, 50)
+
+    def judge(logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    check_gradients(lambda logits: ops.logprobs(logits, ids), judge, logits)
+
+
+@pytest.mark.parametrize("variant", USABLE)
+def test_the_loss_has_the_bits_of_serving(variant: str) -> None:
+    ops, x, w = cpu.load(variant), rows(40, 64), rows(500, 64, scale=0.2)
+    targets = torch.randint(0, 500, (40,))
+    served = ops.logprobs(ops.linear(x, w, fp32=True), targets)
+    expected = torch.tensor(math.fsum((-served).tolist()), dtype=torch.float32)
+    assert torch.equal(ops.linear_logprobs(x, w, targets), served)
+    assert torch.equal(ops.linear_cross_entropy(x, w, targets), expected)
+    assert torch.equal(ops.linear_cross_entropy(x.requires_grad_(), w, targets).detach(), expected)
+
+
+def test_ignored_targets_cost_nothing(ops: Ops) -> None:
+    x, w = rows(4, 64).requires_grad_(), rows(50, 64).requires_grad_()
+    loss = ops.linear_cross_entropy(x, w, torch.full((4,), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert x.grad is not None
+    assert x.grad.count_nonzero() == 0
+    assert ops.linear_logprobs(x.detach(), w.detach(), torch.full((4,), -1)).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("variant", USABLE)
+def test_gradients_are_added_in_place_where_a_buffer_is(variant: str) -> None:
+    ops, ids = cpu.load(variant), torch.randint(0, 64, (30,))
+    table, norm, w = rows(64, 64, scale=0.1), rows(64), rows(64, 64, scale=0.1)
+
+    def gradients(with_buffer: bool) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (table, norm, w)]
+        buffers = [torch.zeros_like(leaf) for leaf in leaves]
+        if with_buffer:
+            for leaf, buffer in zip(leaves, buffers, strict=True):
+                leaf.grad = buffer
+        x = ops.linear(ops.rms_norm(ops.embedding(ids, leaves[0]), leaves[1], 1e-5), leaves[2])
+        ops.linear_cross_entropy(x, leaves[2], ids).backward()
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert not with_buffer or all(a is b for a, b in zip(grads, buffers, strict=True))
+        return grads
+
+    for returned, added in zip(gradients(False), gradients(True), strict=True):
+        difference = (returned.float() - added.float()).norm()
+        assert difference.item() < 0.01 * returned.float().norm().item()
+
+
+@pytest.mark.parametrize("variant", USABLE)
+def test_gradients_do_not_depend_on_the_number_of_threads(variant: str) -> None:
+    ops, lengths, rope = cpu.load(variant), [70, 1, 129], Rope.make(32, 1e4, 256)
+    batch, ids = packed(lengths), torch.randint(0, 96, (200,))
+    weights = [rows(96, 64, scale=0.2), rows(64), rows(192, 64), rows(64, 64, scale=0.2)]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        table, norm, qkv, out = (tensor.clone().requires_grad_() for tensor in weights)
+        x = ops.embedding(ids, table)
+        o = ops.attention(ops.linear(ops.rms_norm(x, norm, 1e-5), qkv), batch, 0, 2, 2, 32, rope)
+        ops.linear_cross_entropy(ops.linear(o, out, x), table, ids).backward()
+        results.append([leaf.grad for leaf in (table, norm, qkv, out)])
+    for other in results[1:]:
+        assert all(
+            a is not None and b is not None and torch.equal(a, b)
+            for a, b in zip(results[0], other, strict=True)
+        )
+
+
+@pytest.mark.parametrize("n", [1, 31, 4100])
+def test_adamw_is_that_of_torch(ops: Ops, n: int) -> None:
+    master = torch.randn(n)
+    judge = torch.nn.Parameter(master.clone())
+    optimizer = torch.optim.AdamW([judge], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    weight, grad = master.bfloat16(), torch.zeros(n, dtype=BF16)
+    first, second = torch.zeros(n), torch.zeros(n)
+    for step in range(1, 6):
+        grad.copy_(torch.randn(n))
+        judge.grad = grad.float() * 0.5
+        optimizer.step()
+        ops.adamw(
+            weight,
+            grad,
+            master,
+            first,
+            second,
+            lr=1e-2,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            correction1=1 - 0.9**step,
+            correction2=1 - 0.95**step,
+            clip=0.5,
+        )
+        assert grad.count_nonzero() == 0
+    assert torch.allclose(master, judge, rtol=1e-5, atol=1e-6)
+    assert torch.equal(weight, master.bfloat16())
+
+
+def test_squared_norm(ops: Ops) -> None:
+    grad = rows(100_003)
+    sums = set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        sums.add(ops.squared_norm(grad))
+    assert len(sums) == 1
+    assert sums.pop() == pytest.approx(grad.double().square().sum().item(), rel=1e-5)

@@ -1,0 +1,104 @@
+"""Flat buffers, Muon and AdamW against slow plain forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lapis.kernels.batch import packed
+from lapis.model.config import NAMED
+from lapis.model.families import Llama
+from lapis.train.optimizer import MOMENTUM, FlatParameters, Optimizer, orthogonal
+
+
+def tiny() -> Llama:
+    model = Llama(NAMED["tiny"])
+    model.init_weights(3)
+    return model
+
+
+def test_moving_into_flat_buffers_changes_no_output() -> None:
+    model = tiny()
+    ids, batch = torch.arange(40) % 500, packed([40])
+    with torch.no_grad():
+        before = model(ids, batch).clone()
+        flat = FlatParameters(model)
+        model.ops.weights_changed()
+        assert torch.equal(model(ids, batch), before)
+    assert {parameter.data_ptr() // 2 % 32 for parameter in model.parameters()} == {
+        flat.weight.data_ptr() // 2 % 32
+    }
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (3, 128, 64), (2, 64, 128)])
+def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    assert values.quantile(0.1) > 0.5  # a random square matrix has some that are near zero, and stay small
+    assert values.max() < 1.4
+
+
+def test_muon_moves_each_matrix_by_its_own_orthogonal_step() -> None:
+    model = tiny()
+    flat = FlatParameters(model)
+    optimizer = Optimizer(flat, model.ops, muon=True, clip=1.0, weight_decay=0.0)
+    gradient = torch.randn(len(flat.grad), generator=torch.Generator().manual_seed(1)).bfloat16()
+    flat.grad.copy_(gradient)
+    before = flat.master.clone()
+    optimizer.step(lr=0.1, embed_lr=0.0)
+    for block in flat.blocks:
+        raw = block.of(gradient).float()
+        nesterov = (
+            raw * (1 - MOMENTUM) + raw * (1 - MOMENTUM) * MOMENTUM
+        )  # first step: momentum is the gradient's part
+        step = orthogonal(nesterov.bfloat16()[None])[0].float() * max(1.0, block.rows / block.columns) ** 0.5
+        moved = block.of(before) - block.of(flat.master)
+        torch.testing.assert_close(moved, 0.1 * step, atol=2e-3, rtol=2e-2)
+    assert torch.equal(flat.weight, flat.master.bfloat16())
+    assert not flat.grad.any()
+
+
+def test_query_key_value_and_gate_up_are_matrices_of_their_own() -> None:
+    config = NAMED["tiny"]
+    flat = FlatParameters(tiny())
+    assert len(flat.blocks) == config.layers * (3 + 1 + 2 + 1)
+    assert sum(block.rows * block.columns for block in flat.blocks) == config.layers * config.layer_parameters
+
+
+def test_adamw_is_torchs_adamw() -> None:
+    model = tiny()
+    flat = FlatParameters(model)
+    optimizer = Optimizer(flat, model.ops, muon=False, clip=1e9, weight_decay=0.1)
+    judge = torch.nn.Parameter(flat.master[: flat.matrices].clone())
+    torch_adamw = torch.optim.AdamW([judge], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for seed in range(3):
+        gradient = torch.randn(len(flat.grad), generator=torch.Generator().manual_seed(seed)).bfloat16()
+        flat.grad.copy_(gradient)
+        judge.grad = gradient[: flat.matrices].float()
+        optimizer.step(lr=0.01, embed_lr=0.01)
+        torch_adamw.step()
+    torch.testing.assert_close(flat.master[: flat.matrices], judge.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    model = tiny()
+    flat = FlatParameters(model)
+    optimizer = Optimizer(flat, model.ops, muon=True, clip=1.0, weight_decay=0.0)
+    flat.grad[7] = float("nan")
+    before = flat.master.clone()
+    norm = optimizer.step(lr=0.1, embed_lr=0.1)
+    assert norm != norm
+    assert torch.equal(flat.master, before)
+
+
+def test_clipping_scales_the_whole_gradient() -> None:
+    steps = []
+    for clip in (1e9, 1e-3):
+        model = tiny()
+        flat = FlatParameters(model)
+        optimizer = Optimizer(flat, model.ops, muon=False, clip=clip, weight_decay=0.0)
+        flat.grad.fill_(1.0)
+        norm = optimizer.step(lr=0.01, embed_lr=0.01)
+        assert norm == pytest.approx(len(flat.grad) ** 0.5, rel=1e-3)
+        steps.append(optimizer.first.norm() / min(1.0, clip / norm))
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-3, atol=0)
