@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/kernels/*.c src/lapis/kernels/*.h)
-export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/test-home
+export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 
 .PHONY: help install quickstart test test-long lint bench clean
 

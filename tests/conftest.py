@@ -27,5 +27,6 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
 
 
-def pytest_configure() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Small models in several processes at once: one thread each, or they wait for each other at every barrier.
+# Read when torch is loaded, here and in every child process; tests about threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -22,20 +22,20 @@ TEXT = ["the quick brown fox jumps over the lazy dog 1234567890\n", "def f(x):\n
 
 def config(**changes: object) -> ModelConfig:
     """Two layers with grouped heads: small, and every shape different from the others."""
-    values = dict(
-        family="llama",
-        vocab_size=320,
-        layers=2,
-        width=128,
-        heads=4,
-        kv_heads=2,
-        head_size=32,
-        ffn=256,
-        context=256,
-        rope_base=10000.0,
-        norm_eps=1e-5,
-        tied=True,
-    )
+    values = {
+        "family": "llama",
+        "vocab_size": 320,
+        "layers": 2,
+        "width": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_size": 32,
+        "ffn": 256,
+        "context": 256,
+        "rope_base": 10000.0,
+        "norm_eps": 1e-5,
+        "tied": True,
+    }
     return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -39,7 +39,7 @@ def test_every_command_and_verb_has_help() -> None:
         (["release", "approve", "nothing"], 4, "nothing"),
         (["serve", "--host", "0.0.0.0"], 2, "API key"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_named_with_the_next_step(arguments: list[str], status: int, said: str) -> None:
     done = lapis(*arguments)

@@ -213,6 +213,7 @@ def test_what_is_not_offered_says_so(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="not offered") as caught:
         client.embeddings.create(model="tiny", input="x")
     assert caught.value.status_code == 501
+    assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.NotFoundError, match="There is no"):
         client.get("/nonsense", cast_to=object)
 
@@ -249,6 +250,14 @@ def test_metrics_count_what_was_done(server: RunningServer, client: openai.OpenA
     assert 'lapis_completion_tokens_total{model="other"} 3' in text
     assert 'lapis_http_requests_total{route="/v1/completions",status="200"}' in text
     assert 'lapis_engine_pages_used{model="other"} 0' in text
+
+
+def test_the_api_describes_itself(server: RunningServer) -> None:
+    described = httpx.get(server.url.removesuffix("/v1") + "/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models"} <= set(described["paths"])
+    body = described["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["required"]) == {"model", "prompt"}
+    assert "echo" not in body["properties"]
 
 
 def test_health_tells_nothing_but_health(server: RunningServer) -> None:

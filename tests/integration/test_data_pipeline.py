@@ -14,7 +14,7 @@ from lapis.data.pipeline import find, prepare
 from lapis.data.recipe import DataConfig, DedupConfig, HeldoutConfig, SourceConfig, TokenizerConfig
 from lapis.data.shards import Dataset
 from lapis.data.workers import run_tasks
-from lapis.errors import InputError, NotFoundError, UnavailableError
+from lapis.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from lapis.home import Home
 from tests.texts import changed, prose, write_corpus
 
@@ -190,6 +190,23 @@ def test_a_recipe_needs_a_path_and_little_else(home: Home, tmp_path: Path) -> No
     data = parse({"sources": [{"path": str(folder)}]}, DataConfig)
     dataset = prepare(data, parse({"vocab_size": 300}, TokenizerConfig), home, workers=1)
     assert dataset.tokens > 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "'sources' is required"),
+        ({"sources": []}, "at least one"),
+        ({"sources": [{}]}, "needs a path"),
+        ({"sources": [{"kind": "environment", "path": "x"}]}, "takes no path"),
+        ({"sources": [{"path": "x", "format": "pdf"}]}, "'parquet'"),
+        ({"sources": [{"path": "x"}], "heldout": {"max_bytes": 9}}, "min_bytes = 10000 is more than"),
+        ({"sources": [{"path": "x"}], "dedup": {"treshold": 0.5}}, "Did you mean 'threshold'"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(values: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse(values, DataConfig)
 
 
 def test_two_at_once_make_one_dataset(home: Home, tmp_path: Path) -> None:

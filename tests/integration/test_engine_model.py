@@ -20,7 +20,6 @@ from lapis.inference.kv_cache import PAGE
 from lapis.inference.request import Output, Request, SamplingParams
 from lapis.inference.runner import ModelRunner
 from lapis.kernels.batch import packed
-from lapis.kernels.ops import select
 from lapis.kernels.stock import StockOps
 from lapis.model.config import NAMED
 from lapis.model.families import Llama
@@ -28,14 +27,13 @@ from lapis.model.manifest import Source
 from lapis.model.weights import LoadedModel, read_model, write_model
 from lapis.tokenizer.bpe import Tokenizer
 
-TINY = NAMED["tiny"]
-POISON = 300  # a token whose embedding is NaN
+TINY = replace(NAMED["tiny"], tied=False)  # so that an input can be poisoned without its output
 PAGE_BYTES = PAGE * TINY.kv_bytes_per_token
 GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=0, stop_ids=frozenset())
 ALL = 12
 
 RANDOM = random.Random(5)
-PROMPTS = [[RANDOM.randrange(3, 290) for _ in range(RANDOM.randrange(1, 80))] for _ in range(ALL)]
+PROMPTS = [[RANDOM.randrange(3, 280) for _ in range(RANDOM.randrange(1, 80))] for _ in range(ALL)]
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +45,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, weight in model.named_parameters():
             if name.startswith("layers") and weight.ndim == 2:
                 weight.mul_(12)
-        model.embed[POISON] = torch.nan
-    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], vocab_size=320)
-    tokenizer = Tokenizer.train([chr(n) * 2 for n in range(256, 700)], vocab_size=512)
+    tokenizer = Tokenizer.train([" ".join(str(number) for number in range(1000))], vocab_size=400)
     place = tmp_path_factory.mktemp("engine") / "tiny"
     write_model(place, TINY, model.state_dict(), tokenizer, source=Source("run", "test"), add_bos=True)
     return place
 
 
-@pytest.fixture(scope="module", params=["selected", "stock"])
-def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
-    ops = StockOps() if request.param == "stock" else select(TINY.head_size, widths=(TINY.width, TINY.ffn))
-    return read_model(folder, ops)
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return read_model(folder)
+
+
+@pytest.fixture
+def exact(loaded: LoadedModel) -> LoadedModel:
+    """The model on kernels that promise bits."""
+    if not loaded.model.ops.bit_exact:
+        pytest.skip(f"only compiled kernels promise bits; these are {loaded.model.ops.name}")
+    return loaded
 
 
 def results(
@@ -88,13 +91,13 @@ def together(engine: LocalEngine) -> list[Output]:
 def one_after_the_other_with_a_warm_cache(engine: LocalEngine) -> list[Output]:
     results(engine, GREEDY)
     outputs = [results(engine, GREEDY, [prompt])[0] for prompt in PROMPTS]
-    assert engine.stats()["cached_tokens"] > 10 * PAGE
+    assert engine.stats()["cached_tokens"] > 5 * PAGE
     return outputs
 
 
 def preempted(engine: LocalEngine) -> list[Output]:
     outputs = results(engine, GREEDY)
-    assert engine.stats()["preemptions"] > 3
+    assert engine.stats()["preemptions"] > 0
     return outputs
 
 
@@ -117,26 +120,34 @@ def judged(loaded: LoadedModel) -> list[Output]:
     ("options", "run"), [case[1:] for case in SCHEDULES], ids=[case[0] for case in SCHEDULES]
 )
 def test_greedy_text_is_the_same_in_every_schedule(
-    loaded: LoadedModel,
+    exact: LoadedModel,
     judged: list[Output],
     options: dict[str, Any],
     run: Callable[[LocalEngine], list[Output]],
 ) -> None:
-    with closing(LocalEngine(loaded, "tiny", **options)) as engine:
+    with closing(LocalEngine(exact, "tiny", **options)) as engine:
         outputs = run(engine)
         assert engine.stats()["pages_used"] == 0
     assert len({output.token_ids for output in judged}) == ALL
     assert [output.token_ids for output in outputs] == [output.token_ids for output in judged]
-    if loaded.model.ops.bit_exact:
-        assert [values(output) for output in outputs] == [values(output) for output in judged]
+    assert [values(output) for output in outputs] == [values(output) for output in judged]
 
 
-def test_logprob_bits_are_those_of_training(loaded: LoadedModel, judged: list[Output]) -> None:
-    if not loaded.model.ops.bit_exact:
-        pytest.skip("bits are promised by the compiled kernels only, these are: " + loaded.model.ops.name)
+def test_without_such_kernels_the_same_test_fails(folder: Path) -> None:
+    stock = read_model(folder, StockOps())
+    with closing(LocalEngine(stock, "whole")) as engine:
+        whole = results(engine, GREEDY)
+    with closing(LocalEngine(stock, "chunks", step_tokens=7, running=4)) as engine:
+        chunks = results(engine, GREEDY)
+        assert not engine.bit_exact
+    assert {output.finish_reason for output in whole + chunks} == {"length"}
+    assert [values(output) for output in whole] != [values(output) for output in chunks]
+
+
+def test_logprob_bits_are_those_of_training(exact: LoadedModel, judged: list[Output]) -> None:
     texts = [[*prompt, *output.token_ids] for prompt, output in zip(PROMPTS, judged, strict=True)]
-    logprobs = iter(training_logprobs(loaded.model, texts))
-    with closing(LocalEngine(loaded, "tiny")) as engine:
+    logprobs = iter(training_logprobs(exact.model, texts))
+    with closing(LocalEngine(exact, "tiny")) as engine:
         for prompt, output, text in zip(PROMPTS, judged, texts, strict=True):
             trained = next(logprobs)
             assert values(output)[1] == trained[len(prompt) - 1 :]
@@ -161,21 +172,17 @@ def training_logprobs(model: Llama, texts: list[list[int]]) -> list[list[float]]
         {"top_k": 20, "min_p": 0.05, "frequency_penalty": 0.5},
     ],
 )
-def test_a_seed_gives_the_same_text_in_any_batch(loaded: LoadedModel, params: dict[str, Any]) -> None:
+def test_a_seed_gives_the_same_text_in_any_batch(exact: LoadedModel, params: dict[str, Any]) -> None:
     sampled = SamplingParams(max_tokens=30, seed=11, stop_ids=frozenset(), **params)
-    with closing(LocalEngine(loaded, "tiny")) as engine:
+    with closing(LocalEngine(exact, "tiny")) as engine:
         first = results(engine, sampled)
         single = [results(engine, sampled, [prompt])[0] for prompt in PROMPTS]
         other = results(engine, replace(sampled, seed=12))
-    with closing(LocalEngine(loaded, "tiny", cache_bytes=7 * PAGE_BYTES)) as engine:
+    with closing(LocalEngine(exact, "tiny", cache_bytes=7 * PAGE_BYTES)) as engine:
         interrupted = results(engine, sampled)
         assert engine.stats()["preemptions"] > 0
-    if loaded.model.ops.bit_exact:
-        assert (
-            [o.token_ids for o in first]
-            == [o.token_ids for o in single]
-            == [o.token_ids for o in interrupted]
-        )
+    assert [o.token_ids for o in first] == [o.token_ids for o in single]
+    assert [o.token_ids for o in first] == [o.token_ids for o in interrupted]
     assert [o.token_ids for o in first] != [o.token_ids for o in other]
 
 
@@ -185,9 +192,16 @@ def test_without_a_seed_texts_differ(loaded: LoadedModel) -> None:
     assert outputs[0].token_ids != outputs[1].token_ids
 
 
-def test_a_request_that_yields_nan_ends_alone(loaded: LoadedModel, judged: list[Output]) -> None:
-    with closing(LocalEngine(loaded, "tiny")) as engine:
-        prompts = [PROMPTS[0], [*PROMPTS[1], POISON], PROMPTS[2]]
+def test_a_request_that_yields_nan_ends_alone(
+    folder: Path, loaded: LoadedModel, judged: list[Output]
+) -> None:
+    poisoned = read_model(folder, loaded.model.ops)
+    unused = set(range(3, 300)) - {token for output in judged for token in output.token_ids}
+    poison = (unused - {token for prompt in PROMPTS for token in prompt}).pop()
+    with torch.no_grad():
+        poisoned.model.embed[poison] = torch.nan
+    with closing(LocalEngine(poisoned, "tiny")) as engine:
+        prompts = [PROMPTS[0], [*PROMPTS[1], poison], PROMPTS[2]]
         outputs = results(engine, GREEDY, prompts)
         after = results(engine, GREEDY, [PROMPTS[3]])[0]
     assert outputs[1].finish_reason == "error"

@@ -31,7 +31,7 @@ from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.kernels.stock import StockOps
 from lapis.model import catalogue
-from lapis.model.manifest import verify
+from lapis.model.manifest import FileEntry, read_manifest, verify
 from lapis.model.pull import name_of, pull
 from lapis.model.store import ModelStore
 from lapis.model.weights import read_model, to_hf_state
@@ -87,6 +87,31 @@ def test_a_hugging_face_folder_and_a_model_folder_come_in(home: Home, sources: P
     again = pull(str(first.folder), home, name="copy")
     assert again.manifest == first.manifest
     assert left(home) == ["copy", "tiny"]
+
+
+def test_a_name_that_another_model_has_is_not_given_twice(home: Home, sources: Path) -> None:
+    pull(str(sources / "Tiny"), home)
+    with pytest.raises(ConflictError, match="taken by a model from") as caught:
+        pull(str(sources / "Tiny-Model.gguf"), home, name="tiny")
+    assert "--name" in caught.value.hint
+    assert ModelStore(home).get("tiny").source.kind == "huggingface"
+
+
+def test_a_hostile_manifest_cannot_lead_out_of_its_folder(home: Home, sources: Path, tmp_path: Path) -> None:
+    folder = pull(str(sources / "Tiny"), home).folder
+    good = read_manifest(folder)
+    target = tmp_path / "outside"
+    target.write_text("mine")
+    entry = FileEntry(4, digest_file(target))
+    for files in ({**good.files, f"../{target.name}": entry}, {**good.files, str(target): entry}):
+        (folder / "lapis.json").write_text(replace(good, files=files).to_json())
+        with pytest.raises(IntegrityError, match="no plain file name"):
+            pull(str(folder), home, name="copy")
+    unlisted = {name: entry for name, entry in good.files.items() if name != "model.safetensors"}
+    (folder / "lapis.json").write_text(replace(good, files=unlisted).to_json())
+    with pytest.raises(IntegrityError, match=r"model\.safetensors.*no digest of it"):
+        read_model(folder)
+    assert left(home) == ["tiny"]
 
 
 def test_names_come_from_the_reference() -> None:
@@ -252,6 +277,20 @@ def test_the_commands_tell_what_is_there(sources: Path, tmp_path: Path) -> None:
     assert json.loads(lapis_says("models", "remove", "tiny", "--yes", "--json"))["removed"] is True
     with pytest.raises(NotFoundError):
         lapis_says("models", "show", "tiny")
+
+
+def test_releases_are_models_too(sources: Path, tmp_path: Path) -> None:
+    pulled = json.loads(lapis_says("pull", str(sources / "Tiny"), "--json"))
+    lapis_says("release", "create", "mine", "--model", "tiny")
+    rows = {row["name"]: row for row in json.loads(lapis_says("models", "list", "--json"))}
+    assert set(rows) == {"tiny", "mine:1"}
+    assert (rows["mine:1"]["kind"], rows["mine:1"]["state"]) == ("release", "draft")
+    assert rows["mine:1"]["digest"] == pulled["digest"]
+    assert json.loads(lapis_says("models", "show", "mine", "--json"))["digest"] == pulled["digest"]
+    lapis_says("models", "export", "mine:1", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(NotFoundError):
+        lapis_says("models", "remove", "mine", "--yes")
 
 
 def test_a_damaged_model_is_told_by_list_and_show_and_can_be_removed(home: Home, sources: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-import torch
+import numpy as np
 from hypothesis import given, settings
 
 from lapis.inference.request import SamplingParams
@@ -25,28 +25,27 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(
     rows=st.lists(rows, min_size=1, max_size=8),
     vocabulary=st.sampled_from([61, 64, 1000]),
     seed=st.integers(0, 99),
 )
 def test_alone_and_in_a_batch(rows: list[Row], vocabulary: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits_RV = torch.randn(len(rows), vocabulary, generator=generator) * 3
+    logits_RV = np.random.default_rng(seed).normal(0, 3, (len(rows), vocabulary)).astype(np.float32)
     together = sample(logits_RV, rows)
     assert together == [sample(logits_RV[n : n + 1], [row])[0] for n, row in enumerate(rows)]
-    assert together == sample(logits_RV.flip(0), rows[::-1])[::-1]
+    assert together == sample(logits_RV[::-1], rows[::-1])[::-1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(row=rows, seed=st.integers(0, 99), size=st.sampled_from([5, 300]))
 def test_against_the_filters_written_out(row: Row, seed: int, size: int) -> None:
-    logits_V = torch.randn(max(size, 61), generator=torch.Generator().manual_seed(seed)) * 2
+    logits_V = np.random.default_rng(seed).normal(0, 2, max(size, 61)).astype(np.float32)
     token = sample(logits_V[None], [row])[0]
     assert token is not None
     p = row.params
-    adjusted_V = logits_V.double()
+    adjusted_V = logits_V.astype(np.float64)
     for biased, bias in p.logit_bias.items():
         adjusted_V[biased] += bias
     completion = row.ids[row.prompt_tokens :]
@@ -55,9 +54,9 @@ def test_against_the_filters_written_out(row: Row, seed: int, size: int) -> None
     if p.greedy:
         assert adjusted_V[token] > adjusted_V.max() - 1e-5
         return
-    weight_V = torch.softmax(adjusted_V / p.temperature, 0)
-    order = weight_V.argsort(descending=True).tolist()[: p.top_k or None]
+    weight_V = np.exp((adjusted_V - adjusted_V.max()) / p.temperature)
+    order = np.argsort(-weight_V).tolist()[: p.top_k or None]
     rank = order.index(token)
     before = sum(float(weight_V[other]) for other in order[:rank])
-    assert rank == 0 or before < p.top_p * sum(float(weight_V[other]) for other in order) + 1e-5
+    assert rank == 0 or before < p.top_p * sum(float(weight_V[other]) for other in order) * (1 + 1e-5)
     assert weight_V[token] >= p.min_p * weight_V[order[0]] - 1e-6

@@ -34,3 +34,32 @@ def test_a_stream_of_any_ids_is_valid_text_and_equals_decoding_at_once(ids: list
     pieces = [stream.push(id) for id in ids] + [stream.finish()]
     assert all(piece.encode("utf-8").decode("utf-8") == piece for piece in pieces)
     assert "".join(pieces) == trained().decode(ids)
+
+
+WORDS = [
+    "it's",
+    "WE'LL",
+    "x_1",
+    " 12345",
+    "naïve",
+    "東京",
+    "  ",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "...\n",
+    "'s",
+    "a.b()",
+]
+WORDS += ["\x1c", "\x0b", "²"]
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3)))
+def test_the_fast_encoder_gives_the_ids_of_the_plain_one(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert trained().encode_batch([text]) == [trained().encode(text)]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_the_fast_encoder_is_exact_on_any_ascii(text: str) -> None:
+    assert trained().encode_batch([text]) == [trained().encode(text)]

@@ -201,7 +201,7 @@ def write(
         ({"extra": {"llama.expert_count": 8}}, ConfigError, "mixture of experts"),
         ({"extra": {"llama.rope.scaling.type": "yarn"}}, ConfigError, "rope scaling"),
         ({"extra": {"llama.attention.sliding_window": 64}}, ConfigError, "sliding window"),
-        ({"extra": {"llama.attention.value_length": 32}}, ConfigError, "another size than keys"),
+        ({"extra": {"llama.attention.value_length": 32}}, ConfigError, "values wider than keys"),
         ({"raw": {"rope_freqs.weight": (np.ones(32, np.float32), Kind.F32)}}, ConfigError, "rope scaling"),
         ({"raw": {"blk.0.attn_q.bias": (np.ones(256, np.float32), Kind.F32)}}, ConfigError, "biases"),
         ({"raw": {"blk.0.extra.weight": (np.ones(256, np.float32), Kind.F32)}}, InputError, r"blk\.0\.extra"),

@@ -147,8 +147,7 @@ def test_a_folder_that_is_none_and_one_that_is_no_model_are_told_apart(tmp_path:
     assert "lapis pull" in caught.value.hint
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("dtype", "shards"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3)])
 def test_a_hugging_face_folder_is_imported(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
     shape = small_models.config(tied=False)
     state = small_models.random_state(shape)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
+from lapis.inference import sampler
 from lapis.inference.request import SamplingParams
 from lapis.inference.sampler import Row, sample, top_tokens, uniform
+
+LOGITS = [math.log(probability) for probability in (0.5, 0.25, 0.15, 0.1)]
 
 
 def row(seed: int = 1, ids: list[int] | None = None, prompt: int = 1, **params: Any) -> Row:
@@ -18,21 +22,19 @@ def row(seed: int = 1, ids: list[int] | None = None, prompt: int = 1, **params: 
 
 def draws(logits: list[float], count: int = 400, **params: Any) -> Counter[int | None]:
     """What many positions of one seed give."""
-    logits_RV = torch.tensor([logits] * count)
+    logits_RV = np.array([logits] * count, np.float32)
     rows = [row(ids=[0] * (position + 1), **params) for position in range(count)]
     return Counter(sample(logits_RV, rows))
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    logits = np.array([[0.0, 3.0, 3.0, 1.0]], np.float32)
     assert sample(logits, [row(temperature=0)]) == [1]
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    counts = draws(probabilities.log().tolist(), count=4000)
-    shares = torch.tensor([counts[token] / 4000 for token in range(4)])
-    assert torch.allclose(shares, probabilities, atol=0.03)
+    counts = draws(LOGITS, count=4000)
+    assert [counts[token] / 4000 for token in range(4)] == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.03)
 
 
 def test_temperature_sharpens() -> None:
@@ -46,7 +48,7 @@ def test_temperature_sharpens() -> None:
     [
         ({"top_k": 2}, {0, 1}),
         ({"top_k": 1}, {0}),
-        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.49}, {0}),
         ({"top_p": 0.51}, {0, 1}),
         ({"top_p": 0.9}, {0, 1, 2}),
         ({"top_p": 1e-9}, {0}),
@@ -58,34 +60,31 @@ def test_temperature_sharpens() -> None:
     ],
 )
 def test_filters_leave_what_they_should(params: dict[str, Any], allowed: set[int]) -> None:
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().tolist()
-    assert set(draws(logits, **params)) == allowed
+    assert set(draws(LOGITS, **params)) == allowed
 
 
-def test_top_p_over_more_tokens_than_are_sorted_at_first() -> None:
-    logits = [0.0] * 1000 + [-50.0] * 1000
-    counts = draws(logits, count=600, top_p=0.5)
-    assert max(token for token in counts if token is not None) < 1000
-    assert len(counts) > 250
-    assert len(draws(logits, count=600, top_k=300)) <= 300
+def test_tokens_that_tie_with_the_last_allowed_one_stay() -> None:
+    logits = [0.0] * 100 + [-1.0] * 100
+    assert len(draws(logits, count=1000, top_k=5)) == 100
+    assert len(draws(logits, count=1000, top_p=0.5)) == 100
 
 
 def test_bias_and_penalties() -> None:
-    logits = torch.zeros(1, 4)
+    logits = np.zeros((1, 4), np.float32)
     assert sample(logits, [row(temperature=0, logit_bias={2: 1.0})]) == [2]
     assert sample(logits, [row(temperature=0, logit_bias={0: -100.0})]) == [1]
     seen = {"ids": [3, 0, 0, 1], "prompt": 1, "temperature": 0}
-    logits = torch.tensor([[1.0, 0.8, 0.0, 0.1]])
+    logits = np.array([[1.0, 0.8, 0.0, 0.1]], np.float32)
     assert sample(logits, [row(**seen)]) == [0]
     assert sample(logits, [row(**seen, presence_penalty=0.5)]) == [0]
     assert sample(logits, [row(**seen, frequency_penalty=0.3)]) == [1]
     assert sample(logits, [row(**seen, presence_penalty=1.0)]) == [3]  # the prompt's 3 is not punished
-    assert torch.equal(logits, torch.tensor([[1.0, 0.8, 0.0, 0.1]]))
+    assert np.array_equal(logits, np.array([[1.0, 0.8, 0.0, 0.1]], np.float32))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_row_fails_alone(bad: float) -> None:
-    logits = torch.zeros(3, 100)
+    logits = np.zeros((3, 100), np.float32)
     logits[1, 50] = bad
     logits[:, 7] = 2.0
     assert sample(logits, [row(temperature=0)] * 3) == [7, None, 7]
@@ -95,14 +94,22 @@ def test_a_bad_row_fails_alone(bad: float) -> None:
 
 
 def test_a_row_without_any_possible_token_fails() -> None:
-    assert sample(torch.full((1, 4), -torch.inf), [row(temperature=0)]) == [None]
+    assert sample(np.full((1, 4), -np.inf, np.float32), [row(temperature=0)]) == [None]
 
 
 def test_tokens_without_weight_never_come() -> None:
-    logits = torch.full((1, 200), -torch.inf)
+    logits = np.full((1, 200), -np.inf, np.float32)
     logits[0, 63] = 0.0
     for position in range(50):
         assert sample(logits, [row(ids=[0] * (position + 1))]) == [63]
+
+
+def test_the_largest_number_gives_a_token_with_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: 1.0)
+    for size in (3, 64, 130, 1000):
+        logits = np.full((1, 2 * size), -np.inf, np.float32)
+        logits[0, :size] = np.linspace(-1, 0, size)
+        assert sample(logits, [row()]) == [size - 1]
 
 
 def test_numbers_depend_on_seed_and_position_only() -> None:
@@ -115,5 +122,5 @@ def test_numbers_depend_on_seed_and_position_only() -> None:
 
 
 def test_top_tokens() -> None:
-    assert top_tokens(torch.tensor([0.0, 2.0, 1.0]), 2) == [1, 2]
-    assert top_tokens(torch.tensor([0.0, 2.0, 1.0]), 0) == []
+    logits = np.array([0.0, 2.0, 1.0, 2.0], np.float32)
+    assert [top_tokens(logits, count) for count in (0, 1, 3, 9)] == [[], [1], [1, 3, 2], [1, 3, 2, 0]]

@@ -104,6 +104,15 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_by_name(name: str, dataset: 
         Dataset.open(dataset.folder)
 
 
+def test_a_changed_manifest_is_refused(dataset: Dataset) -> None:
+    path = dataset.folder / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"licence": "MIT"', '"licence": "CC0"', 1))
+    assert path.read_text() != text
+    with pytest.raises(IntegrityError, match=r"manifest\.json does not match its own digest"):
+        Dataset.open(dataset.folder)
+
+
 def test_what_is_no_dataset_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no prepared dataset"):
         Dataset.open(tmp_path)

@@ -57,9 +57,8 @@ def error_headers(error: LapisError) -> dict[str, str]:
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
     if error.http_status == 401:
         return {"www-authenticate": "Bearer"}
-    if error.http_status == 409:
-        return {"x-should-retry": "false"}
-    return {}
+    # The official client repeats 409 and 5xx by itself; these would only fail again.
+    return {"x-should-retry": "false"} if error.http_status in (409, 500) else {}
 
 
 def add_error_handlers(app: FastAPI) -> None:

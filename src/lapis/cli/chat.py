@@ -47,7 +47,7 @@ def command(
 
     Ctrl-C stops an answer; twice, or Ctrl-D, ends. What is piped in is one prompt: lapis chat MODEL < FILE
     """
-    if once is None and not sys.stdin.isatty():
+    if once is None and not _is_typed():
         once = sys.stdin.read()
     if as_json and once is None:
         raise ConfigError(
@@ -221,6 +221,11 @@ def _facts(conversation: Conversation, prompt: str) -> dict[str, Any]:
         "completion_tokens": output.completion_tokens,
         "seconds": round(seconds, 3),
     }
+
+
+def _is_typed() -> bool:
+    """Whether a person types at a terminal, rather than a file or a pipe speaking."""
+    return sys.stdin.isatty()
 
 
 def _show(text: str) -> None:

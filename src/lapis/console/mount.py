@@ -6,6 +6,7 @@ import asyncio
 import html
 import importlib
 import importlib.util
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import parse_qs, urlsplit
@@ -117,10 +118,15 @@ class Console:
             if self._pages is None:
                 pages = await asyncio.to_thread(importlib.import_module, "lapis.console.pages")
                 app = pages.create_pages(self.services)
-                await self._running.enter_async_context(app.router.lifespan_context(app))
+                with warnings.catch_warnings():
+                    # NiceGUI looks at every object of the process here; some of torch's warn when looked at.
+                    warnings.simplefilter("ignore", FutureWarning)
+                    await self._running.enter_async_context(app.router.lifespan_context(app))
                 self._pages = app
             return self._pages
 
 
 def _sign_in_page(message: str) -> Response:
-    return HTMLResponse(SIGN_IN.format(path=PATH, message=html.escape(message)), 401, {"cache-control": "no-store"})
+    return HTMLResponse(
+        SIGN_IN.format(path=PATH, message=html.escape(message)), 401, {"cache-control": "no-store"}
+    )

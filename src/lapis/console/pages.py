@@ -111,7 +111,8 @@ async def _runs(services: Services, session: Session) -> None:
         table = _table("Training runs", RUNS, "id", "No run yet: lapis train RECIPE.toml starts one.")
     table.add_slot(
         "body-cell-id",
-        f'<q-td :props="props"><a class="underline" :href="`{PATH}/runs/${{props.value}}`">{{{{ props.value }}}}</a></q-td>',
+        f'<q-td :props="props"><a class="underline" :href="`{PATH}/runs/${{props.value}}`">'
+        "{{ props.value }}</a></q-td>",
     )
 
     async def look() -> None:
@@ -132,7 +133,7 @@ async def _run(services: Services, session: Session, run_id: str) -> None:
         title = ui.label(run.id).classes("text-xl font-semibold break-all")
         charts = {field: _chart(text, field != "loss") for field, text in CURVES.items()}
         with ui.expansion("Recipe").classes("w-full"):
-            ui.code(run.recipe_text, language="toml").classes("w-full")
+            ui.label(run.recipe_text).classes("whitespace-pre font-mono text-sm overflow-x-auto")
 
     async def look() -> None:
         title.text = f"{run.id}: {await asyncio.to_thread(run.status)}"

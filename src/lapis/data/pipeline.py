@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -281,11 +282,17 @@ def _encode_shard(task: _EncodeTask) -> dict[str, Any]:
         return dict(json.loads(task.facts.read_text()))
     began = time.thread_time()
     table = CleanTable(task.clean)
-    tokenizer = Tokenizer.load(task.tokenizer)
-    shard = write_shard(task.folder, task.number, map(table.document, task.rows), tokenizer)
+    documents = map(table.document, task.rows)
+    shard = write_shard(task.folder, task.number, documents, _loaded(task.tokenizer))
     shard["seconds"] = time.thread_time() - began
     write_text(task.facts, json.dumps(shard))
     return shard
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> Tokenizer:
+    """The tokenizer of a worker, with the words it remembers from one shard to the next."""
+    return Tokenizer.load(path)
 
 
 def _write_report(folder: Path, steps: list[Step]) -> None:

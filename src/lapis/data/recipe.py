@@ -129,6 +129,12 @@ class HeldoutConfig(Section):
     max_bytes: Positive = 1_000_000
     """Most bytes, roughly."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> HeldoutConfig:
+        if self.min_bytes > self.max_bytes:
+            raise ValueError(f"min_bytes = {self.min_bytes} is more than max_bytes = {self.max_bytes}")
+        return self
+
 
 class DataConfig(Section):
     """The section [data]: from sources to token shards."""

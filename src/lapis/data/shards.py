@@ -1,7 +1,7 @@
 """Token shards: the prepared dataset on disk, and the table from a token to its document and licence.
 
 A dataset folder (format 1) holds
-    manifest.json                what there is, with the SHA-256 of every file; its digest names the dataset
+    manifest.json                what there is, with the SHA-256 of every file, and its own digest
     shard-NNNNN.tokens           token ids, little-endian, uint16 or uint32; a document is `end_id d1 … dn`
     shard-NNNNN.starts           int64: where each document starts in the shard
     shard-NNNNN.documents.jsonl  one line a document: id, source, path, licence, kind, bytes, tokens
@@ -119,9 +119,9 @@ def write_manifest(
         "licences": _licences(shards),
         "shards": [{key: value for key, value in shard.items() if key != "licences"} for shard in shards],
     }
-    write_text(
-        folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    )
+    manifest["digest"] = _digest(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    write_text(folder / "manifest.json", text + "\n")
 
 
 class Dataset:
@@ -151,22 +151,22 @@ class Dataset:
             manifest = json.loads(path.read_bytes())
             if manifest["format"] != FORMAT:
                 raise InputError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}.")
+            if manifest["digest"] != _digest(manifest):
+                raise IntegrityError(f"{path} does not match its own digest.", hint=_again(folder))
             files = _files(manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is damaged: {error!r}.") from error
         for name, digest in files.items():
             if not (folder / name).is_file():
-                raise IntegrityError(f"{folder / name} is missing.", hint=_AGAIN.format(folder=folder))
+                raise IntegrityError(f"{folder / name} is missing.", hint=_again(folder))
             if digest_file(folder / name) != digest:
-                raise IntegrityError(
-                    f"{folder / name} does not match its digest.", hint=_AGAIN.format(folder=folder)
-                )
+                raise IntegrityError(f"{folder / name} does not match its digest.", hint=_again(folder))
         return Dataset(folder, manifest)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """The digest of the manifest: it covers every byte of the dataset."""
-        return digest_json(self.manifest)
+        """The digest of the manifest: it covers every byte of the dataset but the report's."""
+        return str(self.manifest["digest"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -221,7 +221,8 @@ class Dataset:
         return [Step.of(row) for row in json.loads((self.folder / "report.json").read_text(encoding="utf-8"))]
 
 
-_AGAIN = "Remove the folder and prepare the data again: rm -r {folder}"
+def _again(folder: Path) -> str:
+    return f"Remove the folder and prepare the data again: rm -r {folder}"
 
 
 def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
@@ -249,6 +250,10 @@ def _count(table: dict[str, list[int]], entry: DocumentEntry) -> None:
     counts[0] += 1
     counts[1] += entry.bytes
     counts[2] += entry.tokens
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return digest_json({key: value for key, value in manifest.items() if key != "digest"})
 
 
 def _licences(shards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

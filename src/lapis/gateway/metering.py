@@ -55,7 +55,7 @@ class Meter:
 
     def _give_back(self, booking: Future[Reservation]) -> None:
         if not booking.cancelled() and booking.exception() is None:
-            self.write(self._ledger.release, booking.result())
+            self._ledger.release(booking.result())  # at once: this runs in our thread, which may be ending
 
 
 class Meterage:

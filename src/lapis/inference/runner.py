@@ -98,7 +98,7 @@ class ModelRunner:
     def _sample(self, logits_RV: Tensor, chunks: Sequence[Chunk]) -> list[Sample]:
         sequences = [chunk.sequence for chunk in chunks]
         rows = [sampler.Row(s.request.params, s.seed, s.ids, s.prompt_tokens) for s in sequences]
-        tokens = sampler.sample(logits_RV[:, : self._sampled_vocabulary], rows)
+        tokens = sampler.sample(logits_RV.numpy()[:, : self._sampled_vocabulary], rows)
         samples = []
         for logits_V, row, token in zip(logits_RV, rows, tokens, strict=True):
             if token is None:
@@ -111,8 +111,9 @@ class ModelRunner:
 
     def _logprob(self, logits_V: Tensor, token: int, count: int) -> TokenLogprob:
         """The chosen token and the `count` most likely ones, each by the very op that training uses."""
-        ids = [token, *sampler.top_tokens(logits_V[: self._sampled_vocabulary], count)]
-        rows = logits_V.expand(len(ids), -1).contiguous()
+        logits = logits_V.numpy()
+        ids = [token, *sampler.top_tokens(logits[: self._sampled_vocabulary], count)]
+        rows = torch.from_numpy(np.tile(logits, (len(ids), 1)))
         logprobs = self.model.ops.logprobs(rows, torch.tensor(ids)).tolist()
         chosen, *top = (
             TokenLogprob(id, self.loaded.tokenizer.token_bytes(id), logprob)

@@ -1,9 +1,10 @@
 """From logits to tokens. What happens to a row depends on that row alone, whatever else is in the batch.
 
 Random numbers are a function of (seed, position), never the state of a generator, so a seed gives the same
-text alone, in any batch and after any preemption.
+text alone, in any batch and after any preemption. Everything is numpy, one row at a time: a row is too small
+to be worth the threads of torch, and sums that no threads share come out the same in every batch.
 
-Dims: R rows of the batch, V vocabulary, B blocks of the vocabulary, N candidates of one row.
+Dims: R rows of the batch, V vocabulary, B blocks of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lapis.inference.request import SamplingParams
 
-BLOCK = 64  # the vocabulary is summed in blocks of fixed size, so the order of a sum never depends on R
-CANDIDATES = 128  # sorted first when top_p is asked for; all are sorted only if these do not reach it
+Floats = NDArray[np.float32]
+
+BLOCK = 64  # sums over the vocabulary go block by block
 
 
 @dataclass(frozen=True)
@@ -33,114 +35,111 @@ class Row:
     prompt_tokens: int
 
 
-def sample(logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
+def sample(logits_RV: Floats, rows: Sequence[Row]) -> list[int | None]:
     """Choose a token for every row; None where the model gave no finite logits.
 
     The order is that of vLLM and transformers: bias, penalties, temperature, top-k, top-p, min-p.
     """
-    if any(_changes_logits(row.params) for row in rows):
-        logits_RV = logits_RV.clone()
-        for index, row in enumerate(rows):
-            _adjust(logits_RV[index], row)
-    best_R, argmax_R = logits_RV.max(dim=-1)
-    choices: list[int | None] = []
-    for index, (row, best, argmax) in enumerate(zip(rows, best_R.tolist(), argmax_R.tolist(), strict=True)):
-        if not math.isfinite(best):  # the maximum of a row with a NaN is NaN
-            choices.append(None)
-        elif row.params.greedy:
-            choices.append(argmax)
-        else:
-            choices.append(_draw(logits_RV[index], best, row))
-    return choices
+    return [_sample_row(logits_V, row) for logits_V, row in zip(logits_RV, rows, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
     """A number strictly between 0 and 1 that belongs to seed and position: a keyed hash in counter mode."""
     key = (seed % 2**64).to_bytes(8, "little")
     digest = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=8, key=key).digest()
-    return ((int.from_bytes(digest, "little") >> 11) + 0.5) / 2**53
+    return ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52
 
 
-def top_tokens(logits_V: Tensor, count: int) -> list[int]:
-    """The ids of the largest logits, largest first."""
-    return [int(token) for token in logits_V.topk(count).indices.tolist()] if count else []
+def top_tokens(logits_V: Floats, count: int) -> list[int]:
+    """The ids of the largest logits, largest first, the smaller id first among equals."""
+    if count == 0:
+        return []
+    count = min(count, len(logits_V))
+    last = np.partition(logits_V, len(logits_V) - count)[len(logits_V) - count]
+    ids = np.flatnonzero(logits_V >= last)
+    order = np.argsort(-logits_V[ids], kind="stable")[:count]
+    return [int(token) for token in ids[order]]
 
 
-def _changes_logits(params: SamplingParams) -> bool:
-    return bool(params.logit_bias or params.presence_penalty or params.frequency_penalty)
-
-
-def _adjust(logits_V: Tensor, row: Row) -> None:
-    """Add bias and penalties in place (the formula of OpenAI's API reference)."""
+def _sample_row(logits_V: Floats, row: Row) -> int | None:
     params = row.params
+    if params.logit_bias or params.presence_penalty or params.frequency_penalty:
+        logits_V = _adjusted(logits_V, row)
+    token = int(logits_V.argmax())  # a NaN counts as the largest
+    best = logits_V[token]
+    if not math.isfinite(best):
+        return None
+    if params.greedy:
+        return token
+    weight_V = _weights((logits_V - best) / np.float32(max(params.temperature, 1e-6)), params)
+    return _place(weight_V, float(_block_sums(weight_V).sum()) * uniform(row.seed, len(row.ids)))
+
+
+def _adjusted(logits_V: Floats, row: Row) -> Floats:
+    """A copy with bias and penalties added (the formula of OpenAI's API reference)."""
+    params = row.params
+    logits_V = logits_V.copy()
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias))
-        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-    completion = row.ids[row.prompt_tokens :]
-    if (params.presence_penalty or params.frequency_penalty) and completion:
-        counts = Counter(completion)
-        ids = torch.tensor(list(counts))
-        count = torch.tensor(list(counts.values()), dtype=torch.float32)
-        logits_V[ids] -= params.presence_penalty + params.frequency_penalty * count
+        logits_V[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
+    counts = Counter(row.ids[row.prompt_tokens :])
+    if counts:
+        count = np.array(list(counts.values()), np.float32)
+        logits_V[list(counts)] -= (
+            np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * count
+        )
+    return logits_V
 
 
-def _draw(logits_V: Tensor, best: float, row: Row) -> int:
-    params = row.params
-    scaled_V = (logits_V - best) / params.temperature  # the best is 0, so nothing overflows
-    number = uniform(row.seed, len(row.ids))
-    if params.top_k or params.top_p < 1:
-        return _draw_sorted(scaled_V, params, number)
-    if params.min_p:
-        scaled_V = scaled_V.masked_fill(scaled_V < math.log(params.min_p), -math.inf)
-    return _draw_unsorted(scaled_V.exp(), number)
+def _weights(scaled_V: Floats, params: SamplingParams) -> Floats:
+    """Probabilities up to a factor, 0 for what the filters take away; whole blocks, the last padded with 0.
+
+    The best of `scaled_V` is 0, so the largest weight is 1. Tokens that tie with the last allowed one stay.
+    """
+    size = len(scaled_V)
+    if 0 < params.top_k < size:
+        last = np.partition(scaled_V, size - params.top_k)[size - params.top_k]
+        scaled_V = np.where(scaled_V >= last, scaled_V, np.float32(-np.inf))
+    weight_V = _blocks(size)
+    np.exp(scaled_V, out=weight_V[:size])
+    least = np.float32(params.min_p)
+    if params.top_p < 1:
+        least = max(least, _lightest_kept(weight_V, params.top_p))
+    if least > 0:
+        weight_V *= weight_V >= least
+    return weight_V
 
 
-def _draw_unsorted(weight_V: Tensor, number: float) -> int:
-    """The token in whose share of all weights the number falls: first its block, then its place."""
-    sums_B = _block_sums(weight_V)
-    edges_B = sums_B.cumsum(0)
-    goal = edges_B[-1] * number
-    block = int(torch.searchsorted(edges_B, goal, right=True))
-    inside = weight_V[block * BLOCK : (block + 1) * BLOCK].double()
-    edges = inside.cumsum(0) + (edges_B[block] - sums_B[block])
-    place = int(torch.searchsorted(edges, goal, right=True))
-    # Rounding can put the goal behind the block's last edge; then it is the last token with any weight.
-    place = min(place, int(inside.nonzero()[-1]))
-    return block * BLOCK + place
+def _lightest_kept(weight_V: Floats, top_p: float) -> np.float32:
+    """The smallest weight in the smallest set of tokens that holds `top_p` of all weight."""
+    total = float(_block_sums(weight_V).sum())
+    # All tokens below this weight together hold less than 1 - top_p, so only the others need sorting.
+    heavy = weight_V[np.flatnonzero(weight_V >= (1 - top_p) * total / len(weight_V))]
+    rising = _blocks(len(heavy))
+    rising[: len(heavy)] = heavy
+    rising.sort()
+    light = total - float(_block_sums(rising).sum())
+    return np.float32(rising[_place(rising, max(0.0, (1 - top_p) * total - light))])
 
 
-def _draw_sorted(scaled_V: Tensor, params: SamplingParams, number: float) -> int:
-    weight_N, token_N, total = _candidates(scaled_V, params)
-    before_N = weight_N.cumsum(0) - weight_N
-    keep_N = before_N < params.top_p * total  # the smallest set whose mass reaches top_p
-    if params.min_p:
-        keep_N &= weight_N >= params.min_p * weight_N[0]
-    keep_N[0] = True
-    edges_N = (weight_N * keep_N).cumsum(0)
-    place = int(torch.searchsorted(edges_N, edges_N[-1] * number, right=True))
-    return int(token_N[min(place, int(keep_N.nonzero()[-1]))])
+def _place(weights: Floats, goal: float) -> int:
+    """The first token at which the running sum of the weights exceeds the goal."""
+    sums_B = _block_sums(weights)
+    edges_B = sums_B.cumsum()
+    block = int(np.searchsorted(edges_B, goal, side="right"))
+    end = (block + 1) * BLOCK
+    if block < len(edges_B):
+        edges = weights[block * BLOCK : end].cumsum(dtype=np.float64)
+        place = int(np.searchsorted(edges, goal - (edges_B[block] - sums_B[block]), side="right"))
+        if place < BLOCK:
+            return block * BLOCK + place
+    return int(np.flatnonzero(weights[:end])[-1])  # rounding put the goal behind the last edge
 
 
-def _candidates(scaled_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, float]:
-    """Weights and tokens, heaviest first, holding at least top_p of all weight within top-k, and that."""
-    size = scaled_V.shape[0]
-    limit = min(params.top_k or size, size)
-    first = scaled_V.topk(min(limit, CANDIDATES))
-    weight_N = first.values.exp().double()
-    if limit <= CANDIDATES:
-        return weight_N, first.indices, float(weight_N.sum())
-    if limit == size:
-        total = float(_block_sums(scaled_V.exp()).sum())
-        if float(weight_N.sum()) >= params.top_p * total:
-            return weight_N, first.indices, total
-    every = scaled_V.topk(limit)
-    weight_N = every.values.exp().double()
-    return weight_N, every.indices, float(weight_N.sum())
+def _blocks(size: int) -> Floats:
+    """Zeros for so many weights, rounded up to whole blocks."""
+    return np.zeros(-(-size // BLOCK) * BLOCK, np.float32)
 
 
-def _block_sums(weight_V: Tensor) -> Tensor:
-    """Sums of blocks of the vocabulary, fp64 (B,); a last short block is padded with zeros."""
-    short = -weight_V.shape[0] % BLOCK
-    if short:
-        weight_V = torch.nn.functional.pad(weight_V, (0, short))
-    return weight_V.view(-1, BLOCK).sum(-1, dtype=torch.float64)
+def _block_sums(weights: Floats) -> NDArray[np.float64]:
+    sums_B: NDArray[np.float64] = np.add.reduce(weights.reshape(-1, BLOCK), axis=1, dtype=np.float64)
+    return sums_B

@@ -2,16 +2,7 @@
 // Every output row is a function of its own inputs only: rows never share a sum, threads never split one.
 #include "cpu_vector.h"
 
-#define COLUMNS 32  // output columns of a packed weight tile
-#define BLOCK_BYTES (512 << 10)  // rows of x that stay in the second-level cache while weight tiles pass
-#define PAGE 32     // keys per page of the KV cache
-#if defined(__AVX512F__)
-#define TILE_ROWS 12  // 24 sums of 16 lanes in 32 registers
-#define WIDE_ROWS 4   // so few rows take two weight tiles at once, to have enough sums under way
-#else
-#define TILE_ROWS 3
-#define WIDE_ROWS 1
-#endif
+#define PAGE 32  // keys per page of the KV cache
 
 EXPORT const char *lapis_source(void) { return LAPIS_SOURCE; }
 EXPORT const char *lapis_compiler(void) { return __VERSION__; }
@@ -42,169 +33,14 @@ EXPORT int lapis_check(void) {
                 memcpy(&start[i], &bits, 4);
             }
         }
-        f32x16 sum = load(start);
-        i32x16 differ = (i32x16)dp(sum, a, load_pairs(w)) != (i32x16)dp_plain(sum, a, load_pairs(w));
-        for (int i = 0; i < LANES; i++) differing += differ[i] != 0;
+        for (int i = 0; i < LANES; i += WIDE) {
+            const wide sum = load_wide(start + i), fast = dp(sum, a, load_wide_pairs(w + i));
+            const wide slow = dp_plain(sum, a, load_wide_pairs(w + i));
+            differing += memcmp(&fast, &slow, sizeof fast) != 0;
+        }
     }
     restore_mode(mode);
     return differing;
-}
-
-// ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
-
-struct linear {
-    const bf16 *x, *packed, *residual;
-    void *y;
-    int64_t rows, K, N;
-    int fp32;
-};
-
-EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
-    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS, pairs = K / 2;
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        uint32_t *out = (uint32_t *)packed + tile * COLUMNS * pairs;
-        for (int64_t n = 0; n < COLUMNS; n++) {
-            const int64_t column = tile * COLUMNS + n;
-            const uint32_t *row = (const uint32_t *)w + column * pairs;
-            for (int64_t k = 0; k < pairs; k++) out[k * COLUMNS + n] = column < N ? row[k] : 0;
-        }
-    }
-}
-
-// Adds the residual to 16 finished sums, rounds, stores those that lie inside the matrix.
-INLINE void finish(const struct linear *op, int64_t row, int64_t column, f32x16 sum) {
-    if (column >= op->N) return;
-    const int64_t at = row * op->N + column, left = op->N - column;
-    if (left >= LANES) {
-        if (op->residual) sum = sum + load_bf16(op->residual + at);
-        if (op->fp32) store((float *)op->y + at, sum);
-        else store_bf16((bf16 *)op->y + at, sum);
-        return;
-    }
-    for (int64_t i = 0; i < left; i++) {
-        float value = op->residual ? sum[i] + widen_one(op->residual[at + i]) : sum[i];
-        if (op->fp32) ((float *)op->y)[at + i] = value;
-        else ((bf16 *)op->y)[at + i] = round_one(value);
-    }
-}
-
-// Asks for the output lines before the sums start: with many rows, waiting for them costs a sixth of the time.
-INLINE void claim_output(const int rows, const struct linear *op, int64_t row, int64_t tile) {
-    const int64_t size = op->fp32 ? 4 : 2;
-    const char *line = (const char *)op->y + (row * op->N + tile * COLUMNS) * size;
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(line + r * op->N * size, 1);
-        if (op->fp32) __builtin_prefetch(line + r * op->N * size + 64, 1);
-    }
-}
-
-// `rows` rows times `tiles` neighbouring weight tiles: one chain of dp over all of K for each output.
-INLINE void linear_tile(const int rows, const int tiles, const struct linear *op, int64_t row, int64_t tile) {
-    f32x16 sum[TILE_ROWS][4];
-    const int64_t pairs = op->K / 2;
-    const uint32_t *x = (const uint32_t *)op->x + row * pairs;
-    const uint32_t *w = (const uint32_t *)op->packed + tile * COLUMNS * pairs;
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < 2 * tiles; v++) sum[r][v] = all(0);
-    if (rows > WIDE_ROWS) claim_output(rows, op, row, tile);
-    for (int64_t k = 0; k < pairs; k++, w += COLUMNS) {
-        u32x16 weight[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 2 * tiles; v++) weight[v] = load_pairs(w + (v / 2) * COLUMNS * pairs + (v % 2) * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 2 * tiles; v++) sum[r][v] = dp(sum[r][v], x[r * pairs + k], weight[v]);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < 2 * tiles; v++) finish(op, row + r, tile * COLUMNS + v * LANES, sum[r][v]);
-}
-
-#define DEFINE_TILE(rows, tiles)                                                                            \
-    static __attribute__((noinline)) void tile_##rows##x##tiles(const struct linear *op, int64_t row,       \
-                                                                int64_t tile) {                             \
-        linear_tile(rows, tiles, op, row, tile);                                                            \
-    }
-DEFINE_TILE(1, 1)
-DEFINE_TILE(1, 2)
-DEFINE_TILE(2, 1)
-DEFINE_TILE(3, 1)
-#if TILE_ROWS == 12
-DEFINE_TILE(2, 2)
-DEFINE_TILE(3, 2)
-DEFINE_TILE(4, 2)
-DEFINE_TILE(4, 1)
-DEFINE_TILE(5, 1)
-DEFINE_TILE(6, 1)
-DEFINE_TILE(7, 1)
-DEFINE_TILE(8, 1)
-DEFINE_TILE(9, 1)
-DEFINE_TILE(10, 1)
-DEFINE_TILE(11, 1)
-DEFINE_TILE(12, 1)
-#endif
-
-typedef void (*tile_function)(const struct linear *, int64_t, int64_t);
-static const tile_function wide_tiles[] = {
-    NULL, tile_1x2,
-#if TILE_ROWS == 12
-    tile_2x2, tile_3x2, tile_4x2,
-#endif
-};
-static const tile_function tiles_by_rows[] = {
-    NULL, tile_1x1, tile_2x1, tile_3x1,
-#if TILE_ROWS == 12
-    tile_4x1, tile_5x1, tile_6x1, tile_7x1, tile_8x1, tile_9x1, tile_10x1, tile_11x1, tile_12x1,
-#endif
-};
-
-// Rows of the next register tile: a full one, or the rest in equal parts.
-INLINE int64_t tile_rows(int64_t left) {
-    if (left <= TILE_ROWS) return left;
-    return left < 2 * TILE_ROWS ? (left + 1) / 2 : TILE_ROWS;
-}
-
-static void linear_few_rows(const struct linear *op, int64_t tiles) {
-    const int64_t pairs_of_tiles = (tiles + 1) / 2;
-#pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < pairs_of_tiles; pair++) {
-        if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair);
-        else tiles_by_rows[op->rows](op, 0, 2 * pair);
-    }
-}
-
-static void linear_blocks(const struct linear *op, int64_t tiles) {
-    const int64_t fitting = BLOCK_BYTES / 2 / op->K / TILE_ROWS * TILE_ROWS;
-    const int64_t block_rows = fitting < 8 * TILE_ROWS ? 8 * TILE_ROWS : fitting;
-    const int64_t blocks = (op->rows + block_rows - 1) / block_rows;
-#pragma omp for collapse(2) schedule(dynamic, 4)
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            const int64_t start = block * block_rows;
-            const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
-            for (int64_t row = start; row < end;) {
-                const int64_t n = tile_rows(end - row);
-                tiles_by_rows[n](op, row, tile);
-                row += n;
-            }
-        }
-}
-
-EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *residual,
-                         void *y, int fp32) {
-    const struct linear op = {x, packed, residual, y, rows, K, N, fp32};
-    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel
-    {
-        const uint64_t mode = flush_subnormals();
-        if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
-        else linear_blocks(&op, tiles);
-        restore_mode(mode);
-    }
 }
 
 // ---- operations on single rows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lapis.kernels import variants
 from lapis.kernels.batch import PAGE, Batch, LayerCache
-from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, SUM_ROWS, CAdamW, CBatch, bind
+from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, bind
 from lapis.kernels.ops import Rope
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -67,7 +67,7 @@ class CpuOps:
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
         self.name = f"cpu-{variant}"
         self.c = bind(library)
-        self._packed: dict[int, _Packed] = {}
+        self._packed: dict[tuple[int, bool], _Packed] = {}
         self._generation = 0
         self._lock = threading.Lock()
 
@@ -110,6 +110,24 @@ class CpuOps:
             x_TK.data_ptr(), tokens, inner, self._pack(w_NK), columns, residual, y_TN.data_ptr(), fp32
         )
         return y_TN
+
+    def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:
+        """Fills dx = g W."""
+        tokens, columns = g_TN.shape
+        if columns % 2:  # the kernel takes its inner width in pairs
+            torch.mm(g_TN, w_NK.detach(), out=dx_TK)
+            return
+        assert g_TN.dtype is BF16 and g_TN.is_contiguous() and dx_TK.is_contiguous()
+        packed = self._pack(w_NK, transposed=True)
+        self.c.linear(g_TN.data_ptr(), tokens, columns, packed, w_NK.shape[1], None, dx_TK.data_ptr(), False)
+
+    def add_weight_gradient(self, g_TN: Tensor, x_TK: Tensor, dw_NK: Tensor) -> None:
+        """dw += gᵀ x."""
+        (tokens, columns), inner = g_TN.shape, x_TK.shape[1]
+        assert g_TN.dtype is BF16 and g_TN.is_contiguous() and x_TK.is_contiguous() and dw_NK.is_contiguous()
+        work = torch.empty((tokens + 1) // 2 * 2 * (columns + PANEL_ROWS + inner + COLUMNS), dtype=BF16)
+        pointers = (tensor.data_ptr() for tensor in (g_TN, x_TK, dw_NK, work))
+        self.c.linear_weight_gradient(*pointers, tokens, columns, inner)
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x · (1 / sqrt(mean(x²) + eps)) · w."""
@@ -265,30 +283,34 @@ class CpuOps:
 
     # ---- packed weights
 
-    def _pack(self, w_NK: Tensor) -> int:
-        """Pointer to the packed form of a weight, renewed if the weight changed since."""
-        packed = self._packed.get(id(w_NK))
+    def _pack(self, w_NK: Tensor, transposed: bool = False) -> int:
+        """Pointer to a weight, or its transpose, in tiles of the linear kernel; renewed if the weight changed."""
+        packed = self._packed.get((id(w_NK), transposed))
         if (
             packed is not None
-            and packed.version == w_NK._version
+            and packed.version == _version(w_NK)
             and packed.source == w_NK.data_ptr()
             and packed.generation == self._generation
         ):
             return packed.pointer
         with self._lock:
-            return self._repack(w_NK)
+            return self._repack(w_NK, transposed)
 
-    def _repack(self, w_NK: Tensor) -> int:
+    def _repack(self, w_NK: Tensor, transposed: bool) -> int:
         assert w_NK.dtype is BF16 and w_NK.is_contiguous()
-        key, (columns, inner) = id(w_NK), w_NK.shape
+        key = (id(w_NK), transposed)
+        columns, inner = w_NK.shape[::-1] if transposed else w_NK.shape
         size = -(-columns // COLUMNS) * COLUMNS * inner
         packed = self._packed.get(key)
         if packed is None or packed.data.numel() != size:
             data = torch.empty(size, dtype=BF16)
             owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
             packed = self._packed[key] = _Packed(owner, data, data.data_ptr())
-        version, source, generation = w_NK._version, w_NK.data_ptr(), self._generation
-        self.c.pack(source, packed.pointer, columns, inner)
+        version, source, generation = _version(w_NK), w_NK.data_ptr(), self._generation
+        if transposed:
+            self.c.pack_rows(source, packed.pointer, inner, columns)
+        else:
+            self.c.pack(source, packed.pointer, columns, inner)
         packed.version, packed.source, packed.generation = version, source, generation
         return packed.pointer
 
@@ -315,16 +337,20 @@ class _Embedding(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: CpuOps, x: Tensor, w: Tensor, residual: Tensor | None, fp32: bool) -> Tensor:
-        ctx.weight, ctx.residual = w, residual is not None
+        ctx.ops, ctx.weight, ctx.residual = ops, w, residual is not None
         ctx.save_for_backward(x)
         return ops.linear_forward(x, w, residual, fp32)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TK,) = ctx.saved_tensors
-        g_TN = grads[0].to(BF16)
-        dx_TK = g_TN @ ctx.weight if ctx.needs_input_grad[1] else None
-        dw_NK = _accumulate(ctx.weight, g_TN, x_TK) if ctx.needs_input_grad[2] else None
+        g_TN, dx_TK, dw_NK = grads[0].to(BF16).contiguous(), None, None
+        if ctx.needs_input_grad[1]:
+            dx_TK = torch.empty_like(x_TK)
+            ctx.ops.linear_backward(g_TN, ctx.weight, dx_TK)
+        if ctx.needs_input_grad[2]:
+            buffer_NK, dw_NK = _gradient_buffer(ctx.weight)
+            ctx.ops.add_weight_gradient(g_TN, x_TK, buffer_NK)
         return None, dx_TK, dw_NK, (g_TN if ctx.residual else None), None
 
 
@@ -430,7 +456,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets_T = targets_T.contiguous()
         weights_T = torch.ones(targets_T.shape) if weights_T is None else weights_T.float().contiguous()
         losses_T, dx_TH = torch.empty(targets_T.shape), torch.empty_like(x_TH)
-        dw_VH: Tensor | None = None
+        dw_VH = torch.zeros_like(w_VH)
         for rows in _chunks(x_TH.shape[0], w_VH.shape[0]):
             logits_RV = ops.linear_forward(x_TH[rows], w_VH, None, True)
             grad_RV = torch.empty(logits_RV.shape, dtype=BF16)
@@ -442,11 +468,8 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_RV.data_ptr(),
                 losses_T[rows].data_ptr(),
             )
-            torch.mm(grad_RV, w_VH, out=dx_TH[rows])
-            if dw_VH is None:
-                dw_VH = grad_RV.t() @ x_TH[rows]
-            else:
-                dw_VH.addmm_(grad_RV.t(), x_TH[rows])
+            ops.linear_backward(grad_RV, w_VH, dx_TH[rows])
+            ops.add_weight_gradient(grad_RV, x_TH[rows], dw_VH)
         ctx.weight = w_VH
         ctx.save_for_backward(dx_TH, dw_VH)
         return exact_sum(losses_T)
@@ -468,12 +491,9 @@ def exact_sum(x_T: Tensor) -> Tensor:
     return torch.tensor(math.fsum(x_T.tolist()), dtype=FP32)
 
 
-def _accumulate(weight: Tensor, g_TN: Tensor, x_TK: Tensor) -> Tensor | None:
-    """gᵀ x, added to weight.grad in place if there is one (None is returned then)."""
-    if weight.grad is None:
-        return g_TN.t() @ x_TK
-    weight.grad.addmm_(g_TN.t(), x_TK)
-    return None
+def _version(weight: Tensor) -> int:
+    """How often autograd saw the weight change; weights made in inference mode have no count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@
 #define GLUE_(name, head) name##_##head
 #define GLUE(name, head) GLUE_(name, head)
 #define NAME(name) GLUE(name, HEAD)
-#define VECTORS (HEAD / LANES)
+#define VECTORS (HEAD / WIDE)
 #if defined(__AVX512F__)
 #define ATTENTION_ROWS (HEAD == 32 ? 8 : HEAD == 64 ? 6 : 3)  // (query, head) rows that share the loads of a page
 #else
@@ -78,7 +78,7 @@ INLINE void NAME(attend)(const int rows, const struct attention *a, int64_t kv_h
     const int64_t group = a->heads / a->kv_heads, head_page = HEAD * PAGE;
     const uint32_t *q[ATTENTION_ROWS];
     int64_t at[ATTENTION_ROWS], position[ATTENTION_ROWS];
-    f32x16 sum[ATTENTION_ROWS][VECTORS];
+    wide sum[ATTENTION_ROWS][VECTORS];
     float max[ATTENTION_ROWS], total[ATTENTION_ROWS];
     for (int r = 0; r < rows; r++) {
         const int64_t token = first + (row + r) / group;
@@ -87,18 +87,21 @@ INLINE void NAME(attend)(const int rows, const struct attention *a, int64_t kv_h
         q[r] = (const uint32_t *)(a->q + at[r] * HEAD);
         max[r] = -INFINITY;
         total[r] = 0;
-        for (int i = 0; i < VECTORS; i++) sum[r][i] = all(0);
+        for (int i = 0; i < VECTORS; i++) sum[r][i] = (wide){0};
     }
     const int64_t pages = position[0] / PAGE + 1;
     for (int64_t page = 0; page < pages; page++) {
         const int64_t next = page + 1 < pages ? page + 1 : page;
         const int64_t here = (page_of(a->batch, first, page) * a->kv_heads + kv_head) * head_page;
         const int64_t ahead = (page_of(a->batch, first, next) * a->kv_heads + kv_head) * head_page;
-        f32x16 score[ATTENTION_ROWS][2];
+        wide score[ATTENTION_ROWS][PAGE / WIDE];
         uint32_t pairs[ATTENTION_ROWS][PAGE / 2];
-        for (int r = 0; r < rows; r++) score[r][0] = score[r][1] = all(0);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < PAGE / WIDE; i++) score[r][i] = (wide){0};
         for (int d = 0; d < HEAD / 2; d++) {
-            const u32x16 k0 = load_pairs(a->keys + here + d * 64), k1 = load_pairs(a->keys + here + d * 64 + 32);
+            wide_pairs key[PAGE / WIDE];
+#pragma GCC unroll 8
+            for (int i = 0; i < PAGE / WIDE; i++) key[i] = load_wide_pairs(a->keys + here + d * 64 + i * 2 * WIDE);
             if (rows < ATTENTION_ROWS) {  // few rows: the pages come from memory
                 __builtin_prefetch(a->keys + ahead + d * 64);
                 __builtin_prefetch(a->keys + ahead + d * 64 + 32);
@@ -106,33 +109,33 @@ INLINE void NAME(attend)(const int rows, const struct attention *a, int64_t kv_h
                 __builtin_prefetch(a->values + ahead + d * 64 + 32);
             }
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                score[r][0] = dp(score[r][0], q[r][d], k0);
-                score[r][1] = dp(score[r][1], q[r][d], k1);
-            }
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+                for (int i = 0; i < PAGE / WIDE; i++) score[r][i] = dp(score[r][i], q[r][d], key[i]);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const int64_t last = position[r] - page * PAGE;
-            const float factor = NAME(softmax_page)(score[r][0] * a->scale, score[r][1] * a->scale, last,
-                                                    &max[r], &total[r], pairs[r]);
+            const f32x16 s0 = join(score[r]) * a->scale, s1 = join(score[r] + LANES / WIDE) * a->scale;
+            const float factor = NAME(softmax_page)(s0, s1, last, &max[r], &total[r], pairs[r]);
             for (int i = 0; i < VECTORS; i++) sum[r][i] = sum[r][i] * factor;
         }
 #pragma GCC unroll 1
         for (int j = 0; j < PAGE / 2; j++) {
             const bf16 *value = a->values + here + j * HEAD * 2;
-            u32x16 v[VECTORS];
-#pragma GCC unroll 8
-            for (int i = 0; i < VECTORS; i++) v[i] = load_pairs(value + i * 32);
+            wide_pairs v[VECTORS];
+#pragma GCC unroll 16
+            for (int i = 0; i < VECTORS; i++) v[i] = load_wide_pairs(value + i * 2 * WIDE);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int i = 0; i < VECTORS; i++) sum[r][i] = dp(sum[r][i], pairs[r][j], v[i]);
         }
     }
     for (int r = 0; r < rows; r++) {
         const float inverse = 1.0f / total[r];
-        for (int i = 0; i < VECTORS; i++) store_bf16(a->o + at[r] * HEAD + i * LANES, sum[r][i] * inverse);
+        for (int i = 0; i < HEAD; i += LANES)
+            store_bf16(a->o + at[r] * HEAD + i, join(sum[r] + i / WIDE) * inverse);
         if (a->lse) a->lse[at[r]] = row_lse(max[r], total[r]);
     }
 }

@@ -35,10 +35,7 @@ static void NAME(pack_block)(const bf16 *rows, int64_t stride, int64_t count, bf
             memcpy(out + d * BLOCK, even + 2 * d, 4);
             memcpy(out + d * BLOCK + 1, odd + 2 * d, 4);
         }
-        for (int d = 0; d < HEAD; d += LANES) {
-            const u32x16 joined = ((u32x16)load_bf16(even + d) >> 16) | (u32x16)load_bf16(odd + d);
-            memcpy(interleaved + (r * HEAD) + 2 * d, &joined, 64);
-        }
+        for (int d = 0; d < HEAD; d += LANES) interleave(even + d, odd + d, interleaved + r * HEAD + 2 * d);
     }
 }
 

@@ -7,7 +7,7 @@ from ctypes import Structure, c_double, c_float, c_int, c_int64, c_void_p
 from types import SimpleNamespace
 from typing import Any
 
-SUM_ROWS, NORM_STEP, COLUMNS = 64, 4096, 32  # as in the C sources: they size work buffers
+SUM_ROWS, NORM_STEP, COLUMNS, PANEL_ROWS = 64, 4096, 32, 12  # as in the C sources: they size work buffers
 
 _P, _I = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -17,6 +17,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "silu_mul": (None, [_P, _P, _I, _I]),
     "logprobs": (None, [_P, _I, _I, _P, _P, _P]),
     "attention": (None, [_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P]),
+    "pack_rows": (None, [_P, _P, _I, _I]),
+    "linear_weight_gradient": (None, [_P, _P, _P, _P, _I, _I, _I]),
     "rms_norm_backward": (None, [_P, _P, _P, _P, _P, _P, _I, _I, c_float]),
     "silu_mul_backward": (None, [_P, _P, _P, _I, _I]),
     "embedding_backward": (None, [_P, _P, _P, _P, _I, _I]),

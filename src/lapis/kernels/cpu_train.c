@@ -5,6 +5,8 @@
 #define BLOCK 32       // queries and keys per block of the attention gradient
 #define SUM_ROWS 64    // rows whose contributions to a norm's weight gradient are summed before others
 #define NORM_STEP 4096 // elements of a gradient whose squares are summed before others
+#define PANEL_COLUMNS 32
+#define PANEL_VECTORS (PANEL_COLUMNS / WIDE)
 #if defined(__AVX512F__)
 #define PANEL_ROWS 8
 #else
@@ -215,29 +217,34 @@ struct attention_backward {
 
 INLINE void panel_part(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
                        int64_t out_stride, int add) {
-    f32x16 sum[PANEL_ROWS][2];
+    wide sum[PANEL_ROWS][PANEL_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < PANEL_ROWS; r++)
-        for (int v = 0; v < 2; v++) sum[r][v] = add ? load(out + r * out_stride + v * LANES) : all(0);
+#pragma GCC unroll 8
+        for (int v = 0; v < PANEL_VECTORS; v++)
+            sum[r][v] = add ? load_wide(out + r * out_stride + v * WIDE) : (wide){0};
     for (int64_t k = 0; k < depth; k += 2) {
-        const u32x16 b0 = load_pairs(b + k * columns), b1 = load_pairs(b + k * columns + 2 * LANES);
+        wide_pairs weight[PANEL_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < PANEL_VECTORS; v++) weight[v] = load_wide_pairs(b + k * columns + 2 * v * WIDE);
 #pragma GCC unroll 8
         for (int r = 0; r < PANEL_ROWS; r++) {
             uint32_t pair;
             memcpy(&pair, a + r * a_stride + k, 4);
-            sum[r][0] = dp(sum[r][0], pair, b0);
-            sum[r][1] = dp(sum[r][1], pair, b1);
+#pragma GCC unroll 8
+            for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = dp(sum[r][v], pair, weight[v]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < PANEL_ROWS; r++)
-        for (int v = 0; v < 2; v++) store(out + r * out_stride + v * LANES, sum[r][v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < PANEL_VECTORS; v++) store_wide(out + r * out_stride + v * WIDE, sum[r][v]);
 }
 
 // out[rows][columns] (+)= a[rows][depth] b, where b is laid out as [depth/2][columns][2].
 static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
                   int64_t out_stride, int64_t rows, int64_t width, int add) {
-    for (int64_t c = 0; c < width; c += 2 * LANES)
+    for (int64_t c = 0; c < width; c += PANEL_COLUMNS)
         for (int64_t r = 0; r < rows; r += PANEL_ROWS)
             panel_part(a + r * a_stride, a_stride, b + 2 * c, columns, depth, out + r * out_stride + c, out_stride, add);
 }

@@ -1,5 +1,6 @@
-// Vectors of 16 fp32 lanes in GCC/Clang vector extensions, and the pieces whose order contract.md fixes.
-// Compiled once per instruction set from the same text; `dp` and the subnormal mode are all that differ.
+// Vectors in GCC/Clang vector extensions, and the pieces whose order contract.md fixes. The contract knows vectors
+// of 16 fp32 lanes (f32x16); products run on the vectors that the machine has (`wide`), column by column the same.
+// Compiled once per instruction set from the same text; `wide`, `dp` and the subnormal mode are all that differ.
 #ifndef LAPIS_CPU_VECTOR_H
 #define LAPIS_CPU_VECTOR_H
 
@@ -9,6 +10,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -23,6 +26,16 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t bf16;  // the high half of an fp32
+
+#if defined(__AVX512F__)
+#define WIDE 16
+#elif defined(__AVX2__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t wide_pairs __attribute__((vector_size(4 * WIDE)));  // WIDE pairs of bf16
 
 INLINE f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, 64); return v; }
 INLINE void store(float *p, f32x16 v) { memcpy(p, &v, 64); }
@@ -44,6 +57,11 @@ INLINE void store_bf16(bf16 *p, f32x16 v) {
 #endif
     memcpy(p, &h, 32);
 }
+// 16 pairs (even[i], odd[i])
+INLINE void interleave(const bf16 *even, const bf16 *odd, bf16 *out) {
+    const u32x16 joined = ((u32x16)load_bf16(even) >> 16) | (u32x16)load_bf16(odd);
+    memcpy(out, &joined, 64);
+}
 INLINE float widen_one(bf16 h) { uint32_t bits = (uint32_t)h << 16; float f; memcpy(&f, &bits, 4); return f; }
 INLINE bf16 round_one(float f) {
     uint32_t bits; memcpy(&bits, &f, 4);
@@ -51,29 +69,37 @@ INLINE bf16 round_one(float f) {
 }
 
 // ---- the primitive: two fused multiply-adds per lane, odd element of each pair first
-INLINE f32x16 fused(f32x16 sum, f32x16 a, f32x16 b) {
+INLINE wide load_wide(const float *p) { wide v; memcpy(&v, p, 4 * WIDE); return v; }
+INLINE void store_wide(float *p, wide v) { memcpy(p, &v, 4 * WIDE); }
+INLINE wide_pairs load_wide_pairs(const void *p) { wide_pairs v; memcpy(&v, p, 4 * WIDE); return v; }
+INLINE f32x16 join(const wide *parts) {  // 16 lanes of neighbouring vectors
+#if WIDE == LANES
+    return (f32x16)parts[0];
+#else
+    f32x16 v;
+    memcpy(&v, parts, 64);
+    return v;
+#endif
+}
+INLINE wide fused(wide sum, wide a, wide b) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-    union { f32x16 all; __m256 half[2]; } s = {sum}, x = {a}, y = {b};
-    s.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], s.half[0]);
-    s.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], s.half[1]);
-    return s.all;
+    return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__)
+    return (wide)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 #elif defined(__aarch64__)
-    for (int i = 0; i < LANES; i++) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
-    return sum;
+    return (wide)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 #else
     return sum + a * b;  // a product of two bf16 is exact in fp32 unless it is subnormal
 #endif
 }
-INLINE f32x16 dp_plain(f32x16 sum, uint32_t a, u32x16 w) {
-    u32x16 pair = a - (u32x16){0};
-    sum = fused(sum, (f32x16)(pair & 0xffff0000u), (f32x16)(w & 0xffff0000u));
-    return fused(sum, (f32x16)(pair << 16), (f32x16)(w << 16));
+INLINE wide dp_plain(wide sum, uint32_t a, wide_pairs w) {
+    wide_pairs pair = a - (wide_pairs){0};
+    sum = fused(sum, (wide)(pair & 0xffff0000u), (wide)(w & 0xffff0000u));
+    return fused(sum, (wide)(pair << 16), (wide)(w << 16));
 }
-INLINE f32x16 dp(f32x16 sum, uint32_t a, u32x16 w) {
+INLINE wide dp(wide sum, uint32_t a, wide_pairs w) {
 #ifdef __AVX512BF16__
-    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)w);
+    return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)w);
 #else
     return dp_plain(sum, a, w);
 #endif

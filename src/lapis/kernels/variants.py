@@ -14,7 +14,14 @@ from pathlib import Path
 from lapis.errors import ConfigError, UnavailableError, nearest
 
 FOLDER = Path(__file__).parent
-SOURCES = ("cpu.c", "cpu_train.c", "cpu_vector.h", "cpu_attention.h", "cpu_attention_backward.h")
+SOURCES = (
+    "cpu.c",
+    "cpu_linear.c",
+    "cpu_train.c",
+    "cpu_vector.h",
+    "cpu_attention.h",
+    "cpu_attention_backward.h",
+)
 HEAD_SIZES = (32, 64, 128)
 WIDTH_STEP = 16  # lanes of the fp32 vector that the contract is written in
 LOST = (

@@ -53,6 +53,8 @@ def read_gguf(path: Path, progress: Progress = silent) -> ImportedModel:
         name = _hf_name(tensor.name)
         weight = _dequantise(path, tensor)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            if weight.ndim != 2 or weight.shape[0] % config.head_size:
+                raise InputError(f"{path}: the tensor {tensor.name} does not hold whole heads.")
             weight = _to_rotate_half(weight, config.head_size)
         tensors[name] = weight
     state = from_hf_state(config, tensors, where=str(path))
@@ -74,7 +76,10 @@ class _Metadata:
 
     def __init__(self, path: Path, reader: GGUFReader) -> None:
         self.path = path
-        self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        try:
+            self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{path}: its metadata cannot be read: {error}.") from error
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A positive whole number. Raises InputError; ConfigError where each layer has its own."""
@@ -138,17 +143,15 @@ def _read_config(facts: _Metadata, tensors: Mapping[str, Any]) -> ModelConfig:
 
 def _refuse_features(facts: _Metadata, tensors: Mapping[str, Any], head_size: int, context: int) -> None:
     """Raise ConfigError for what a llama-architecture file may ask for and this model does not compute."""
-    values = facts.values
+    scaling = facts.values.get("llama.rope.scaling.type", "none")
     asked = {
-        "a mixture of experts": values.get("llama.expert_count", 0) > 0,
-        "rope scaling": values.get("llama.rope.scaling.type", "none") != "none"
-        or values.get("llama.rope.scale_linear", 1.0) != 1.0
+        "a mixture of experts": facts.number("llama.expert_count", 0) > 0,
+        "rope scaling": scaling != "none"
+        or facts.number("llama.rope.scale_linear", 1.0) != 1.0
         or "rope_freqs.weight" in tensors,
-        "a sliding window": 0 < values.get("llama.attention.sliding_window", 0) < context,
-        "rotary embeddings on a part of a head": values.get("llama.rope.dimension_count", head_size)
-        != head_size,
-        "values of another size than keys": values.get("llama.attention.value_length", head_size)
-        != head_size,
+        "a sliding window": 0 < facts.number("llama.attention.sliding_window", 0) < context,
+        "rotation of a part of a head": facts.number("llama.rope.dimension_count", head_size) != head_size,
+        "values wider than keys": facts.number("llama.attention.value_length", head_size) != head_size,
         "biases": any(name.endswith(".bias") for name in tensors),
     }
     for what, present in asked.items():

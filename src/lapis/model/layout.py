@@ -19,6 +19,7 @@ CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION = (
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
+LOADED = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, WEIGHTS)  # what loading a model reads
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LICENCE = re.compile(r"^licen[sc]e:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 

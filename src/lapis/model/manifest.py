@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lapis.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from lapis.hashing import digest_file, digest_json
 from lapis.log import Progress, silent
-from lapis.model.layout import refuse_pickles
+from lapis.model.layout import LOADED, refuse_pickles
 from lapis.storage import atomic_folder
 
 NAME = "lapis.json"
@@ -96,12 +97,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise _corrupt(path, "it cannot be read") from error
     if seal != digest_json(facts):
         raise _corrupt(path, "its text does not match its own digest")
-    if facts.pop("format") != FORMAT:
+    if facts.pop("format", None) != FORMAT:
         raise InputError(f"{path} was written by a newer Lapis.", hint="Update this installation of Lapis.")
-    facts["source"] = Source(**facts["source"])
-    facts["files"] = {name: FileEntry(**entry) for name, entry in facts["files"].items()}
-    facts["stop_ids"] = tuple(facts["stop_ids"])
-    return Manifest(**facts)
+    try:
+        return _from_facts(facts)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _corrupt(path, f"it is no manifest ({error})") from error
 
 
 def verify(folder: Path, progress: Progress = silent) -> Manifest:
@@ -128,8 +129,21 @@ def copy_folder(folder: Path, target: Path, *, sealed: bool, progress: Progress 
     return manifest
 
 
+def _from_facts(facts: dict[str, Any]) -> Manifest:
+    for name in facts["files"]:
+        if name != Path(name).name:  # a manifest must not lead out of its folder
+            raise ValueError(f"{name!r} is no plain file name")
+    facts["source"] = Source(**facts["source"])
+    facts["files"] = {name: FileEntry(**entry) for name, entry in facts["files"].items()}
+    facts["stop_ids"] = tuple(facts["stop_ids"])
+    return Manifest(**facts)
+
+
 def _compare(folder: Path, manifest: Manifest, progress: Progress, said: Path | None = None) -> None:
     """Raise IntegrityError naming the first file (below `said`) that is missing or differs."""
+    for name in LOADED:
+        if (folder / name).exists() and name not in manifest.files:
+            raise _corrupt((said or folder) / name, f"{NAME} has no digest of it")
     done = 0
     for name, entry in manifest.files.items():
         path, named = folder / name, (said or folder) / name

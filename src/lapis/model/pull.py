@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lapis.errors import InputError, NotFoundError, nearest
+from lapis.errors import ConflictError, InputError, NotFoundError, nearest
 from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.log import Progress, silent
@@ -24,22 +24,23 @@ FORMS = "a known name, FILE.gguf, a Hugging Face FOLDER, or hf:owner/name"
 
 
 def pull(reference: str, home: Home, name: str | None = None, progress: Progress = silent) -> StoredModel:
-    """Fetch and convert a model unless its name is in the store; killed anywhere it leaves nothing half.
+    """Fetch and convert a model unless it is in the store; killed anywhere it leaves nothing half.
 
     Raises NotFoundError for an unknown reference, UnavailableError without network or pip, InputError or
-    ConfigError for a model that is damaged or not supported, ConflictError while another pull has the name.
+    ConfigError for a model that is damaged or not supported, ConflictError where another model or another
+    pull has the name.
     """
     name = name or name_of(reference)
     check_name(name)
     store = ModelStore(home)
     if store.place(name).is_dir():
-        return store.get(name)
+        return _known(reference, store.get(name))
     take = _source_of(reference)
     with lock(store.folder / f".{name}.lock", f"The model name {name!r}"):
         store.sweep(name)
         if not store.place(name).is_dir():
             take(store, name, progress)
-    return store.get(name)
+    return _known(reference, store.get(name))
 
 
 def name_of(reference: str) -> str:
@@ -51,6 +52,25 @@ def name_of(reference: str) -> str:
     else:
         last = re.sub(r"\.gguf$", "", Path(reference).absolute().name, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._")[:96]
+
+
+def _known(reference: str, model: StoredModel) -> StoredModel:
+    """The model, if it came from this reference; else ConflictError."""
+    source, path = model.source.reference, Path(reference).expanduser().absolute()
+    if reference in catalogue.CATALOGUE:
+        same = source == catalogue.CATALOGUE[reference].reference
+    elif reference.startswith("hf:"):
+        same = source.startswith(f"hf:{hub.parse_reference(reference).name}@")
+    elif (path / manifests.NAME).exists():
+        same = manifests.read_manifest(path).digest == model.digest
+    else:
+        same = source == str(path)
+    if same:
+        return model
+    raise ConflictError(
+        f"The name {model.name!r} is taken by a model from {source}.",
+        hint=f"Choose another: --name OTHER   (or remove that one: lapis models remove {model.name})",
+    )
 
 
 _Take = Callable[[ModelStore, str, Progress], None]

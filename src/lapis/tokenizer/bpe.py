@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from lapis.errors import InputError
 from lapis.hashing import digest_json
 from lapis.storage import write_text
+from lapis.tokenizer.words import WordEncoder
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (END, TURN_START, TURN_END)  # ids 0, 1, 2 of every tokenizer trained here
@@ -138,7 +139,9 @@ class Tokenizer:
             ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, special-token text taken as ordinary text; uses all cores."""
+        """Token ids of many texts, special-token text taken as ordinary text: `encode`, several times faster."""
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
         batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
@@ -177,6 +180,10 @@ class Tokenizer:
         inner = HFTokenizer.from_str(self._inner.to_str())
         inner.encode_special_tokens = False
         return inner
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder(self._inner) if WordEncoder.fits(self._inner, SPLIT) else None
 
     @cached_property
     def _byte_level(self) -> bool:

@@ -36,7 +36,7 @@ router = APIRouter(include_in_schema=False)
 
 def _refuse(sentence: str) -> Callable[[Identity], Awaitable[None]]:
     async def refuse(caller: Reader) -> None:
-        raise HTTPException(501, sentence)
+        raise HTTPException(501, sentence, {"x-should-retry": "false"})  # the client repeats 5xx
 
     return refuse
 

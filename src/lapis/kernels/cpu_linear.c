@@ -1,0 +1,260 @@
+// Products with weights: y = x w^T under the numerical contract (contract.md), and their gradients.
+// Rows never share a sum and threads never split one, so tiles, blocks and threads cannot be seen in the bits.
+#include "cpu_vector.h"
+
+#define COLUMNS 32               // output columns of a packed weight tile
+#define TILE_VECTORS (COLUMNS / WIDE)
+#define BLOCK_BYTES (512 << 10)  // rows of x that stay in the second-level cache while weight tiles pass
+#define PACK_PAIRS 64            // pairs of rows that are packed at a time
+#define PACK_PANELS 8             // panels that are packed at a time
+#if defined(__AVX512F__)
+#define TILE_ROWS 12  // 24 sums of 16 lanes in 32 registers
+#define WIDE_ROWS 4   // so few rows take two weight tiles at once, to have enough sums under way
+#else
+#define TILE_ROWS 3
+#define WIDE_ROWS 1
+#endif
+
+// ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
+
+struct linear {
+    const bf16 *x, *packed, *residual;
+    void *y;
+    int64_t rows, K, N;
+    int fp32;
+};
+
+EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
+    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS, pairs = K / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        uint32_t *out = (uint32_t *)packed + tile * COLUMNS * pairs;
+        for (int64_t n = 0; n < COLUMNS; n++) {
+            const int64_t column = tile * COLUMNS + n;
+            const uint32_t *row = (const uint32_t *)w + column * pairs;
+            for (int64_t k = 0; k < pairs; k++) out[k * COLUMNS + n] = column < N ? row[k] : 0;
+        }
+    }
+}
+
+// Adds the residual to 16 finished sums, rounds, stores those that lie inside the matrix.
+INLINE void finish(const struct linear *op, int64_t row, int64_t column, f32x16 sum) {
+    if (column >= op->N) return;
+    const int64_t at = row * op->N + column, left = op->N - column;
+    if (left >= LANES) {
+        if (op->residual) sum = sum + load_bf16(op->residual + at);
+        if (op->fp32) store((float *)op->y + at, sum);
+        else store_bf16((bf16 *)op->y + at, sum);
+        return;
+    }
+    for (int64_t i = 0; i < left; i++) {
+        float value = op->residual ? sum[i] + widen_one(op->residual[at + i]) : sum[i];
+        if (op->fp32) ((float *)op->y)[at + i] = value;
+        else ((bf16 *)op->y)[at + i] = round_one(value);
+    }
+}
+
+// Asks for the output lines before the sums start: with many rows, waiting for them costs a sixth of the time.
+INLINE void claim_output(const int rows, const struct linear *op, int64_t row, int64_t tile) {
+    const int64_t size = op->fp32 ? 4 : 2;
+    const char *line = (const char *)op->y + (row * op->N + tile * COLUMNS) * size;
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(line + r * op->N * size, 1);
+        if (op->fp32) __builtin_prefetch(line + r * op->N * size + 64, 1);
+    }
+}
+
+// `rows` rows times `tiles` neighbouring weight tiles: one chain of dp over all of K for each output.
+// With `panels`, x is packed as [rows/TILE_ROWS][K/2][TILE_ROWS][2] and rows beyond the matrix are not stored.
+INLINE void linear_tile(const int rows, const int tiles, const int panels, const struct linear *op, int64_t row,
+                        int64_t tile) {
+    wide sum[TILE_ROWS][2 * TILE_VECTORS];
+    float out[TILE_ROWS][2 * COLUMNS];
+    const int vectors = tiles * TILE_VECTORS;
+    const int64_t pairs = op->K / 2;
+    const uint32_t *x = (const uint32_t *)op->x + row * pairs;
+    const uint32_t *w = (const uint32_t *)op->packed + tile * COLUMNS * pairs;
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) sum[r][v] = (wide){0};
+    if (rows > WIDE_ROWS) claim_output(rows, op, row, tile);
+    for (int64_t k = 0; k < pairs; k++, w += COLUMNS) {
+        wide_pairs weight[2 * TILE_VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++)
+            weight[v] = load_wide_pairs(w + v / TILE_VECTORS * COLUMNS * pairs + v % TILE_VECTORS * WIDE);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = dp(sum[r][v], x[panels ? k * TILE_ROWS + r : r * pairs + k], weight[v]);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) store_wide(out[r] + v * WIDE, sum[r][v]);
+    for (int r = 0; r < rows && (!panels || row + r < op->rows); r++)
+        for (int c = 0; c < tiles * COLUMNS; c += LANES) finish(op, row + r, tile * COLUMNS + c, load(out[r] + c));
+}
+
+#define DEFINE_TILE(rows, tiles)                                                                            \
+    static __attribute__((noinline)) void tile_##rows##x##tiles(const struct linear *op, int64_t row,       \
+                                                                int64_t tile) {                             \
+        linear_tile(rows, tiles, 0, op, row, tile);                                                           \
+    }
+DEFINE_TILE(1, 1)
+DEFINE_TILE(1, 2)
+DEFINE_TILE(2, 1)
+DEFINE_TILE(3, 1)
+#if TILE_ROWS == 12
+DEFINE_TILE(2, 2)
+DEFINE_TILE(3, 2)
+DEFINE_TILE(4, 2)
+DEFINE_TILE(4, 1)
+DEFINE_TILE(5, 1)
+DEFINE_TILE(6, 1)
+DEFINE_TILE(7, 1)
+DEFINE_TILE(8, 1)
+DEFINE_TILE(9, 1)
+DEFINE_TILE(10, 1)
+DEFINE_TILE(11, 1)
+DEFINE_TILE(12, 1)
+#endif
+
+typedef void (*tile_function)(const struct linear *, int64_t, int64_t);
+static const tile_function wide_tiles[] = {
+    NULL, tile_1x2,
+#if TILE_ROWS == 12
+    tile_2x2, tile_3x2, tile_4x2,
+#endif
+};
+static const tile_function tiles_by_rows[] = {
+    NULL, tile_1x1, tile_2x1, tile_3x1,
+#if TILE_ROWS == 12
+    tile_4x1, tile_5x1, tile_6x1, tile_7x1, tile_8x1, tile_9x1, tile_10x1, tile_11x1, tile_12x1,
+#endif
+};
+
+// Rows of the next register tile: a full one, or the rest in equal parts.
+INLINE int64_t tile_rows(int64_t left) {
+    if (left <= TILE_ROWS) return left;
+    return left < 2 * TILE_ROWS ? (left + 1) / 2 : TILE_ROWS;
+}
+
+static void linear_few_rows(const struct linear *op, int64_t tiles) {
+    const int64_t pairs_of_tiles = (tiles + 1) / 2;
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < pairs_of_tiles; pair++) {
+        if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair);
+        else tiles_by_rows[op->rows](op, 0, 2 * pair);
+    }
+}
+
+INLINE int64_t rows_of_block(int64_t K) {
+    const int64_t tiles = BLOCK_BYTES / 2 / K / TILE_ROWS;
+    return (tiles < 8 ? 8 : tiles) * TILE_ROWS;
+}
+
+static void linear_blocks(const struct linear *op, int64_t tiles) {
+    const int64_t block_rows = rows_of_block(op->K);
+    const int64_t blocks = (op->rows + block_rows - 1) / block_rows;
+#pragma omp for collapse(2) schedule(dynamic, 4)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int64_t start = block * block_rows;
+            const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
+            for (int64_t row = start; row < end;) {
+                const int64_t n = tile_rows(end - row);
+                tiles_by_rows[n](op, row, tile);
+                row += n;
+            }
+        }
+}
+
+EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *residual,
+                         void *y, int fp32) {
+    const struct linear op = {x, packed, residual, y, rows, K, N, fp32};
+    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+        if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
+        else linear_blocks(&op, tiles);
+        restore_mode(mode);
+    }
+}
+
+// ---- gradients of linear, as products of the forward's kernel (one fp32 chain each, any number of threads)
+
+// Rows of x[rows][width] in pairs, as weight tiles whose inner width is the rows: [ceil(width/32)][ceil(rows/2)][32][2].
+EXPORT void lapis_pack_rows(const bf16 *x, bf16 *packed, int64_t rows, int64_t width) {
+    static const bf16 zeros[COLUMNS];
+    const int64_t tiles = (width + COLUMNS - 1) / COLUMNS, pairs = (rows + 1) / 2;
+    const int64_t blocks = (pairs + PACK_PAIRS - 1) / PACK_PAIRS;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int64_t last = (block + 1) * PACK_PAIRS < pairs ? (block + 1) * PACK_PAIRS : pairs;
+            const int64_t columns = width - tile * COLUMNS;
+            for (int64_t pair = block * PACK_PAIRS; pair < last; pair++) {
+                bf16 part[2][COLUMNS] = {{0}};
+                const bf16 *even = x + 2 * pair * width + tile * COLUMNS, *odd = even + width;
+                if (2 * pair + 1 == rows) odd = zeros;
+                if (columns < COLUMNS) {
+                    memcpy(part[0], even, (size_t)columns * 2);
+                    memcpy(part[1], odd, odd == zeros ? 0 : (size_t)columns * 2);
+                    even = part[0];
+                    odd = part[1];
+                }
+                interleave(even, odd, packed + (tile * pairs + pair) * 2 * COLUMNS);
+                interleave(even + LANES, odd + LANES, packed + ((tile * pairs + pair) * 2 + 1) * COLUMNS);
+            }
+        }
+}
+
+// g[rows][N] transposed into panels [ceil(N/TILE_ROWS)][ceil(rows/2)][TILE_ROWS][2], padded with zeros.
+static void pack_panels(const bf16 *g, bf16 *panels, int64_t rows, int64_t N) {
+    const int64_t pairs = (rows + 1) / 2, count = (N + TILE_ROWS - 1) / TILE_ROWS;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t panel = 0; panel < count; panel += PACK_PANELS)
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            const int64_t first = panel * TILE_ROWS, left = N - first;
+            const int64_t width = left < PACK_PANELS * TILE_ROWS ? left : PACK_PANELS * TILE_ROWS;
+            const bf16 *even = g + 2 * pair * N + first, *odd = even + N;
+            uint32_t words[PACK_PANELS * TILE_ROWS] = {0};
+            int64_t i = 0;
+            if (2 * pair + 1 < rows)
+                for (; i + LANES <= width; i += LANES) interleave(even + i, odd + i, (bf16 *)(words + i));
+            for (; i < width; i++) words[i] = even[i] | (2 * pair + 1 < rows ? (uint32_t)odd[i] << 16 : 0);
+            for (int p = 0; p < PACK_PANELS && panel + p < count; p++)
+                memcpy((uint32_t *)panels + ((panel + p) * pairs + pair) * TILE_ROWS, words + p * TILE_ROWS,
+                       TILE_ROWS * 4);
+        }
+}
+
+static void linear_panels(const struct linear *op) {
+    const int64_t tiles = (op->N + COLUMNS - 1) / COLUMNS, block_rows = rows_of_block(op->K);
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for collapse(2) schedule(dynamic, 4)
+        for (int64_t start = 0; start < op->rows; start += block_rows)
+            for (int64_t tile = 0; tile < tiles; tile++)
+                for (int64_t row = start; row < start + block_rows && row < op->rows; row += TILE_ROWS)
+                    linear_tile(TILE_ROWS, 1, 1, op, row, tile);
+        restore_mode(mode);
+    }
+}
+
+// dw[N][K] += g[rows][N]^T x[rows][K]. work: bf16 [2 * ceil(rows/2)][N + 12 + K + 32].
+EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw, bf16 *work, int64_t rows, int64_t N,
+                                         int64_t K) {
+    const int64_t inner = (rows + 1) / 2 * 2;
+    bf16 *packed = work + (N + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * inner;
+    const struct linear op = {work, packed, dw, dw, N, inner, K, 0};
+    pack_panels(g, work, rows, N);
+    lapis_pack_rows(x, packed, rows, K);
+    linear_panels(&op);
+}
