@@ -255,7 +255,9 @@ def test_metrics_count_what_was_done(server: RunningServer, client: openai.OpenA
 def test_the_api_describes_itself(server: RunningServer) -> None:
     described = httpx.get(server.url.removesuffix("/v1") + "/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models"} <= set(described["paths"])
-    body = described["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = described["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert set(body["required"]) == {"model", "prompt"}
     assert "echo" not in body["properties"]
 

@@ -26,7 +26,9 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, str]]:
     model_folder(home.models / "tiny")
     run = Run.create(home, "poems", "seed = 7\n", "abcdef")
     for step in range(1, 4):
-        run.events.write("step", step=step, loss=5.0 - step, lr=0.1, tokens=step, tokens_per_s=9.0, seconds=1.0)
+        run.events.write(
+            "step", step=step, loss=5.0 - step, lr=0.1, tokens=step, tokens_per_s=9.0, seconds=1.0
+        )
     db = open_database(home.database_url)
     yield home, ApiKeys(db).create("me", "test")[1]
     db.dispose()

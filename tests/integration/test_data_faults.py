@@ -38,9 +38,9 @@ steps = 1
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over 3 MB of text in files of 12 KB: parts, documents and shards enough."""
+    """A recipe over 5 MB of text in files of 12 KB: two parts, four shards."""
     folder = tmp_path_factory.mktemp("recipe")
-    write_corpus(folder / "text", 300, count=1800)
+    write_corpus(folder / "text", 400, count=1800)
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(path=folder / "text"))
     return path
@@ -150,16 +150,29 @@ def test_a_full_disk_is_an_error_and_the_next_run_finishes(
     assert files(made(home)) == files(whole)
 
 
+def at_work(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the workers of a run are there: more processes than the command and its resource tracker."""
+    while len(members(process.pid)) < 3:
+        time.sleep(0.01)
+        assert process.poll() is None
+
+
 def test_ctrl_c_ends_it_at_once_with_130(recipe: Path, tmp_path: Path) -> None:
     process = start(recipe, tmp_path / "home", "--workers", "2")
-    while not list((tmp_path / "home").glob("data/.clean-*.work")):
-        time.sleep(0.02)
-        assert process.poll() is None
+    at_work(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
     status, errors = finish(process)
     assert status == 130
     assert "Traceback" not in errors
     wait_for_end([process.pid])
+
+
+def test_workers_end_with_their_parent(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path / "home", "--workers", "2")
+    at_work(process)
+    process.kill()
+    wait_for_end([process.pid])
+    process.communicate()
 
 
 def test_a_line_of_200_megabytes_is_cut_and_memory_stays_bounded(tmp_path: Path) -> None:

@@ -68,6 +68,17 @@ def test_the_same_bytes_for_any_number_of_workers_and_any_order_of_sources(
     assert len({dataset.digest for dataset in datasets}) == 1
 
 
+def test_documents_lie_in_the_order_of_their_digests_whatever_their_source(
+    home: Home, tmp_path: Path
+) -> None:
+    a = source(write_corpus(tmp_path / "a", 30), priority=1)
+    b = source(write_corpus(tmp_path / "b", 30, first=30), priority=0)
+    dataset = prepare(config(a, b), SMALL, home, workers=1)
+    entries = [dataset.document_of(start) for start in dataset.document_starts.tolist()]
+    assert [entry.id for entry in entries] == sorted(entry.id for entry in entries)
+    assert {entry.source for entry in entries[:20]} == {"a", "b"}
+
+
 def test_what_is_done_is_not_done_again_and_what_changed_is(home: Home, tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "a", 40)
     data = config(source(folder))

@@ -98,7 +98,7 @@ def test_attention_keeps_the_contract(ops: cpu.CpuOps, head_size: int) -> None:
     rope, lengths = Rope.make(head_size, 1e4, 128), [5, 33, 1, 64]
     qkv, lse = rows(sum(lengths), 8 * head_size), torch.empty(sum(lengths), 4)
     batch = packed(lengths)
-    o, _ = ops.attention_forward(qkv, batch, 0, (4, 2, head_size), rope, None, lse)
+    o, _ = ops.kernels.attention(qkv, batch, 0, (4, 2, head_size), rope, lse_TQ=lse)
     want_o, want_lse = reference.attention(qkv, batch.spans, 4, 2, head_size, rope)
     assert torch.equal(o, want_o)
     assert torch.equal(lse, want_lse)
@@ -216,9 +216,9 @@ def test_a_changed_weight_is_packed_anew(ops: cpu.CpuOps) -> None:
 
 
 def test_packed_copies_die_with_their_weight(ops: cpu.CpuOps) -> None:
-    before = len(ops._packed)
+    before = len(ops.kernels._packed)
     w = rows(32, 32)
     ops.linear(rows(1, 32), w)
-    assert len(ops._packed) == before + 1
+    assert len(ops.kernels._packed) == before + 1
     del w
-    assert len(ops._packed) == before
+    assert len(ops.kernels._packed) == before

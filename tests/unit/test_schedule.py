@@ -21,7 +21,9 @@ def test_the_rate_rises_stays_and_falls_to_zero(steps: int, warmup: int, decay: 
 
 
 @given(st.floats(0.05, 10), st.floats(0.01, 2), st.floats(0.1, 0.9))
-def test_a_run_by_minutes_ends_about_then_at_a_steady_speed(minutes: float, step_s: float, decay: float) -> None:
+def test_a_run_by_minutes_ends_about_then_at_a_steady_speed(
+    minutes: float, step_s: float, decay: float
+) -> None:
     plan, step, trained_s = by_minutes(5), 0, 0.0
     while not plan.done(step):
         step, trained_s = step + 1, trained_s + step_s

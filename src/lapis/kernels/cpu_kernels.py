@@ -1,0 +1,280 @@
+"""The compiled kernels on tensors: checks, work buffers, packed weights. No autograd.
+
+Dims as in ops.py; further X heads times head size, Q query heads, B blocks of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from ctypes import byref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapis.kernels.batch import PAGE, Batch, LayerCache
+from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, bind
+from lapis.kernels.ops import Rope
+
+BF16, FP32 = torch.bfloat16, torch.float32
+Sizes = tuple[int, int, int]  # query heads, key/value heads, head size
+
+
+@dataclass
+class _Packed:
+    """A weight in the linear kernel's layout, and what tells whether it still is that weight."""
+
+    owner: weakref.ref[Tensor]
+    data: Tensor
+    pointer: int  # of data
+    version: int = -1
+    source: int = 0  # pointer of the weight
+    generation: int = -1
+
+
+@dataclass
+class _Descriptor:
+    """What C needs to know of a Batch, made once per batch."""
+
+    tokens: CBatch
+    reference: Any  # byref(tokens)
+    spans_S2: Tensor  # int64
+    private: LayerCache | None = None
+
+
+class Kernels:
+    """One build's kernels. Rows are contiguous bf16, their widths multiples of 16 (inputs of linear: of 2)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._c = bind(library)
+        self._packed: dict[tuple[int, bool], _Packed] = {}
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    # ---- linear
+
+    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None, fp32: bool) -> Tensor:
+        """x Wᵀ (+ residual) in bf16, or the unrounded sums."""
+        tokens, inner = x_TK.shape
+        columns = w_NK.shape[0]
+        assert x_TK.dtype is BF16 and x_TK.is_contiguous() and w_NK.shape[1] == inner and inner % 2 == 0
+        y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
+        residual = None
+        if residual_TN is not None:
+            assert (
+                residual_TN.dtype is BF16 and residual_TN.is_contiguous() and residual_TN.shape == y_TN.shape
+            )
+            residual = residual_TN.data_ptr()
+        packed = self._pack(w_NK)
+        self._c.linear(x_TK.data_ptr(), tokens, inner, packed, columns, residual, y_TN.data_ptr(), fp32)
+        return y_TN
+
+    def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:
+        """Fills dx = g W."""
+        tokens, columns = g_TN.shape
+        if columns % 2:  # the kernel takes its inner width in pairs
+            torch.mm(g_TN, w_NK.detach(), out=dx_TK)
+            return
+        assert g_TN.dtype is BF16 and g_TN.is_contiguous() and dx_TK.is_contiguous()
+        packed = self._pack(w_NK, transposed=True)
+        self._c.linear(g_TN.data_ptr(), tokens, columns, packed, w_NK.shape[1], None, dx_TK.data_ptr(), False)
+
+    def add_weight_gradient(self, g_TN: Tensor, x_TK: Tensor, dw_NK: Tensor) -> None:
+        """dw += gᵀ x."""
+        (tokens, columns), inner = g_TN.shape, x_TK.shape[1]
+        assert g_TN.dtype is BF16 and g_TN.is_contiguous() and x_TK.is_contiguous() and dw_NK.is_contiguous()
+        work = torch.empty((tokens + 1) // 2 * 2 * (columns + PANEL_ROWS + inner + COLUMNS), dtype=BF16)
+        pointers = (tensor.data_ptr() for tensor in (g_TN, x_TK, dw_NK, work))
+        self._c.linear_weight_gradient(*pointers, tokens, columns, inner)
+
+    def weights_changed(self) -> None:
+        """Every packed copy is renewed, in place, when it is next used."""
+        self._generation += 1
+
+    def _pack(self, w_NK: Tensor, transposed: bool = False) -> int:
+        """Pointer to a weight, or its transpose, in tiles of the linear kernel; renewed if the weight changed."""
+        packed = self._packed.get((id(w_NK), transposed))
+        if (
+            packed is not None
+            and packed.version == _version(w_NK)
+            and packed.source == w_NK.data_ptr()
+            and packed.generation == self._generation
+        ):
+            return packed.pointer
+        with self._lock:
+            return self._repack(w_NK, transposed)
+
+    def _repack(self, w_NK: Tensor, transposed: bool) -> int:
+        assert w_NK.dtype is BF16 and w_NK.is_contiguous()
+        key = (id(w_NK), transposed)
+        columns, inner = w_NK.shape[::-1] if transposed else w_NK.shape
+        size = -(-columns // COLUMNS) * COLUMNS * inner
+        packed = self._packed.get(key)
+        if packed is None or packed.data.numel() != size:
+            data = torch.empty(size, dtype=BF16)
+            owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
+            packed = self._packed[key] = _Packed(owner, data, data.data_ptr())
+        version, source, generation = _version(w_NK), w_NK.data_ptr(), self._generation
+        if transposed:
+            self._c.pack_rows(source, packed.pointer, inner, columns)
+        else:
+            self._c.pack(source, packed.pointer, columns, inner)
+        packed.version, packed.source, packed.generation = version, source, generation
+        return packed.pointer
+
+    # ---- single rows
+
+    def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
+        """x · (1 / sqrt(mean(x²) + eps)) · w."""
+        assert x_TH.dtype is BF16 and x_TH.is_contiguous() and w_H.dtype is BF16 and x_TH.shape[1] % 16 == 0
+        y_TH = torch.empty_like(x_TH)
+        self._c.rms_norm(x_TH.data_ptr(), w_H.data_ptr(), y_TH.data_ptr(), *x_TH.shape, eps)
+        return y_TH
+
+    def rms_norm_backward(self, x_TH: Tensor, w_H: Tensor, g_TH: Tensor, dw_H: Tensor, eps: float) -> Tensor:
+        """Returns dx and adds to dw."""
+        tokens, width = x_TH.shape
+        dx_TH = torch.empty_like(x_TH)
+        partial_BH = torch.empty(-(-tokens // SUM_ROWS), width, dtype=FP32)
+        pointers = (tensor.data_ptr() for tensor in (x_TH, w_H, g_TH, dx_TH, dw_H, partial_BH))
+        self._c.rms_norm_backward(*pointers, tokens, width, eps)
+        return dx_TH
+
+    def silu_mul(self, x_T2F: Tensor) -> Tensor:
+        """silu(gate) · up."""
+        tokens, width = x_T2F.shape[0], x_T2F.shape[1] // 2
+        assert x_T2F.dtype is BF16 and x_T2F.is_contiguous() and width % 16 == 0
+        y_TF = torch.empty(tokens, width, dtype=BF16)
+        self._c.silu_mul(x_T2F.data_ptr(), y_TF.data_ptr(), tokens, width)
+        return y_TF
+
+    def silu_mul_backward(self, x_T2F: Tensor, g_TF: Tensor) -> Tensor:
+        """Gradient of gate and up, joined as they came."""
+        dx_T2F = torch.empty_like(x_T2F)
+        self._c.silu_mul_backward(x_T2F.data_ptr(), g_TF.data_ptr(), dx_T2F.data_ptr(), *g_TF.shape)
+        return dx_T2F
+
+    def embedding_backward(self, ids_T: Tensor, g_TH: Tensor, dw_VH: Tensor) -> None:
+        """Adds to dw: for each id the fp32 sum of its rows of g, in the order of T."""
+        order_T = ids_T.argsort(stable=True)
+        pointers = (tensor.data_ptr() for tensor in (ids_T, order_T, g_TH, dw_VH))
+        self._c.embedding_backward(*pointers, *g_TH.shape)
+
+    def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+        """Log softmax picked at ids: 0 where the id is -1, NaN where it is beyond the row."""
+        assert logits_TV.dtype is FP32 and logits_TV.is_contiguous() and ids_T.dtype is torch.int64
+        ids_T = ids_T.contiguous()
+        out_T = torch.empty(ids_T.shape, dtype=FP32)
+        self._c.logprobs(logits_TV.data_ptr(), *logits_TV.shape, ids_T.data_ptr(), out_T.data_ptr(), None)
+        return out_T
+
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """Index of the first maximum of each row."""
+        assert logits_TV.dtype is FP32 and logits_TV.is_contiguous()
+        out_T = torch.empty(logits_TV.shape[0], dtype=torch.int64)
+        self._c.logprobs(logits_TV.data_ptr(), *logits_TV.shape, None, None, out_T.data_ptr())
+        return out_T
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, losses_T: Tensor
+    ) -> Tensor:
+        """Fills the losses and returns the gradient of logits, which are overwritten."""
+        assert targets_T.dtype is torch.int64 and weights_T.dtype is losses_T.dtype is FP32
+        grad_TV = torch.empty(logits_TV.shape, dtype=BF16)
+        pointers = (tensor.data_ptr() for tensor in (targets_T, weights_T, grad_TV, losses_T))
+        self._c.cross_entropy(logits_TV.data_ptr(), *logits_TV.shape, *pointers)
+        return grad_TV
+
+    # ---- attention
+
+    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
+        """Keys as [page][head][dim pair][key][2], values as [page][head][key pair][dim][2]."""
+        keys = torch.zeros(pages, kv_heads, head_size // 2, PAGE, 2, dtype=BF16)
+        return LayerCache(keys, torch.zeros(pages, kv_heads, PAGE // 2, head_size, 2, dtype=BF16))
+
+    def attention(
+        self,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        sizes: Sizes,
+        rope: Rope,
+        k_TX: Tensor | None = None,
+        lse_TQ: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and rotated queries; rotated keys and log denominators are filled in if given."""
+        heads, kv_heads, head_size = sizes
+        assert qkv_TW.dtype is BF16 and qkv_TW.is_contiguous()
+        assert qkv_TW.shape == (batch.tokens, (heads + 2 * kv_heads) * head_size)
+        descriptor = _describe(batch, rope)
+        if batch.caches is not None:
+            cache = batch.caches[layer]
+        else:
+            if descriptor.private is None:
+                descriptor.private = self.new_cache(batch.private_pages, kv_heads, head_size)
+            cache = descriptor.private
+        o_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
+        q_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
+        self._c.attention(
+            descriptor.reference,
+            qkv_TW.data_ptr(),
+            *sizes,
+            rope.cos_PD2.data_ptr(),
+            rope.sin_PD2.data_ptr(),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            q_TX.data_ptr(),
+            None if k_TX is None else k_TX.data_ptr(),
+            o_TX.data_ptr(),
+            None if lse_TQ is None else lse_TQ.data_ptr(),
+        )
+        return o_TX, q_TX
+
+    def attention_backward(
+        self, batch: Batch, saved: tuple[Tensor, ...], g_TX: Tensor, sizes: Sizes, rope: Rope
+    ) -> Tensor:
+        """Gradient of the joined rows; `saved` holds q, k, qkv, o and log denominators of the forward."""
+        spans_S2 = _describe(batch, rope).spans_S2
+        dqkv_TW = torch.empty_like(saved[2])
+        inputs = (batch.position_T, *saved, g_TX, rope.cos_PD2, rope.sin_PD2, dqkv_TW)
+        pointers = (tensor.data_ptr() for tensor in inputs)
+        self._c.attention_backward(spans_S2.data_ptr(), len(spans_S2), *pointers, *sizes)
+        return dqkv_TW
+
+    # ---- optimizer
+
+    def adamw(self, buffers: tuple[Tensor, ...], numbers: CAdamW) -> None:
+        """One pass over weight, gradient, master weight and both moments."""
+        for buffer, dtype in zip(buffers, (BF16, BF16, FP32, FP32, FP32), strict=True):
+            assert buffer.dtype is dtype and buffer.is_contiguous() and buffer.numel() == buffers[0].numel()
+        self._c.adamw(*(buffer.data_ptr() for buffer in buffers), buffers[0].numel(), byref(numbers))
+
+    def squared_norm(self, grad: Tensor) -> float:
+        """Steps of fixed size in fp32 lanes, then in double in order."""
+        assert grad.dtype is BF16 and grad.is_contiguous()
+        partial = torch.empty(-(-grad.numel() // NORM_STEP), dtype=torch.float64)
+        return float(self._c.squared_norm(grad.data_ptr(), grad.numel(), partial.data_ptr()))
+
+
+def _version(weight: Tensor) -> int:
+    """How often autograd saw the weight change; weights made in inference mode have no count."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _describe(batch: Batch, rope: Rope) -> _Descriptor:
+    found: _Descriptor | None = batch.prepared.get("cpu")
+    if found is not None:
+        return found
+    table = batch.page_table_SP
+    if batch.tokens:
+        last = int(batch.position_T.max())
+        assert last < len(rope.cos_PD2), f"position {last} lies beyond the {len(rope.cos_PD2)} rotary rows"
+        assert last < table.shape[1] * PAGE, f"position {last} lies beyond {table.shape[1]} pages"
+    pointers = (tensor.data_ptr() for tensor in (batch.sequence_T, batch.position_T, table))
+    tokens = CBatch(*pointers, batch.tokens, table.shape[1])
+    spans_S2 = torch.tensor(batch.spans, dtype=torch.int64).reshape(-1, 2)
+    batch.prepared["cpu"] = descriptor = _Descriptor(tokens, byref(tokens), spans_S2)
+    return descriptor
