@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_told(trained: Trained, tmp_path: Path) -> None:
     manifest = next(copy.run.checkpoints.glob("step-*/manifest.json"))
     manifest.write_text(manifest.read_text().replace("model", "modem", 1))
     assert "does not match its own digest" in call(copy, runs_group, "show", "last")
-    with pytest.raises(ConflictError, match="no checkpoint to measure"):
+    with pytest.raises(ConflictError, match="has no checkpoint"):
         call(copy, evaluate_command, "last")
 
 

@@ -9,7 +9,7 @@ from lapis.inference.kv_cache import PAGE, KVCache, pages_for
 PROMPT = [1] * PAGE + [2] * PAGE + [3] * 5
 
 
-def filled(cache: KVCache, owner: int, ids: list[int], salt: bytes = b"") -> int | None:
+def filled(cache: KVCache, owner: int, ids: list[int], salt: bytes = b"tenant") -> int | None:
     cached = cache.open(owner, salt, ids)
     if cached is not None:
         cache.publish(owner, ids, len(ids))
@@ -38,12 +38,12 @@ def test_the_last_token_is_always_computed() -> None:
 
 def test_pages_of_a_completion_are_reused_too() -> None:
     cache = KVCache(8)
-    cache.open(1, b"", PROMPT)
+    cache.open(1, b"tenant", PROMPT)
     for computed in range(len(PROMPT), 4 * PAGE):
         assert cache.grow(1, computed)
         cache.publish(1, (PROMPT + [4] * 4 * PAGE)[:computed], computed)
     cache.close(1)
-    assert cache.open(2, b"", (PROMPT + [4] * 4 * PAGE)[: 3 * PAGE + 1]) == 3 * PAGE
+    assert cache.open(2, b"tenant", (PROMPT + [4] * 4 * PAGE)[: 3 * PAGE + 1]) == 3 * PAGE
 
 
 def test_another_salt_shares_nothing() -> None:
@@ -54,9 +54,9 @@ def test_another_salt_shares_nothing() -> None:
 
 def test_what_is_not_computed_yet_is_not_shared() -> None:
     cache = KVCache(8)
-    cache.open(1, b"", PROMPT)
+    cache.open(1, b"tenant", PROMPT)
     cache.publish(1, PROMPT, PAGE + 3)
-    assert cache.open(2, b"", PROMPT) == PAGE
+    assert cache.open(2, b"tenant", PROMPT) == PAGE
 
 
 def test_the_least_recently_used_prefix_goes_first_and_from_its_end() -> None:
@@ -68,7 +68,7 @@ def test_the_least_recently_used_prefix_goes_first_and_from_its_end() -> None:
     filled(cache, 3, [3] * PAGE)
     cache.close(3)
     assert cache.evicted == 1
-    assert cache.open(4, b"", [1] * 2 * PAGE) == PAGE  # only its second page was taken
+    assert cache.open(4, b"tenant", [1] * 2 * PAGE) == PAGE  # only its second page was taken
     cache.check()
 
 
@@ -77,7 +77,7 @@ def test_a_refusal_changes_nothing() -> None:
     filled(cache, 1, PROMPT)
     before = list(cache.table(1))
     assert cache.open(2, b"other", PROMPT) is None
-    assert cache.open(3, b"", [7], spare=1) is None
+    assert cache.open(3, b"tenant", [7], spare=1) is None
     assert not cache.grow(1, 5 * PAGE)
     assert list(cache.table(1)) == before
     assert cache.available == 1
