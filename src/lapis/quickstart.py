@@ -34,6 +34,7 @@ from lapis.train.run import Run
 from lapis.train.trainer import find_or_create, train
 
 NAME = "quickstart"
+CONTEXT = 256  # tokens: in minutes of training, many short windows teach more than few long ones
 DEFAULT_BYTES = 32_000_000  # raw text of the environment that is read: enough for half an hour of training
 PROMPT_WORDS = 12
 HEAD_CHARS = 1500
@@ -115,6 +116,7 @@ def quickstart_recipe(texts: Sequence[Path], minutes: float) -> Recipe:
     values = {
         "name": NAME,
         "data": {"sources": sources, "max_bytes": 0 if texts else DEFAULT_BYTES},
+        "model": {"context": CONTEXT},
         "train": {"minutes": float(minutes), "checkpoint_seconds": 30.0},
     }
     return config.parse(values, Recipe, where="quickstart")

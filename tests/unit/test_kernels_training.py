@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lapis.kernels import cpu, stock, variants
 from lapis.kernels.batch import packed
-from lapis.kernels.ops import Ops, Rope
+from lapis.kernels.ops import Matrix, Ops, Rope
 
 USABLE = variants.status().usable
 BF16 = torch.bfloat16
@@ -208,6 +208,98 @@ def test_adamw_is_that_of_torch(ops: Ops, n: int) -> None:
         assert grad.count_nonzero() == 0
     assert torch.allclose(master, judge, rtol=1e-5, atol=1e-6)
     assert torch.equal(weight, master.bfloat16())
+
+
+# wide, tall, square, of one block, and one whose sides the compiled kernel leaves to torch
+MATRICES = [
+    Matrix(64, 64, 160),
+    Matrix(64 + 10240, 352, 64),
+    Matrix(64 + 32768, 96, 96),
+    Matrix(64 + 41984, 32, 32),
+    Matrix(64 + 43008, 48, 40),
+]
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def muon(ops: Ops, steps: int = 2) -> tuple[Tensor, ...]:
+    """Weight, gradient, master and momentum after some steps over flat buffers that also hold other numbers."""
+    random = torch.Generator().manual_seed(5)
+    master = torch.randn(64 + 43008 + 48 * 40 + 64, generator=random)
+    weight, grad, momentum = (
+        master.bfloat16(),
+        torch.zeros(master.shape, dtype=BF16),
+        torch.zeros(master.shape),
+    )
+    for _ in range(steps):
+        grad.copy_(torch.randn(master.shape, generator=random) * 1e-3)
+        ops.muon(
+            weight,
+            grad,
+            master,
+            momentum,
+            MATRICES,
+            lr=0.1,
+            beta=0.95,
+            weight_decay=0.2,
+            coefficients=COEFFICIENTS,
+            iterations=5,
+        )
+    return weight, grad, master, momentum
+
+
+def test_muon_is_the_plain_form_in_fp32(ops: Ops) -> None:
+    random = torch.Generator().manual_seed(5)
+    want = torch.randn(64 + 43008 + 48 * 40 + 64, generator=random)
+    mean = torch.zeros_like(want)
+    for _ in range(2):
+        gradient = (torch.randn(want.shape, generator=random) * 1e-3).bfloat16().float()
+        mean = 0.95 * mean + 0.05 * gradient
+        update = 0.05 * gradient + 0.95 * mean
+        for at in MATRICES:
+            step = stock.orthogonal(at.of(update), COEFFICIENTS, 5) * max(1, at.rows / at.columns) ** 0.5
+            at.of(want).mul_(1 - 0.1 * 0.2).sub_(0.1 * step)
+    weight, grad, master, momentum = muon(ops)
+    torch.testing.assert_close(master, want, atol=6e-3, rtol=0)  # a step's elements are up to 0.06
+    inside = slice(64, -64)
+    assert torch.equal(weight[inside], master[inside].bfloat16())
+    assert not grad[inside].any()
+    torch.testing.assert_close(momentum[inside], mean[inside], atol=1e-9, rtol=1e-5)
+    for outside in (slice(0, 64), slice(-64, None)):
+        assert torch.equal(master[outside], want[outside])
+        assert grad[outside].any()
+        assert not momentum[outside].any()
+
+
+def test_muons_step_has_singular_values_near_one(ops: Ops) -> None:
+    random = torch.Generator().manual_seed(6)
+    for at in (Matrix(0, 64, 64), Matrix(0, 128, 64), Matrix(0, 64, 128)):
+        master = torch.zeros(at.rows * at.columns)
+        grad = torch.randn(master.shape, generator=random).bfloat16()
+        buffers = (master.bfloat16(), grad, master, torch.zeros_like(master))
+        ops.muon(*buffers, [at], lr=1.0, beta=0.95, weight_decay=0.0, coefficients=COEFFICIENTS, iterations=5)
+        values = torch.linalg.svdvals(at.of(master)) / max(1, at.rows / at.columns) ** 0.5
+        assert (
+            values.quantile(0.1) > 0.5
+        )  # a random square matrix has some that are near zero, and stay small
+        assert values.max() < 1.4
+
+
+def test_muon_of_a_zero_gradient_only_decays(ops: Ops) -> None:
+    at, master = Matrix(0, 32, 64), torch.ones(32 * 64)
+    buffers = (master.bfloat16(), torch.zeros(master.shape, dtype=BF16), master, torch.zeros_like(master))
+    ops.muon(*buffers, [at], lr=0.5, beta=0.95, weight_decay=0.5, coefficients=COEFFICIENTS, iterations=5)
+    assert torch.equal(master, torch.full_like(master, 0.75))
+
+
+def test_muon_has_the_same_bits_in_every_build_and_on_any_number_of_threads() -> None:
+    results = []
+    for variant in USABLE:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                torch.cat([tensor[: MATRICES[-1].start].float() for tensor in muon(cpu.load(variant))])
+            )
+    assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
 def test_squared_norm(ops: Ops) -> None:

@@ -66,6 +66,9 @@ def lapis(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line. Errors print cause and next step, and end with their own exit status."""
+    # Before torch loads its OpenMP: threads that wait spin only for microseconds, then sleep. With the default, two
+    # busy processes on the same cores slow each other down sixfold; alone it makes no difference (docs/benchmarks.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

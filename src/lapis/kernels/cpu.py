@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lapis.kernels import variants
+from lapis.kernels import stock, variants
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes
-from lapis.kernels.cpu_library import CAdamW
-from lapis.kernels.ops import Rope
+from lapis.kernels.cpu_library import CAdamW, CMuon
+from lapis.kernels.ops import Matrix, Rope
 
 # about how many logits exist at a time in the chunked losses, and the fewest rows of a chunk
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 22, 256
+MUON_STEP = 32  # both sides of a matrix are multiples of it
 
 
 @functools.cache
@@ -128,6 +129,31 @@ class CpuOps:
         """One pass over all five buffers."""
         numbers = CAdamW(lr, beta1, beta2, eps, weight_decay, correction1, correction2, clip)
         self.kernels.adamw((weight, grad, master, first, second), numbers)
+
+    def muon(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        master: Tensor,
+        momentum: Tensor,
+        matrices: Sequence[Matrix],
+        *,
+        lr: float,
+        beta: float,
+        weight_decay: float,
+        coefficients: tuple[float, float, float],
+        iterations: int,
+    ) -> None:
+        """From gradient to weight matrix by matrix; those whose sides do not fit the kernel by plain torch."""
+        buffers = (weight, grad, master, momentum)
+        fitting = []
+        for at in matrices:
+            if at.rows % MUON_STEP == at.columns % MUON_STEP == 0:
+                fitting.append(at)
+            else:
+                stock.muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
+        if fitting:
+            self.kernels.muon(buffers, fitting, CMuon(lr, beta, weight_decay, *coefficients, iterations))
 
     def squared_norm(self, grad: Tensor) -> float:
         """Steps of fixed size in fp32 lanes, then in double in order."""

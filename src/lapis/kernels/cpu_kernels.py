@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from collections.abc import Sequence
 from ctypes import byref
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lapis.kernels.batch import PAGE, Batch, LayerCache
-from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, bind
-from lapis.kernels.ops import Rope
+from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, CMuon, bind
+from lapis.kernels.ops import Matrix, Rope
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Sizes = tuple[int, int, int]  # query heads, key/value heads, head size
@@ -251,6 +252,19 @@ class Kernels:
         for buffer, dtype in zip(buffers, (BF16, BF16, FP32, FP32, FP32), strict=True):
             assert buffer.dtype is dtype and buffer.is_contiguous() and buffer.numel() == buffers[0].numel()
         self._c.adamw(*(buffer.data_ptr() for buffer in buffers), buffers[0].numel(), byref(numbers))
+
+    def muon(self, buffers: tuple[Tensor, ...], matrices: Sequence[Matrix], numbers: CMuon) -> None:
+        """Each matrix by one thread, the largest first. Raises MemoryError where the threads get no work space."""
+        for buffer, dtype in zip(buffers, (BF16, BF16, FP32, FP32), strict=True):
+            assert buffer.dtype is dtype and buffer.is_contiguous()
+            assert all(at.start + at.rows * at.columns <= buffer.numel() for at in matrices)
+        ordered = sorted(
+            matrices, key=lambda at: at.rows * at.columns * min(at.rows, at.columns), reverse=True
+        )
+        table_N3 = torch.tensor([(at.start, at.rows, at.columns) for at in ordered], dtype=torch.int64)
+        pointers = (buffer.data_ptr() for buffer in (*buffers, table_N3))
+        if self._c.muon(*pointers, len(ordered), byref(numbers)):
+            raise MemoryError("no work space for the Newton-Schulz iteration")
 
     def squared_norm(self, grad: Tensor) -> float:
         """Steps of fixed size in fp32 lanes, then in double in order."""

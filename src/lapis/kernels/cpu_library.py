@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cross_entropy": (None, [_P, _I, _I, _P, _P, _P, _P]),
     "attention_backward": (None, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
     "adamw": (None, [_P, _P, _P, _P, _P, _I, _P]),
+    "muon": (c_int, [_P, _P, _P, _P, _P, _I, _P]),
     "squared_norm": (c_double, [_P, _I, _P]),
 }
 
@@ -53,6 +54,20 @@ class CAdamW(Structure):
         ("correction1", c_float),
         ("correction2", c_float),
         ("clip", c_float),
+    )
+
+
+class CMuon(Structure):
+    """`struct muon` of cpu_muon.c: the numbers of one optimizer step."""
+
+    _fields_ = (
+        ("lr", c_float),
+        ("beta", c_float),
+        ("weight_decay", c_float),
+        ("a", c_float),
+        ("b", c_float),
+        ("c", c_float),
+        ("iterations", c_int64),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lapis.kernels import variants
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.variants import KernelStatus, status
 
-__all__ = ["KernelStatus", "Ops", "Rope", "select", "status"]
+__all__ = ["KernelStatus", "Matrix", "Ops", "Rope", "select", "status"]
 
 logger = logging.getLogger("lapis")
 
@@ -36,6 +36,18 @@ class Rope:
         exponent_D2 = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
         angle_PD2 = torch.arange(positions, dtype=torch.float64)[:, None] * base**-exponent_D2
         return Rope(angle_PD2.cos().float().contiguous(), angle_PD2.sin().float().contiguous())
+
+
+class Matrix(NamedTuple):
+    """Where one matrix lies inside flat buffers, row after row."""
+
+    start: int
+    rows: int
+    columns: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The matrix as a view of a flat buffer."""
+        return flat[self.start : self.start + self.rows * self.columns].view(self.rows, self.columns)
 
 
 class Ops(Protocol):
@@ -114,6 +126,27 @@ class Ops(Protocol):
 
         weight and grad are bf16, master and both moments fp32; correction = 1 - beta^step; the gradient is
         multiplied by `clip` first. Call `weights_changed` when all buffers are done.
+        """
+
+    def muon(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        master: Tensor,
+        momentum: Tensor,
+        matrices: Sequence[Matrix],
+        *,
+        lr: float,
+        beta: float,
+        weight_decay: float,
+        coefficients: tuple[float, float, float],
+        iterations: int,
+    ) -> None:
+        """One Muon step (Jordan et al. 2024) of matrices in flat buffers, in place; zeroes their gradients.
+
+        Nesterov momentum, made nearly orthogonal by X <- aX + (bXXᵀ + c(XXᵀ)²)X in bf16, times
+        lr · sqrt(max(1, rows / columns)). weight and grad are bf16, master and momentum fp32. Call
+        `weights_changed` when all buffers are done.
         """
 
     def squared_norm(self, grad: Tensor) -> float:

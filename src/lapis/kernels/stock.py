@@ -6,6 +6,7 @@ Dims as in ops.py; further S keys of a sequence, D head size, G query heads per 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapis.kernels.batch import PAGE, Batch, LayerCache
-from lapis.kernels.ops import Rope
+from lapis.kernels.ops import Matrix, Rope
 
 CHUNK = 1024  # tokens whose logits exist at a time
 NORM_BLOCK = 1 << 14  # elements that torch sums in one thread
@@ -40,7 +41,9 @@ class StockOps:
     def linear(
         self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
     ) -> Tensor:
-        """x Wᵀ (+ residual); with `fp32` widened after the product was rounded to the weights' type."""
+        """x Wᵀ (+ residual). `fp32` logits are computed in fp32 where no gradient is wanted: rounded ones would tie."""
+        if fp32 and not torch.is_grad_enabled():
+            x_TK, w_NK = x_TK.float(), w_NK.float()
         y_TN = F.linear(x_TK, w_NK)
         if residual_TN is not None:
             y_TN = y_TN + residual_TN
@@ -124,6 +127,25 @@ class StockOps:
             weight.copy_(master)
             grad.zero_()
 
+    def muon(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        master: Tensor,
+        momentum: Tensor,
+        matrices: Sequence[Matrix],
+        *,
+        lr: float,
+        beta: float,
+        weight_decay: float,
+        coefficients: tuple[float, float, float],
+        iterations: int,
+    ) -> None:
+        """The Muon step in torch calls, matrix by matrix."""
+        for at in matrices:
+            buffers = (weight, grad, master, momentum)
+            muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
+
     def squared_norm(self, grad: Tensor) -> float:
         """Blocks of fixed size summed by torch, then exactly."""
         blocks = torch.split(grad.detach().flatten(), NORM_BLOCK)
@@ -131,6 +153,38 @@ class StockOps:
 
     def weights_changed(self) -> None:
         """Nothing is kept beside the weights."""
+
+
+def muon_step(
+    buffers: tuple[Tensor, ...],
+    at: Matrix,
+    lr: float,
+    beta: float,
+    weight_decay: float,
+    coefficients: tuple[float, float, float],
+    iterations: int,
+) -> None:
+    """One Muon step of one matrix of the flat weight, gradient, master weight and momentum."""
+    with torch.no_grad():
+        weight, grad, master, momentum = (at.of(buffer) for buffer in buffers)
+        update = grad.float()
+        momentum.lerp_(update, 1 - beta)
+        step = orthogonal(update.lerp_(momentum, beta).bfloat16(), coefficients, iterations).float()
+        master.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * max(1.0, at.rows / at.columns) ** 0.5)
+        weight.copy_(master)
+        grad.zero_()
+
+
+def orthogonal(matrix_RC: Tensor, coefficients: tuple[float, float, float], iterations: int) -> Tensor:
+    """The nearest half-orthogonal matrix, roughly, by Newton-Schulz iterations in the matrix's own type."""
+    a, b, c = coefficients
+    tall = matrix_RC.shape[0] > matrix_RC.shape[1]
+    x: Tensor = matrix_RC.mT if tall else matrix_RC
+    x = x / (x.float().norm() + 1e-7).to(x.dtype)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -18,6 +18,7 @@ SOURCES = (
     "cpu.c",
     "cpu_linear.c",
     "cpu_train.c",
+    "cpu_muon.c",
     "cpu_vector.h",
     "cpu_attention.h",
     "cpu_attention_backward.h",

@@ -2,20 +2,16 @@
 
 All parameters of a model lie one after the other in one bf16 buffer, their gradients in a second one; the fp32
 master weights and the moments lie beside them in the same order. Hidden matrices come first, then all others.
-Dims: N matrices of one shape, R rows, C columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lapis.kernels.ops import Ops
+from lapis.kernels.ops import Matrix, Ops
 from lapis.model.config import ModelConfig
 from lapis.model.families import Llama
 
@@ -23,23 +19,10 @@ ALIGN = 32  # elements: every parameter starts on a 64-byte line of bf16
 
 BETA1, BETA2, EPS = 0.8, 0.95, 1e-8
 MATRIX_BETA1 = 0.9
-MOMENTUM = 0.95
+MOMENTUM = 0.9  # Muon
 # Coefficients of the quintic Newton-Schulz iteration, and how often it runs (Jordan et al. 2024, "Muon").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where one matrix lies inside the flat buffers."""
-
-    start: int
-    rows: int
-    columns: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The matrix as a view of a flat buffer."""
-        return flat[self.start : self.start + self.rows * self.columns].view(self.rows, self.columns)
 
 
 class FlatParameters:
@@ -52,7 +35,7 @@ class FlatParameters:
         self.weight = torch.zeros(total, dtype=torch.bfloat16)
         self.grad = torch.zeros(total, dtype=torch.bfloat16)
         self.master = torch.zeros(total)
-        self.blocks: list[Block] = []
+        self.blocks: list[Matrix] = []
         self.matrices = 0
         start = 0
         for (name, parameter), size in zip(named, sizes, strict=True):
@@ -132,32 +115,19 @@ class Optimizer:
         )
 
     def _muon(self, lr: float) -> None:
-        """Momentum, orthogonalised per matrix, as the step (Jordan et al. 2024)."""
-        flat, cut = self.flat, self.flat.matrices
-        grad, momentum = flat.grad[:cut].float(), self.first[:cut]
-        momentum.lerp_(grad, 1 - MOMENTUM)
-        update = grad.lerp_(momentum, MOMENTUM).bfloat16()
-        master = flat.master[:cut].mul_(1 - lr * self.weight_decay)
-        for blocks in _by_shape(flat.blocks):
-            stacked_NRC = torch.stack([block.of(update) for block in blocks])
-            steps_NRC = orthogonal(stacked_NRC).float()
-            size = max(1.0, blocks[0].rows / blocks[0].columns) ** 0.5
-            for block, step_RC in zip(blocks, steps_NRC, strict=True):
-                block.of(master).add_(step_RC, alpha=-lr * size)
-        flat.weight[:cut].copy_(master)
-        flat.grad[:cut].zero_()
-
-
-def orthogonal(matrix_NRC: Tensor) -> Tensor:
-    """The nearest half-orthogonal matrices, roughly: singular values end in about 0.7 to 1.2 (Newton-Schulz, bf16)."""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix_NRC.shape[-2] > matrix_NRC.shape[-1]
-    x: Tensor = matrix_NRC.mT if tall else matrix_NRC
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        flat = self.flat
+        self.ops.muon(
+            flat.weight,
+            flat.grad,
+            flat.master,
+            self.first,
+            flat.blocks,
+            lr=lr,
+            beta=MOMENTUM,
+            weight_decay=self.weight_decay,
+            coefficients=NEWTON_SCHULZ,
+            iterations=ITERATIONS,
+        )
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -165,20 +135,13 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and name.startswith("layers.")
 
 
-def _blocks(name: str, start: int, parameter: Tensor, config: ModelConfig) -> list[Block]:
+def _blocks(name: str, start: int, parameter: Tensor, config: ModelConfig) -> list[Matrix]:
     """The matrices inside one weight: joined query, key and value or gate and up are orthogonalised one by one."""
     rows, columns = parameter.shape
     query, key = config.heads * config.head_size, config.kv_heads * config.head_size
     joined = {"qkv": (query, key, key), "gate_up": (config.ffn, config.ffn)}
     blocks = []
     for part in joined.get(name.rsplit(".", 1)[-1], (rows,)):
-        blocks.append(Block(start, part, columns))
+        blocks.append(Matrix(start, part, columns))
         start += part * columns
     return blocks
-
-
-def _by_shape(blocks: Sequence[Block]) -> list[list[Block]]:
-    groups: dict[tuple[int, int], list[Block]] = defaultdict(list)
-    for block in blocks:
-        groups[block.rows, block.columns].append(block)
-    return list(groups.values())

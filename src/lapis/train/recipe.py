@@ -61,9 +61,9 @@ class TrainSection(Section):
     """Number of optimizer steps. Give this or `minutes`."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Training time in minutes; the number of steps follows from the speed that is measured on the way."""
-    sequence: Positive = 512
+    sequence: Positive = 256
     """Tokens in one training window; documents inside it do not see each other."""
-    batch: Positive = 4
+    batch: Positive = 8
     """Windows in one optimizer step."""
     seed: int = 0
     """Decides the first weights and the order of the data."""
@@ -71,7 +71,7 @@ class TrainSection(Section):
     """Optimizer of the hidden matrices; embeddings and norms always use AdamW."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     """Peak learning rate of the hidden matrices."""
-    embed_lr: Annotated[float, Field(gt=0)] = 0.003
+    embed_lr: Annotated[float, Field(gt=0)] = 0.03
     """Peak learning rate of embeddings, head and norms."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the hidden matrices."""

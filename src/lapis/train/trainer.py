@@ -24,6 +24,7 @@ from lapis.data.shards import Dataset
 from lapis.errors import ConfigError, ConflictError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
+from lapis.kernels.memory import keep_freed_memory
 from lapis.log import Progress, silent
 from lapis.model.families import Llama
 from lapis.train import schedule
@@ -54,6 +55,7 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, progress: Progress = silen
     """
     if run.status() == "finished":
         return run
+    keep_freed_memory()
     with run.hold(), _stop_signals() as stop:
         Trainer(recipe, dataset, run).loop(progress, stop)
     return run
