@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +74,13 @@ def _tell(facts: dict[str, Any], home: Home) -> None:
         for stage in facts["stages"]
     ]
     print_table(["stage", "time", "came in", "came out", "where it lies"], table)
-    where = "" if home == Home.default() else f"LAPIS_HOME={home.root} "
+    lapis = "lapis" if shutil.which("lapis") else sys.argv[0]  # not on the PATH: the way it was called
+    if home != Home.default():
+        lapis = f"LAPIS_HOME={home.root} {lapis}"
     say(f"\nAll in {facts['seconds']:.0f} s, kept under {home.root}. To go on:")
-    say(f"  {where}lapis chat {facts['release']}    go on with texts in the terminal")
-    say(f"  {where}lapis serve {facts['release']}   answer any OpenAI client")
-    say(f"  {where}lapis runs show last        the training run: curve, checkpoints, evaluation")
+    say(f"  {lapis} chat {facts['release']}     go on with texts in the terminal")
+    say(f"  {lapis} serve {facts['release']}    answer any OpenAI client")
+    say(f"  {lapis} runs show last        the training run: curve, checkpoints, evaluation")
 
 
 def _short(place: str, home: Home) -> str:

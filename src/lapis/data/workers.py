@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from lapis.errors import UnavailableError
@@ -57,9 +57,20 @@ def _ordered(
     for task in tasks:
         if len(waiting) >= 4 * workers:
             yield waiting.popleft().result()
-        waiting.append(pool.submit(function, task))
+        with _interrupts_held():
+            waiting.append(pool.submit(function, task))
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while a worker is started: it inherits that, and is not hit before `_begin` has run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin() -> None:
