@@ -72,15 +72,13 @@ def progress(title: str, unit: str = "", stream: Any = None) -> Iterator[Progres
 @contextmanager
 def _live(title: str, unit: str, stream: Any) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = [
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
+    columns = [  # the text says what there is to say, the time left too; all fits into 80 columns
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     ]
     with Bar(*columns, console=Console(file=stream), transient=True) as bar:
         task = bar.add_task(title, total=None, text="")
