@@ -27,8 +27,8 @@ from lapis.release.release import Release, State
 from lapis.server import running_server
 from lapis.storage import lock
 from lapis.tenants.keys import ApiKeys
-from lapis.train.export import exported_run
-from lapis.train.measure import last_checkpoint, measure_run
+from lapis.train.export import exported_run, last_checkpoint
+from lapis.train.measure import measure_run
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import find_or_create, train

@@ -14,6 +14,7 @@ import torch
 
 from lapis import config
 from lapis.checkpoint.sharded import latest, load
+from lapis.data.loader import TokenLoader
 from lapis.data.shards import Dataset
 from lapis.errors import ConflictError, TrainingError
 from lapis.hashing import digest_bytes, digest_json
@@ -183,6 +184,9 @@ def test_the_5_gram_gets_exactly_the_trained_windows(texts: Path, dataset: Datas
     recipe = tiny_recipe(texts)
     tokens = trained_tokens(recipe, dataset, 3)
     assert tokens.shape == (12, 64)
+    loader = TokenLoader(dataset, sequence=64, batch=4, seed=0)
+    for step in range(3):
+        assert tokens[4 * step : 4 * step + 4].flatten().tolist() == loader.at(step).ids_T.tolist()
 
 
 def test_a_checkpoint_of_another_dataset_is_refused(home: Home, texts: Path, dataset: Dataset) -> None:

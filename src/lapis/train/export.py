@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapis.checkpoint.sharded import latest, load
+from lapis.checkpoint.sharded import Checkpoint, latest, load
 from lapis.data.shards import Dataset
 from lapis.errors import ConflictError
 from lapis.home import Home
@@ -32,11 +32,7 @@ class Exported:
 def exported_run(home: Home, run_id: str) -> Iterator[Exported]:
     """Export the run's last good checkpoint to a temporary model folder. Raises NotFoundError, ConflictError."""
     run = Run.find(home, run_id)
-    checkpoint = latest(run.checkpoints)
-    if checkpoint is None:
-        raise ConflictError(
-            f"The run {run.id} has no checkpoint yet.", hint="Train it further: `lapis train RECIPE.toml`"
-        )
+    checkpoint = last_checkpoint(run)
     loaded = load(checkpoint)
     dataset = Dataset.open(dataset_folder(run))
     lineage = {
@@ -59,6 +55,16 @@ def exported_run(home: Home, run_id: str) -> Iterator[Exported]:
             add_bos=True,
         )
         yield Exported(folder, run.evaluation(), lineage)
+
+
+def last_checkpoint(run: Run) -> Checkpoint:
+    """The last good checkpoint of a run. Raises ConflictError if there is none."""
+    checkpoint = latest(run.checkpoints)
+    if checkpoint is None:
+        raise ConflictError(
+            f"The run {run.id} has no checkpoint yet.", hint="`lapis train RECIPE.toml` goes on with it."
+        )
+    return checkpoint
 
 
 def dataset_folder(run: Run) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis import config
-from lapis.checkpoint.sharded import Checkpoint, latest, load
+from lapis.checkpoint.sharded import load
 from lapis.data.shards import Dataset
 from lapis.errors import ConflictError
 from lapis.evaluate.evaluation import evaluate
@@ -17,7 +17,7 @@ from lapis.evaluate.report import EvalReport
 from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
 from lapis.model.families import Llama
-from lapis.train.export import dataset_folder
+from lapis.train.export import dataset_folder, last_checkpoint
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import trained_tokens
@@ -52,13 +52,3 @@ def measure_run(run: Run, ground: Ground | None = None, progress: Progress = sil
     tokenizer = Dataset.open(dataset_folder(run)).tokenizer
     report = evaluate(model, own.dataset, train_tokens=own.counted, tokenizer=tokenizer, progress=progress)
     return replace(report, subject=f"{run.id} at step {checkpoint.step}", weights=checkpoint.digest)
-
-
-def last_checkpoint(run: Run) -> Checkpoint:
-    """The last good checkpoint of a run. Raises ConflictError if there is none."""
-    checkpoint = latest(run.checkpoints)
-    if checkpoint is None:
-        raise ConflictError(
-            f"The run {run.id} has no checkpoint yet.", hint="`lapis train RECIPE.toml` goes on with it."
-        )
-    return checkpoint
