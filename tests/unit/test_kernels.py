@@ -65,10 +65,19 @@ def decode(
     ],
 )
 def test_linear_keeps_the_contract(ops: cpu.CpuOps, tokens: int, inner: int, columns: int) -> None:
-    x, w, residual = rows(tokens, inner), rows(columns, inner), rows(tokens, columns)
+    x, w, residual, bias = (
+        rows(tokens, inner),
+        rows(columns, inner),
+        rows(tokens, columns),
+        rows(columns),
+    )
     assert torch.equal(ops.linear(x, w), reference.linear(x, w))
     assert torch.equal(ops.linear(x, w, residual), reference.linear(x, w, residual))
     assert torch.equal(ops.linear(x, w, fp32=True), reference.linear(x, w, fp32=True))
+    with_bias = reference.linear(x, w, residual, bias_N=bias)
+    assert torch.equal(ops.linear(x, w, residual, bias_N=bias), with_bias)
+    logits = reference.linear(x, w, bias_N=bias, fp32=True)
+    assert torch.equal(ops.linear(x, w, bias_N=bias, fp32=True), logits)
 
 
 def test_row_ops_keep_the_contract(ops: cpu.CpuOps) -> None:
@@ -188,6 +197,7 @@ def test_plain_torch_agrees_to_bf16(ops: cpu.CpuOps) -> None:
     pairs = [
         (ops.linear(x, w), stock.linear(x, w)),
         (ops.linear(x, w, fp32=True), stock.linear(x, w, fp32=True)),
+        (ops.linear(x, w, bias_N=w[:, 0].contiguous()), stock.linear(x, w, bias_N=w[:, 0].contiguous())),
         (ops.rms_norm(x, w[0, :64].contiguous(), 1e-5), stock.rms_norm(x, w[0, :64], 1e-5)),
         (ops.silu_mul(x), stock.silu_mul(x)),
         (ops.attention(qkv, batch, 0, 4, 2, 64, rope), stock.attention(qkv, batch, 0, 4, 2, 64, rope)),

@@ -59,6 +59,9 @@ def check_gradients(compiled: Callable[..., Tensor], judge: Callable[..., Tensor
 def test_gradients_of_linear(ops: Ops) -> None:
     check_gradients(ops.linear, lambda x, w, r: F.linear(x, w) + r, rows(70, 64), rows(96, 64), rows(70, 96))
     check_gradients(lambda x, w: ops.linear(x, w, fp32=True), F.linear, rows(5, 64), rows(96, 64))
+    check_gradients(
+        lambda x, w, b: ops.linear(x, w, bias_N=b), F.linear, rows(70, 64), rows(90, 64), rows(90)
+    )
 
 
 def test_gradients_of_row_ops(ops: Ops) -> None:

@@ -5,7 +5,7 @@ Dims: T tokens of the pass, S sequences, P pages of the longest sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,6 +23,10 @@ class LayerCache(NamedTuple):
     values: Tensor
 
 
+# A and B of a low-rank adapter of one weight (R rank: A is (R, K), B is (N, R)); None: the weight is as it was
+AdapterPair = tuple[Tensor, Tensor] | None
+
+
 @dataclass(eq=False)
 class Batch:
     """Tokens of one or more sequences, laid one after the other.
@@ -36,12 +40,17 @@ class Batch:
     page_table_SP: Tensor  # int32: pages of each sequence, in order of position
     caches: Sequence[LayerCache] | None  # one per layer; None: private temporary pages (training, scoring)
     spans: tuple[tuple[int, int], ...]  # (start, end) of each sequence inside T
+    adapter_T: Tensor | None = None  # int32: which adapter each token's weights have, -1 none
+    # one per layer: by the name of a weight, the pair of each adapter (`Ops.lora`)
+    adapters: Sequence[Mapping[str, Sequence[AdapterPair]]] | None = None
     prepared: dict[str, Any] = field(
         default_factory=dict, init=False, repr=False
     )  # what ops derive from this once
 
     def __post_init__(self) -> None:
-        for tensor in (self.sequence_T, self.position_T, self.page_table_SP):
+        for tensor in (self.sequence_T, self.position_T, self.page_table_SP, self.adapter_T):
+            if tensor is None:
+                continue
             assert tensor.dtype is torch.int32, "a Batch holds int32 tensors"
             assert tensor.is_contiguous(), "a Batch holds contiguous tensors"
 

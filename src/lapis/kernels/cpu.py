@@ -51,13 +51,19 @@ class CpuOps:
         return w_VH.index_select(0, ids_T)
 
     def linear(
-        self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
+        self,
+        x_TK: Tensor,
+        w_NK: Tensor,
+        residual_TN: Tensor | None = None,
+        *,
+        bias_N: Tensor | None = None,
+        fp32: bool = False,
     ) -> Tensor:
-        """One chain of products over K per output, the residual added before the one rounding."""
-        if torch.is_grad_enabled() and (x_TK.requires_grad or w_NK.requires_grad):
+        """One chain of products over K per output; bias, then residual, are added before the one rounding."""
+        if torch.is_grad_enabled() and (x_TK.requires_grad or w_NK.requires_grad or _wants_grad(bias_N)):
             apply = _Linear.apply
-            return cast(Tensor, apply(self.kernels, x_TK, w_NK, residual_TN, fp32))  # type: ignore[no-untyped-call]
-        return self.kernels.linear(x_TK, w_NK, residual_TN, fp32)
+            return cast(Tensor, apply(self.kernels, x_TK, w_NK, residual_TN, bias_N, fp32))  # type: ignore[no-untyped-call]
+        return self.kernels.linear(x_TK, w_NK, residual_TN, fp32, bias_N)
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x · (1 / sqrt(mean(x²) + eps)) · w."""
@@ -182,23 +188,32 @@ class _Embedding(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, x: Tensor, w: Tensor, residual: Tensor | None, fp32: bool
+        ctx: Any,
+        kernels: Kernels,
+        x: Tensor,
+        w: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        fp32: bool,
     ) -> Tensor:
-        ctx.kernels, ctx.weight, ctx.residual = kernels, w, residual is not None
+        ctx.kernels, ctx.weight, ctx.residual, ctx.bias = kernels, w, residual is not None, bias
         ctx.save_for_backward(x)
-        return kernels.linear(x, w, residual, fp32)
+        return kernels.linear(x, w, residual, fp32, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TK,) = ctx.saved_tensors
-        g_TN, dx_TK, returned = grads[0].to(BF16).contiguous(), None, None
+        g_TN, dx_TK, returned, dbias_N = grads[0].to(BF16).contiguous(), None, None, None
         if ctx.needs_input_grad[1]:
             dx_TK = torch.empty_like(x_TK)
             ctx.kernels.linear_backward(g_TN, ctx.weight, dx_TK)
         if ctx.needs_input_grad[2]:
             dw_NK, returned = _gradient_buffer(ctx.weight)
             ctx.kernels.add_weight_gradient(g_TN, x_TK, dw_NK)
-        return None, dx_TK, returned, (g_TN if ctx.residual else None), None
+        if ctx.needs_input_grad[4]:
+            buffer_N, dbias_N = _gradient_buffer(ctx.bias)
+            ctx.kernels.add_bias_gradient(g_TN, buffer_N)
+        return None, dx_TK, returned, (g_TN if ctx.residual else None), dbias_N, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -299,6 +314,10 @@ def exact_sum(x_T: Tensor) -> Tensor:
     if not bool(x_T.isfinite().all()):
         return torch.tensor(math.nan)
     return torch.tensor(math.fsum(x_T.tolist()), dtype=FP32)
+
+
+def _wants_grad(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def _gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:

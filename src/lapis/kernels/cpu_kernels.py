@@ -57,20 +57,22 @@ class Kernels:
 
     # ---- linear
 
-    def linear(self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None, fp32: bool) -> Tensor:
-        """x Wᵀ (+ residual) in bf16, or the unrounded sums."""
+    def linear(
+        self,
+        x_TK: Tensor,
+        w_NK: Tensor,
+        residual_TN: Tensor | None,
+        fp32: bool,
+        bias_N: Tensor | None = None,
+    ) -> Tensor:
+        """x Wᵀ (+ bias) (+ residual) in bf16, or the unrounded sums."""
         tokens, inner = x_TK.shape
         columns = w_NK.shape[0]
         assert x_TK.dtype is BF16 and x_TK.is_contiguous() and w_NK.shape[1] == inner and inner % 2 == 0
         y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
-        residual = None
-        if residual_TN is not None:
-            assert (
-                residual_TN.dtype is BF16 and residual_TN.is_contiguous() and residual_TN.shape == y_TN.shape
-            )
-            residual = residual_TN.data_ptr()
+        bias, residual = _addend(bias_N, (columns,)), _addend(residual_TN, y_TN.shape)
         packed = self._pack(w_NK)
-        self._c.linear(x_TK.data_ptr(), tokens, inner, packed, columns, residual, y_TN.data_ptr(), fp32)
+        self._c.linear(x_TK.data_ptr(), tokens, inner, packed, columns, bias, residual, y_TN.data_ptr(), fp32)
         return y_TN
 
     def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:
@@ -80,8 +82,8 @@ class Kernels:
             torch.mm(g_TN, w_NK.detach(), out=dx_TK)
             return
         assert g_TN.dtype is BF16 and g_TN.is_contiguous() and dx_TK.is_contiguous()
-        packed = self._pack(w_NK, transposed=True)
-        self._c.linear(g_TN.data_ptr(), tokens, columns, packed, w_NK.shape[1], None, dx_TK.data_ptr(), False)
+        packed, dx = self._pack(w_NK, transposed=True), dx_TK.data_ptr()
+        self._c.linear(g_TN.data_ptr(), tokens, columns, packed, w_NK.shape[1], None, None, dx, False)
 
     def add_weight_gradient(self, g_TN: Tensor, x_TK: Tensor, dw_NK: Tensor) -> None:
         """dw += gᵀ x."""
@@ -90,6 +92,11 @@ class Kernels:
         work = torch.empty((tokens + 1) // 2 * 2 * (columns + PANEL_ROWS + inner + COLUMNS), dtype=BF16)
         pointers = (tensor.data_ptr() for tensor in (g_TN, x_TK, dw_NK, work))
         self._c.linear_weight_gradient(*pointers, tokens, columns, inner)
+
+    def add_bias_gradient(self, g_TN: Tensor, db_N: Tensor) -> None:
+        """db += the sum of the rows of g."""
+        assert g_TN.dtype is BF16 and g_TN.is_contiguous() and db_N.dtype is BF16 and db_N.is_contiguous()
+        self._c.linear_bias_gradient(g_TN.data_ptr(), db_N.data_ptr(), *g_TN.shape)
 
     def weights_changed(self) -> None:
         """Every packed copy is renewed, in place, when it is next used."""
@@ -271,6 +278,14 @@ class Kernels:
         assert grad.dtype is BF16 and grad.is_contiguous()
         partial = torch.empty(-(-grad.numel() // NORM_STEP), dtype=torch.float64)
         return float(self._c.squared_norm(grad.data_ptr(), grad.numel(), partial.data_ptr()))
+
+
+def _addend(x: Tensor | None, shape: Sequence[int]) -> int | None:
+    """Pointer to what is added to finished sums, if anything is."""
+    if x is None:
+        return None
+    assert x.dtype is BF16 and x.is_contiguous() and x.shape == tuple(shape)
+    return x.data_ptr()
 
 
 def _version(weight: Tensor) -> int:

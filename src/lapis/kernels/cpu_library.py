@@ -12,13 +12,14 @@ SUM_ROWS, NORM_STEP, COLUMNS, PANEL_ROWS = 64, 4096, 32, 12  # as in the C sourc
 _P, _I = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pack": (None, [_P, _P, _I, _I]),
-    "linear": (None, [_P, _I, _I, _P, _I, _P, _P, c_int]),
+    "linear": (None, [_P, _I, _I, _P, _I, _P, _P, _P, c_int]),
     "rms_norm": (None, [_P, _P, _P, _I, _I, c_float]),
     "silu_mul": (None, [_P, _P, _I, _I]),
     "logprobs": (None, [_P, _I, _I, _P, _P, _P]),
     "attention": (None, [_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P]),
     "pack_rows": (None, [_P, _P, _I, _I]),
     "linear_weight_gradient": (None, [_P, _P, _P, _P, _I, _I, _I]),
+    "linear_bias_gradient": (None, [_P, _P, _I, _I]),
     "rms_norm_backward": (None, [_P, _P, _P, _P, _P, _P, _I, _I, c_float]),
     "silu_mul_backward": (None, [_P, _P, _P, _I, _I]),
     "embedding_backward": (None, [_P, _P, _P, _P, _I, _I]),

@@ -15,10 +15,10 @@
 #define WIDE_ROWS 1
 #endif
 
-// ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
+// ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ bias) (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
 
 struct linear {
-    const bf16 *x, *packed, *residual;
+    const bf16 *x, *packed, *bias, *residual;
     void *y;
     int64_t rows, K, N;
     int fp32;
@@ -37,18 +37,20 @@ EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
     }
 }
 
-// Adds the residual to 16 finished sums, rounds, stores those that lie inside the matrix.
+// Adds bias and residual to 16 finished sums, rounds, stores those that lie inside the matrix.
 INLINE void finish(const struct linear *op, int64_t row, int64_t column, f32x16 sum) {
     if (column >= op->N) return;
     const int64_t at = row * op->N + column, left = op->N - column;
     if (left >= LANES) {
+        if (op->bias) sum = sum + load_bf16(op->bias + column);
         if (op->residual) sum = sum + load_bf16(op->residual + at);
         if (op->fp32) store((float *)op->y + at, sum);
         else store_bf16((bf16 *)op->y + at, sum);
         return;
     }
     for (int64_t i = 0; i < left; i++) {
-        float value = op->residual ? sum[i] + widen_one(op->residual[at + i]) : sum[i];
+        float value = op->bias ? sum[i] + widen_one(op->bias[column + i]) : sum[i];
+        if (op->residual) value = value + widen_one(op->residual[at + i]);
         if (op->fp32) ((float *)op->y)[at + i] = value;
         else ((bf16 *)op->y)[at + i] = round_one(value);
     }
@@ -173,15 +175,20 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
         }
 }
 
-EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *residual,
-                         void *y, int fp32) {
-    const struct linear op = {x, packed, residual, y, rows, K, N, fp32};
-    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
+// The whole product by the threads of the region that it is called in.
+static void linear_team(const struct linear *op) {
+    const int64_t tiles = (op->N + COLUMNS - 1) / COLUMNS;
+    if (op->rows <= WIDE_ROWS) linear_few_rows(op, tiles);
+    else linear_blocks(op, tiles);
+}
+
+EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *bias,
+                         const bf16 *residual, void *y, int fp32) {
+    const struct linear op = {x, packed, bias, residual, y, rows, K, N, fp32};
 #pragma omp parallel
     {
         const uint64_t mode = flush_subnormals();
-        if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
-        else linear_blocks(&op, tiles);
+        linear_team(&op);
         restore_mode(mode);
     }
 }
@@ -253,8 +260,25 @@ EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw,
                                          int64_t K) {
     const int64_t inner = (rows + 1) / 2 * 2;
     bf16 *packed = work + (N + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * inner;
-    const struct linear op = {work, packed, dw, dw, N, inner, K, 0};
+    const struct linear op = {work, packed, NULL, dw, dw, N, inner, K, 0};
     pack_panels(g, work, rows, N);
     lapis_pack_rows(x, packed, rows, K);
     linear_panels(&op);
+}
+
+// db[N] += the sum of the rows of g[rows][N], each column one fp32 chain.
+EXPORT void lapis_linear_bias_gradient(const bf16 *g, bf16 *db, int64_t rows, int64_t N) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < N; column += COLUMNS) {
+            const int64_t width = N - column < COLUMNS ? N - column : COLUMNS;
+            float sum[COLUMNS] = {0};
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < width; i++) sum[i] += widen_one(g[row * N + column + i]);
+            for (int64_t i = 0; i < width; i++) db[column + i] = round_one(widen_one(db[column + i]) + sum[i]);
+        }
+        restore_mode(mode);
+    }
 }

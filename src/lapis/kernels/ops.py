@@ -76,9 +76,15 @@ class Ops(Protocol):
         """Rows of the table. The gradient sums equal ids in fp32, in the order of T."""
 
     def linear(
-        self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
+        self,
+        x_TK: Tensor,
+        w_NK: Tensor,
+        residual_TN: Tensor | None = None,
+        *,
+        bias_N: Tensor | None = None,
+        fp32: bool = False,
     ) -> Tensor:
-        """x Wᵀ (+ residual), rounded once; `fp32` keeps the unrounded sums (logits)."""
+        """x Wᵀ (+ bias) (+ residual), rounded once; `fp32` keeps the unrounded sums (logits)."""
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · w (Zhang & Sennrich 2019)."""

@@ -20,13 +20,22 @@ Array = npt.NDArray[np.float32]
 LANES = 16
 
 
-def linear(x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False) -> Tensor:
-    """One chain over K from +0; in each pair the odd element first; residual added at the end; one rounding."""
+def linear(
+    x_TK: Tensor,
+    w_NK: Tensor,
+    residual_TN: Tensor | None = None,
+    *,
+    bias_N: Tensor | None = None,
+    fp32: bool = False,
+) -> Tensor:
+    """One chain over K from +0; in each pair the odd element first; then + bias, then + residual; one rounding."""
     x, w = _array(x_TK), _array(w_NK)
     sums = np.zeros((x.shape[0], w.shape[0]), np.float32)
     for k in range(0, x.shape[1], 2):
         sums = sums + x[:, k + 1, None] * w[None, :, k + 1]
         sums = sums + x[:, k, None] * w[None, :, k]
+    if bias_N is not None:
+        sums = sums + _array(bias_N)
     if residual_TN is not None:
         sums = sums + _array(residual_TN)
     return torch.from_numpy(sums) if fp32 else _bf16(sums)

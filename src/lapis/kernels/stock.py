@@ -39,12 +39,19 @@ class StockOps:
         return F.embedding(ids_T, w_VH)
 
     def linear(
-        self, x_TK: Tensor, w_NK: Tensor, residual_TN: Tensor | None = None, *, fp32: bool = False
+        self,
+        x_TK: Tensor,
+        w_NK: Tensor,
+        residual_TN: Tensor | None = None,
+        *,
+        bias_N: Tensor | None = None,
+        fp32: bool = False,
     ) -> Tensor:
-        """x Wᵀ (+ residual). `fp32` logits are computed in fp32 where no gradient is wanted: rounded ones would tie."""
+        """x Wᵀ (+ bias) (+ residual). `fp32` without gradients is computed in fp32: rounded logits would tie."""
         if fp32 and not torch.is_grad_enabled():
             x_TK, w_NK = x_TK.float(), w_NK.float()
-        y_TN = F.linear(x_TK, w_NK)
+            bias_N = None if bias_N is None else bias_N.float()
+        y_TN = F.linear(x_TK, w_NK, bias_N)
         if residual_TN is not None:
             y_TN = y_TN + residual_TN
         return y_TN.float() if fp32 else y_TN
