@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 
 from lapis.api.body import parse, read_json
 from lapis.api.logprobs import TextLogprobsWriter, chat_logprobs
-from lapis.api.protocol import (
-    ChatChunkChoice,
-    ChatRequest,
-    CompletionRequest,
-    Delta,
-)
+from lapis.api.protocol.chat import ChatChunkChoice, ChatRequest, Delta
+from lapis.api.protocol.completions import CompletionRequest
 from lapis.errors import InputError
 from lapis.inference.request import TokenLogprob
 

@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from lapis.api.protocol import CompletionDetails, PromptDetails, Usage
+from lapis.api.protocol.generation import CompletionDetails, PromptDetails, Usage
 from lapis.api.streaming import DONE, EventStream, event, while_connected
 from lapis.gateway.generation import Generation
 from lapis.inference.request import Output

@@ -6,7 +6,8 @@ import codecs
 from collections.abc import Iterable
 from typing import TypedDict
 
-from lapis.api.protocol import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob
+from lapis.api.protocol.chat import ChatLogprob, ChatLogprobs, TopLogprob
+from lapis.api.protocol.completions import TextLogprobs
 from lapis.inference.request import TokenLogprob
 
 LOWEST = -9999.0  # what stands for minus infinity, which JSON does not have

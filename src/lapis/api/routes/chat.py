@@ -13,7 +13,7 @@ from lapis.api.answer import facts, finish, new_id, one_answer, stream, usage
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.logprobs import chat_logprobs
-from lapis.api.protocol import (
+from lapis.api.protocol.chat import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

@@ -14,7 +14,7 @@ from lapis.api.answer import facts, finish, new_id, one_answer, stream, usage
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.logprobs import TextLogprobsWriter
-from lapis.api.protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
+from lapis.api.protocol.completions import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
 from lapis.gateway.generation import Ask, Generation, Prompt
 from lapis.gateway.prompt import answer_tokens
 from lapis.gateway.services import Services

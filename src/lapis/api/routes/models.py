@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from lapis.api.auth import Reader, ServicesOf
-from lapis.api.protocol import ModelList, ModelObject
+from lapis.api.protocol.models import ModelList, ModelObject
 from lapis.gateway.deployment import Deployment
 from lapis.release.registry import Servable
 

@@ -1,0 +1,191 @@
+"""OpenAI's objects for chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from lapis.api.protocol.generation import SEED, Body, GenerationRequest, Usage
+from lapis.errors import InputError
+from lapis.inference.request import MAX_TOP_LOGPROBS
+
+
+def _texts(value: object) -> object:
+    """A message's content as one string: a string, or a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError("every part must be an object with a type")
+        if part["type"] != "text":
+            raise ValueError(f"parts of type {part['type'][:40]!r} are not offered, only 'text'")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError("a text part has exactly the fields 'type' and 'text' (a string)")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Message(Body):
+    """One message of a chat. `developer` is read as `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_texts)]
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tools(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # The client's own answers, sent back as history, carry these fields as null or empty.
+        extras = ("refusal", "audio", "function_call", "tool_calls", "annotations")
+        for name in extras:
+            if values.get(name):
+                raise ValueError(f"the field {name!r} of a message is not offered")
+        return {name: value for name, value in values.items() if name not in extras}
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates read it."""
+        role = "system" if self.role == "developer" else self.role
+        facts = {"role": role, "content": self.content}
+        return facts if self.name is None else {**facts, "name": self.name}
+
+
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    NOT_OFFERED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "store": (False,),
+        "audio": (),
+        "moderation": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InputError("'top_logprobs' is only allowed with 'logprobs': true.", param="top_logprobs")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InputError(
+                "'max_tokens' and 'max_completion_tokens' differ; give one of them.", param="max_tokens"
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to answer with; None is up to the end of the context."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many logprobs beside the chosen token's; None for no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TopLogprob(BaseModel):
+    """A token that could have stood here: its text, bytes and natural-log probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """The token that stands here, and its alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Logprobs of an answer or of one piece of it."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    """What the model said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of n answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """The answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class Delta(BaseModel):
+    """What a chunk adds to the message; absent fields are left out."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class ChatChunkChoice(BaseModel):
+    """A piece of one of n answers."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a chat stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str

@@ -1,0 +1,90 @@
+"""OpenAI's objects for text completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from lapis.api.protocol.generation import CHOICES, SEED, GenerationRequest, Usage
+from lapis.errors import InputError
+from lapis.inference.request import MAX_TOP_LOGPROBS
+
+
+def _prompts(value: object) -> object:
+    """A prompt or a list of them, each a string or token ids, as a tuple of strings and tuples of ids."""
+    wanted = "must be a string, a list of strings, a list of token ids, or a list of such lists; none empty"
+    prompts: list[Any] = value if isinstance(value, list) else [value]
+    if prompts and all(_is_id(item) for item in prompts):
+        prompts = [prompts]
+    if not prompts:
+        raise ValueError(wanted)
+    if len(prompts) > CHOICES:
+        raise ValueError(f"at most {CHOICES} prompts are allowed")
+    for prompt in prompts:
+        ids = isinstance(prompt, list) and all(_is_id(item) for item in prompt)
+        if not prompt or not (isinstance(prompt, str) or ids):
+            raise ValueError(wanted)
+    return tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
+
+    NOT_OFFERED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "suffix": ("",),
+        "best_of": (1,),
+        "echo": (False,),
+    }
+
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if len(self.prompt) * self.choices > CHOICES:
+            raise InputError(
+                f"prompts x n is {len(self.prompt) * self.choices}; at most {CHOICES}.", param="n"
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to answer with, 16 unless told, as OpenAI's."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+class TextLogprobs(BaseModel):
+    """Logprobs of a text completion, in four parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One answer to one prompt, or in a stream a piece of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class TextCompletion(BaseModel):
+    """The answer of POST /v1/completions, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    system_fingerprint: str

@@ -1,0 +1,30 @@
+"""OpenAI's objects for models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class ModelObject(BaseModel):
+    """A model that is served, with what Lapis knows beside OpenAI's four fields."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    digest: str
+    kind: str
+    licence: str
+    loaded: bool
+    context: int | None
+    bit_exact: bool | None
+    kernels: str | None
+
+
+class ModelList(BaseModel):
+    """The answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
