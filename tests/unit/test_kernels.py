@@ -86,6 +86,24 @@ def test_row_ops_keep_the_contract(ops: cpu.CpuOps) -> None:
     assert torch.equal(ops.silu_mul(joined), reference.silu_mul(joined))
 
 
+def test_layer_norm_and_gelu_keep_the_contract(ops: cpu.CpuOps) -> None:
+    x, w, b = rows(9, 96, scale=3) + 2, rows(96), rows(96)
+    assert torch.equal(ops.layer_norm(x, w, b, 1e-5), reference.layer_norm(x, w, b, 1e-5))
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+    finite = every[(every.float().abs() > 1e-37) & (every.float().abs() < 1e9)]
+    x = finite[: len(finite) // 32 * 32].view(-1, 32)
+    assert torch.equal(ops.gelu(x), reference.gelu(x))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_head_norm_keeps_the_contract(ops: cpu.CpuOps, whole: bool) -> None:
+    heads, kv_heads, size = 4, 2, 48
+    q_norm, k_norm = rows(heads * size if whole else size), rows(kv_heads * size if whole else size)
+    qkv = rows(7, (heads + 2 * kv_heads) * size)
+    arguments = (qkv, q_norm, k_norm, heads, kv_heads, size, 1e-6)
+    assert torch.equal(ops.head_norm(*arguments), reference.head_norm(*arguments))
+
+
 @pytest.mark.parametrize("vocabulary", [1, 16, 1003])
 def test_logprobs_keep_the_contract(ops: cpu.CpuOps, vocabulary: int) -> None:
     logits, ids = torch.randn(7, vocabulary) * 9, torch.randint(0, vocabulary, (7,))
@@ -193,13 +211,16 @@ def test_grad_mode_changes_no_bit(ops: cpu.CpuOps) -> None:
 def test_plain_torch_agrees_to_bf16(ops: cpu.CpuOps) -> None:
     stock, rope = StockOps(), Rope.make(64, 1e4, 128)
     x, w, qkv, logits = rows(40, 64), rows(96, 64, scale=0.1), rows(40, 8 * 64), torch.randn(40, 50) * 5
-    ids, batch = torch.randint(0, 50, (40,)), packed([3, 37])
+    ids, batch, norms = torch.randint(0, 50, (40,)), packed([3, 37]), (rows(64), rows(128))
     pairs = [
         (ops.linear(x, w), stock.linear(x, w)),
         (ops.linear(x, w, fp32=True), stock.linear(x, w, fp32=True)),
         (ops.linear(x, w, bias_N=w[:, 0].contiguous()), stock.linear(x, w, bias_N=w[:, 0].contiguous())),
         (ops.rms_norm(x, w[0, :64].contiguous(), 1e-5), stock.rms_norm(x, w[0, :64], 1e-5)),
         (ops.silu_mul(x), stock.silu_mul(x)),
+        (ops.gelu(x), stock.gelu(x)),
+        (ops.layer_norm(x, w[0], w[1], 1e-5), stock.layer_norm(x, w[0], w[1], 1e-5)),
+        (ops.head_norm(qkv, *norms, 4, 2, 64, 1e-5), stock.head_norm(qkv, *norms, 4, 2, 64, 1e-5)),
         (ops.attention(qkv, batch, 0, 4, 2, 64, rope), stock.attention(qkv, batch, 0, 4, 2, 64, rope)),
         (ops.logprobs(logits, ids), stock.logprobs(logits, ids)),
         (ops.linear_logprobs(x, w, ids), stock.linear_logprobs(x, w, ids)),

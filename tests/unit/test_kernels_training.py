@@ -70,8 +70,25 @@ def test_gradients_of_row_ops(ops: Ops) -> None:
         lambda x, w: ops.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x, rows(64)
     )
     check_gradients(ops.silu_mul, lambda x: F.silu(x[:, :32]) * x[:, 32:], x)
+    check_gradients(
+        lambda x, w, b: ops.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: F.layer_norm(x, (64,), w, b, 1e-5),
+        *(x + 1, rows(64), rows(64)),
+    )
+    check_gradients(ops.gelu, lambda x: F.gelu(x, approximate="tanh"), x)
     ids = torch.randint(0, 40, (200,))
     check_gradients(lambda w: ops.embedding(ids, w), lambda w: F.embedding(ids, w), rows(50, 64))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradients_of_head_norm(ops: Ops, whole: bool) -> None:
+    heads, kv_heads, size = 4, 2, 16
+    weights = rows(heads * size if whole else size), rows(kv_heads * size if whole else size)
+    check_gradients(
+        lambda x, q, k: ops.head_norm(x, q, k, heads, kv_heads, size, 1e-5),
+        lambda x, q, k: stock.StockOps().head_norm(x, q, k, heads, kv_heads, size, 1e-5),
+        *(rows(150, (heads + 2 * kv_heads) * size), *weights),
+    )
 
 
 @pytest.mark.parametrize("head_size", variants.HEAD_SIZES)

@@ -50,14 +50,7 @@ EXPORT void lapis_rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, 
     {
         const uint64_t mode = flush_subnormals();
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            const bf16 *in = x + row * width;
-            f32x16 squares = all(0);
-            for (int64_t i = 0; i < width; i += LANES) squares = squares + load_bf16(in + i) * load_bf16(in + i);
-            const float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)width + eps);
-            for (int64_t i = 0; i < width; i += LANES)
-                store_bf16(y + row * width + i, (load_bf16(in + i) * scale) * load_bf16(w + i));
-        }
+        for (int64_t row = 0; row < rows; row++) rms_norm_row(x + row * width, w, y + row * width, width, eps);
         restore_mode(mode);
     }
 }

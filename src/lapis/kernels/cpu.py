@@ -77,6 +77,34 @@ class CpuOps:
             return cast(Tensor, _SiluMul.apply(self.kernels, x_T2F))  # type: ignore[no-untyped-call]
         return self.kernels.silu_mul(x_T2F)
 
+    def layer_norm(self, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+        """((x - mean) · (1 / sqrt(mean of squares + eps))) · w + b."""
+        if torch.is_grad_enabled() and (x_TH.requires_grad or w_H.requires_grad or b_H.requires_grad):
+            return cast(Tensor, _LayerNorm.apply(self.kernels, x_TH, w_H, b_H, eps))  # type: ignore[no-untyped-call]
+        return self.kernels.layer_norm(x_TH, w_H, b_H, eps)
+
+    def gelu(self, x_TF: Tensor) -> Tensor:
+        """x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x³)."""
+        if torch.is_grad_enabled() and x_TF.requires_grad:
+            return cast(Tensor, _Gelu.apply(self.kernels, x_TF))  # type: ignore[no-untyped-call]
+        return self.kernels.gelu(x_TF)
+
+    def head_norm(
+        self,
+        qkv_TW: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        eps: float,
+    ) -> Tensor:
+        """rms_norm of each query and key head, or of all of them together."""
+        sizes, tensors = (heads, kv_heads, head_size), (qkv_TW, q_norm, k_norm)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return cast(Tensor, _HeadNorm.apply(self.kernels, *tensors, sizes, eps))  # type: ignore[no-untyped-call]
+        return self.kernels.head_norm(*tensors, sizes, eps)
+
     def attention(
         self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
     ) -> Tensor:
@@ -241,6 +269,52 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.kernels.silu_mul_backward(ctx.saved_tensors[0], grads[0].contiguous())
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+        ctx.kernels, ctx.weight, ctx.bias, ctx.eps = kernels, w_H, b_H, eps
+        ctx.save_for_backward(x_TH)
+        return kernels.layer_norm(x_TH, w_H, b_H, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_TH,) = ctx.saved_tensors
+        (dw_H, dw), (db_H, db) = _gradient_buffer(ctx.weight), _gradient_buffer(ctx.bias)
+        g_TH = grads[0].contiguous()
+        dx_TH = ctx.kernels.layer_norm_backward(x_TH, ctx.weight, g_TH, dw_H, db_H, ctx.eps)
+        return None, dx_TH, dw, db, None
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x_TF: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(x_TF)
+        return kernels.gelu(x_TF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.kernels.gelu_backward(ctx.saved_tensors[0], grads[0].contiguous())
+
+
+class _HeadNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, qkv_TW: Tensor, q_norm: Tensor, k_norm: Tensor, sizes: Sizes, eps: float
+    ) -> Tensor:
+        ctx.kernels, ctx.weights, ctx.sizes, ctx.eps = kernels, (q_norm, k_norm), sizes, eps
+        ctx.save_for_backward(qkv_TW)
+        return kernels.head_norm(qkv_TW, q_norm, k_norm, sizes, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = (*ctx.saved_tensors, *ctx.weights)
+        (dq, returned_q), (dk, returned_k) = (_gradient_buffer(weight) for weight in ctx.weights)
+        g_TW = grads[0].contiguous()
+        dqkv_TW = ctx.kernels.head_norm_backward(saved, g_TW, dq, dk, ctx.sizes, ctx.eps)
+        return None, dqkv_TW, returned_q, returned_k, None, None
 
 
 class _Attention(torch.autograd.Function):

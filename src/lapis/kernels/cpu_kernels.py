@@ -165,6 +165,66 @@ class Kernels:
         self._c.silu_mul_backward(x_T2F.data_ptr(), g_TF.data_ptr(), dx_T2F.data_ptr(), *g_TF.shape)
         return dx_T2F
 
+    def layer_norm(self, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+        """((x - mean) · (1 / sqrt(mean of squares + eps))) · w + b."""
+        assert (
+            x_TH.dtype is w_H.dtype is b_H.dtype is BF16 and x_TH.is_contiguous() and x_TH.shape[1] % 16 == 0
+        )
+        y_TH = torch.empty_like(x_TH)
+        pointers = (tensor.data_ptr() for tensor in (x_TH, w_H, b_H, y_TH))
+        self._c.layer_norm(*pointers, *x_TH.shape, eps)
+        return y_TH
+
+    def layer_norm_backward(
+        self, x_TH: Tensor, w_H: Tensor, g_TH: Tensor, dw_H: Tensor, db_H: Tensor, eps: float
+    ) -> Tensor:
+        """Returns dx and adds to dw and db."""
+        tokens, width = x_TH.shape
+        dx_TH = torch.empty_like(x_TH)
+        partial_B2H = torch.empty(-(-tokens // SUM_ROWS), 2, width, dtype=FP32)
+        pointers = (tensor.data_ptr() for tensor in (x_TH, w_H, g_TH, dx_TH, dw_H, db_H, partial_B2H))
+        self._c.layer_norm_backward(*pointers, tokens, width, eps)
+        return dx_TH
+
+    def gelu(self, x_TF: Tensor) -> Tensor:
+        """x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x³)."""
+        assert x_TF.dtype is BF16 and x_TF.is_contiguous() and x_TF.shape[1] % 16 == 0
+        y_TF = torch.empty_like(x_TF)
+        self._c.gelu(x_TF.data_ptr(), y_TF.data_ptr(), *x_TF.shape)
+        return y_TF
+
+    def gelu_backward(self, x_TF: Tensor, g_TF: Tensor) -> Tensor:
+        """Gradient of x."""
+        dx_TF = torch.empty_like(x_TF)
+        self._c.gelu_backward(x_TF.data_ptr(), g_TF.data_ptr(), dx_TF.data_ptr(), *x_TF.shape)
+        return dx_TF
+
+    def head_norm(self, qkv_TW: Tensor, q_norm: Tensor, k_norm: Tensor, sizes: Sizes, eps: float) -> Tensor:
+        """rms_norm of each query and key part; a part is as wide as its weight."""
+        assert qkv_TW.dtype is q_norm.dtype is k_norm.dtype is BF16 and qkv_TW.is_contiguous()
+        y_TW = torch.empty_like(qkv_TW)
+        pointers = (tensor.data_ptr() for tensor in (qkv_TW, q_norm, k_norm, y_TW))
+        self._c.head_norm(*pointers, len(qkv_TW), *_parts(q_norm, k_norm, sizes), eps)
+        return y_TW
+
+    def head_norm_backward(
+        self,
+        saved: tuple[Tensor, Tensor, Tensor],
+        g_TW: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        sizes: Sizes,
+        eps: float,
+    ) -> Tensor:
+        """Returns the gradient of the rows and adds to those of the weights; `saved` holds rows and weights."""
+        qkv_TW, q_norm, k_norm = saved
+        tokens, dqkv_TW = len(qkv_TW), torch.empty_like(qkv_TW)
+        partial = torch.empty(-(-tokens // SUM_ROWS), q_norm.numel() + k_norm.numel(), dtype=FP32)
+        tensors = (qkv_TW, q_norm, k_norm, g_TW, dqkv_TW, dq, dk, partial)
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        self._c.head_norm_backward(*pointers, tokens, *_parts(q_norm, k_norm, sizes), eps)
+        return dqkv_TW
+
     def embedding_backward(self, ids_T: Tensor, g_TH: Tensor, dw_VH: Tensor) -> None:
         """Adds to dw: for each id the fp32 sum of its rows of g, in the order of T."""
         order_T = ids_T.argsort(stable=True)
@@ -286,6 +346,15 @@ def _addend(x: Tensor | None, shape: Sequence[int]) -> int | None:
         return None
     assert x.dtype is BF16 and x.is_contiguous() and x.shape == tuple(shape)
     return x.data_ptr()
+
+
+def _parts(q_norm: Tensor, k_norm: Tensor, sizes: Sizes) -> tuple[int, int, int, int, int]:
+    """Number and width of the normed query parts, of the key parts, and the width of the values."""
+    heads, kv_heads, head_size = sizes
+    query, key = q_norm.numel(), k_norm.numel()
+    assert query in (head_size, heads * head_size) and key in (head_size, kv_heads * head_size)
+    assert head_size % 16 == 0
+    return heads * head_size // query, query, kv_heads * head_size // key, key, kv_heads * head_size
 
 
 def _version(weight: Tensor) -> int:

@@ -175,6 +175,13 @@ INLINE float row_max(const float *row, int64_t width) {
 INLINE f32x16 exp_below(f32x16 x, float max) {  // exp(x - max), and +0 for lanes beyond the row
     return (f32x16)((i32x16)exp16(x - max) & (x != -INFINITY));
 }
+// x · (1 / sqrt(mean(x²) + eps)) · w of one row
+INLINE void rms_norm_row(const bf16 *x, const bf16 *w, bf16 *y, int64_t width, float eps) {
+    f32x16 squares = all(0);
+    for (int64_t i = 0; i < width; i += LANES) squares = squares + load_bf16(x + i) * load_bf16(x + i);
+    const float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)width + eps);
+    for (int64_t i = 0; i < width; i += LANES) store_bf16(y + i, (load_bf16(x + i) * scale) * load_bf16(w + i));
+}
 INLINE float row_lse(float max, float sum) { return (float)(max + log_double(sum)); }
 
 // ---- subnormals count as zero, in every build as vdpbf16ps has it

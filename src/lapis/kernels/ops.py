@@ -92,6 +92,28 @@ class Ops(Protocol):
     def silu_mul(self, x_T2F: Tensor) -> Tensor:
         """silu(gate) · up of rows that hold gate and up side by side (SwiGLU, Shazeer 2020)."""
 
+    def layer_norm(self, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) · w + b (Ba et al. 2016)."""
+
+    def gelu(self, x_TF: Tensor) -> Tensor:
+        """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x³))) / 2: the tanh form of GELU (Hendrycks & Gimpel 2016)."""
+
+    def head_norm(
+        self,
+        qkv_TW: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        eps: float,
+    ) -> Tensor:
+        """rms_norm of queries and keys, values untouched: (T, W).
+
+        A weight of head_size elements norms every head alone (Qwen3), one of heads·head_size (for keys
+        kv_heads·head_size) the whole part (OLMoE).
+        """
+
     def attention(
         self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
     ) -> Tensor:

@@ -44,10 +44,7 @@ def linear(
 def rms_norm(x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
     """16 lane sums of squares, butterfly, then (x · (1 / sqrt(sum / H + eps))) · w."""
     x, w = _array(x_TH), _array(w_H)
-    lanes_TL = np.zeros((x.shape[0], LANES), np.float32)
-    for i in range(0, x.shape[1], LANES):
-        lanes_TL = lanes_TL + x[:, i : i + LANES] * x[:, i : i + LANES]
-    mean_T = _butterfly_sum(lanes_TL) / np.float32(x.shape[1])
+    mean_T = _row_sums(x * x) / np.float32(x.shape[1])
     scale_T = np.float32(1) / np.sqrt(mean_T + np.float32(eps))
     return _bf16((x * scale_T[:, None]) * w)
 
@@ -56,6 +53,40 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
     """(g / (1 + exp(-g))) · u."""
     gate, up = np.split(_array(x_T2F), 2, axis=1)
     return _bf16((gate / (np.float32(1) + exp(-gate))) * up)
+
+
+def layer_norm(x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+    """Lane sums of x, butterfly; then of the centred squares; (((x - mean) · scale) · w) + b."""
+    x, width = _array(x_TH), np.float32(x_TH.shape[1])
+    centred = x - (_row_sums(x) / width)[:, None]
+    scale_T = np.float32(1) / np.sqrt(_row_sums(centred * centred) / width + np.float32(eps))
+    return _bf16((centred * scale_T[:, None]) * _array(w_H) + _array(b_H))
+
+
+def gelu(x_TF: Tensor) -> Tensor:
+    """x / (1 + exp(-(x · (c1 + c3 · (x · x)))))."""
+    x = _array(x_TF)
+    c1, c3 = np.float32(1.5957691216057308), np.float32(0.0713548162726009)
+    return _bf16(x / (np.float32(1) + exp(-(x * (c1 + c3 * (x * x))))))
+
+
+def head_norm(
+    qkv_TW: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    eps: float,
+) -> Tensor:
+    """rms_norm of each query and key part, a part as wide as its weight."""
+    joined = qkv_TW.clone()
+    start = 0
+    for w, width in ((q_norm, heads * head_size), (k_norm, kv_heads * head_size)):
+        for at in range(start, start + width, w.numel()):
+            joined[:, at : at + w.numel()] = rms_norm(qkv_TW[:, at : at + w.numel()], w, eps)
+        start += width
+    return joined
 
 
 def logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
@@ -157,6 +188,14 @@ def _rotate(x_THD: Array, rope: Rope) -> Array:
 
 def _whole_page(rows: Array) -> Array:
     return np.pad(rows, ((0, PAGE - len(rows)), (0, 0)))
+
+
+def _row_sums(x_TH: Array) -> Array:
+    """16 lane sums at stride 16, then the butterfly."""
+    lanes_TL = np.zeros((x_TH.shape[0], LANES), np.float32)
+    for i in range(0, x_TH.shape[1], LANES):
+        lanes_TL = lanes_TL + x_TH[:, i : i + LANES]
+    return _butterfly_sum(lanes_TL)
 
 
 def _butterfly_sum(lanes_TL: Array) -> Array:

@@ -65,6 +65,32 @@ class StockOps:
         gate_TF, up_TF = x_T2F.chunk(2, dim=-1)
         return F.silu(gate_TF) * up_TF
 
+    def layer_norm(self, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
+        """LayerNorm by torch."""
+        return F.layer_norm(x_TH, (x_TH.shape[-1],), w_H, b_H, eps)
+
+    def gelu(self, x_TF: Tensor) -> Tensor:
+        """The tanh form by torch."""
+        return F.gelu(x_TF, approximate="tanh")
+
+    def head_norm(
+        self,
+        qkv_TW: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        eps: float,
+    ) -> Tensor:
+        """RMSNorm of each query and key part; a part is as wide as its weight."""
+        parts = torch.split(qkv_TW, [heads * head_size, *[kv_heads * head_size] * 2], dim=1)
+        query, key = (
+            F.rms_norm(part.unflatten(1, (-1, w.numel())), (w.numel(),), w, eps).flatten(1)
+            for part, w in zip(parts, (q_norm, k_norm), strict=False)
+        )
+        return torch.cat([query, key, parts[2]], dim=1)
+
     def attention(
         self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
     ) -> Tensor:

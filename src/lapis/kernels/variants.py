@@ -19,6 +19,7 @@ SOURCES = (
     "cpu_linear.c",
     "cpu_train.c",
     "cpu_muon.c",
+    "cpu_rows.c",
     "cpu_vector.h",
     "cpu_attention.h",
     "cpu_attention_backward.h",
