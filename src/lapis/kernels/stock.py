@@ -86,7 +86,7 @@ class StockOps:
         """RMSNorm of each query and key part; a part is as wide as its weight."""
         parts = torch.split(qkv_TW, [heads * head_size, *[kv_heads * head_size] * 2], dim=1)
         query, key = (
-            F.rms_norm(part.unflatten(1, (-1, w.numel())), (w.numel(),), w, eps).flatten(1)
+            F.rms_norm(part.reshape(len(part), -1, w.numel()), (w.numel(),), w, eps).flatten(1)
             for part, w in zip(parts, (q_norm, k_norm), strict=False)
         )
         return torch.cat([query, key, parts[2]], dim=1)
