@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from lapis.api.protocol.generation import CompletionDetails, PromptDetails, Usage
-from lapis.api.streaming import DONE, EventStream, event, while_connected
+from lapis.api.streaming import EventStream, TextEvent, event, model_json, while_connected
 from lapis.gateway.generation import Generation
 from lapis.inference.request import Output
 
 Whole = Callable[[Generation], Awaitable[BaseModel]]
-Chunks = Callable[[Generation], AsyncGenerator[BaseModel, None]]
+Events = Callable[[Generation], AsyncGenerator[str, None]]
 
 
 class Facts(TypedDict):
@@ -75,16 +75,22 @@ async def one_answer(request: Request, start: Coroutine[Any, Any, Generation], w
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-async def stream(
-    request: Request, start: Coroutine[Any, Any, Generation], write: Chunks, *, with_usage: bool
-) -> Response:
+async def stream(request: Request, start: Coroutine[Any, Any, Generation], write: Events) -> Response:
     """The answer as server-sent events. What is wrong with the request is still told by the status."""
     generation = await while_connected(request.receive, start)
-    return EventStream(_events(generation, write, with_usage), generation.close)
+    return EventStream(write(generation), generation.close)
 
 
-async def _events(generation: Generation, write: Chunks, with_usage: bool) -> AsyncGenerator[str, None]:
-    left_out = None if with_usage else {"usage"}
-    async for chunk in write(generation):
-        yield event(chunk.model_dump_json(exclude=left_out))
-    yield DONE
+class ChunkWriter:
+    """Chunks of a stream as events; `usage` is a field of theirs only where it was asked for."""
+
+    def __init__(self, with_usage: bool) -> None:
+        self._left_out = None if with_usage else {"usage"}
+
+    def event(self, chunk: BaseModel) -> str:
+        """The event of one chunk."""
+        return event(model_json(chunk, self._left_out))
+
+    def text_event(self, chunk: BaseModel) -> TextEvent:
+        """Events like the one of a chunk that has TEXT as its text."""
+        return TextEvent(self.event(chunk))

@@ -6,8 +6,10 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,11 +19,40 @@ from lapis.errors import LapisError
 
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
+TEXT = "\0"  # stands in a model of an event for the text that changes
+QUOTED_TEXT = quoted(TEXT)
+
+ErrorEvent = Callable[[LapisError], str]
 
 
 def event(data: str) -> str:
     """One server-sent event with a line of JSON."""
     return f"data: {data}\n\n"
+
+
+def error_event(error: LapisError) -> str:
+    """An error after the first byte, as the official client raises it."""
+    return event(json.dumps(lapis_error_body(error)))
+
+
+class TextEvent:
+    """Events that differ in one text only: the JSON around it is written once, not for every token.
+
+    `pattern` is an event's JSON with TEXT in the text's place. The text is written in ASCII: readers that
+    split lines at every line break of Unicode see none inside an event.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._before, self._after = pattern.split(QUOTED_TEXT)
+
+    def __call__(self, text: str) -> str:
+        """The event for a text."""
+        return self._before + quoted(text) + self._after
+
+
+def model_json(model: BaseModel, left_out: set[str] | None = None) -> str:
+    """A model as JSON in ASCII, see TextEvent."""
+    return model.model_dump_json(exclude=left_out, ensure_ascii=True)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -48,14 +79,17 @@ class EventStream(Response):
     """A response of server-sent events. Its body ends properly, so the connection stays usable.
 
     An error after the first byte can have no status any more: it is sent as an event with an `error` object,
-    which the official client raises, and no [DONE] follows.
+    which the official client raises, and nothing follows.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], close: Callable[[], None], on_error: ErrorEvent = error_event
+    ) -> None:
         self.events = events
         self.close = close
+        self.on_error = on_error
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -71,15 +105,11 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = ""
         async with aclosing(self.events) as events:
-            async for text in _with_errors(events):
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    try:
-        async for text in events:
-            yield text
-    except LapisError as error:
-        yield event(json.dumps(lapis_error_body(error)))
+            try:
+                async for text in events:
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            except LapisError as error:
+                last = self.on_error(error)
+        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})

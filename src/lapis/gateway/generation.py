@@ -100,12 +100,15 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What the engine gives, as it comes. Raises LapisError if the engine failed this request."""
-        async for piece in self._merged():
-            self._last[piece.answer] = piece.output
-            self._meterage.tick()
-            if piece.output.finish_reason == "error":
-                raise LapisError(f"The engine ended the request: {piece.output.error or 'no reason given'}.")
-            yield piece
+        if len(self._streams) == 1:  # the usual case, short: it is gone through for every token
+            stream = self._streams[0]
+            while (output := await stream.take()) is not None:
+                self._note(0, output)
+                yield Piece(0, output)
+        else:
+            async for index, output in self._merged():
+                self._note(index, output)
+                yield Piece(index, output)
         self.finished = True
 
     async def whole(self) -> list[Output]:
@@ -135,11 +138,13 @@ class Generation:
                 request = Request(name, prompt.ids, params, tenant=self.ask.identity.project_id)
                 self._streams.append(engine.submit(request))
 
+    def _note(self, index: int, output: Output) -> None:
+        self._last[index] = output
+        self._meterage.tick()
+        if output.finish_reason == "error":
+            raise LapisError(f"The engine ended the request: {output.error or 'no reason given'}.")
+
     async def _merged(self) -> AsyncIterator[Piece]:
-        if len(self._streams) == 1:
-            async for output in self._streams[0]:
-                yield Piece(0, output)
-            return
         queue: asyncio.Queue[Piece | None] = asyncio.Queue()
         pumps = [
             asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(self._streams)

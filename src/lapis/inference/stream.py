@@ -73,6 +73,10 @@ class Stream:
         finally:
             self.cancel()
 
+    async def take(self) -> Output | None:
+        """What has come since the last take, waiting for something; None after the end."""
+        return await self._channel.take()
+
     async def whole(self) -> Output:
         """Wait for the end without blocking the event loop; everything not read before, as one output."""
         return join_outputs([output async for output in self])

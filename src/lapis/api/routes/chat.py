@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from lapis.api.answer import facts, finish, new_id, one_answer, stream, usage
+from lapis.api.answer import ChunkWriter, facts, finish, new_id, one_answer, stream, usage
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.logprobs import chat_logprobs
@@ -23,6 +23,7 @@ from lapis.api.protocol.chat import (
     ChatRequest,
     Delta,
 )
+from lapis.api.streaming import DONE, TEXT
 from lapis.gateway.generation import Ask, Generation, Prompt
 from lapis.gateway.prompt import answer_tokens, chat_prompt
 from lapis.gateway.services import Services
@@ -41,9 +42,7 @@ async def create_chat_completion(
     start = _start(services, caller, body)
     if not body.stream:
         return await one_answer(request, start, _whole)
-    return await stream(
-        request, start, lambda generation: _chunks(generation, body), with_usage=body.with_usage
-    )
+    return await stream(request, start, lambda generation: _events(generation, body))
 
 
 async def _start(services: Services, caller: Identity, body: ChatRequest) -> Generation:
@@ -70,21 +69,29 @@ async def _whole(generation: Generation) -> ChatCompletion:
     return ChatCompletion(**facts(generation), choices=choices, usage=usage(generation))
 
 
-async def _chunks(generation: Generation, body: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
-    head = facts(generation)
+async def _events(generation: Generation, body: ChatRequest) -> AsyncGenerator[str, None]:
+    head, write = facts(generation), ChunkWriter(body.with_usage)
+
+    def choice(index: int, delta: Delta, **more: Any) -> ChatChunk:
+        return ChatChunk(**head, choices=[ChatChunkChoice(index=index, delta=delta, **more)])
+
+    texts = [write.text_event(choice(index, Delta(content=TEXT))) for index in range(body.choices)]
     for index in range(body.choices):
-        first = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-        yield ChatChunk(**head, choices=[first])
+        yield write.event(choice(index, Delta(role="assistant", content="")))
     async for index, output in generation.pieces():
-        logprobs = _logprobs(generation, output)
-        if output.text or output.logprobs:
-            delta = Delta(content=output.text)
-            yield ChatChunk(**head, choices=[ChatChunkChoice(index=index, delta=delta, logprobs=logprobs)])
+        events = ""
+        if output.logprobs:
+            logprobs = _logprobs(generation, output)
+            events = write.event(choice(index, Delta(content=output.text), logprobs=logprobs))
+        elif output.text:
+            events = texts[index](output.text)
         if output.finish_reason is not None:
-            last = ChatChunkChoice(index=index, delta=Delta(), finish_reason=finish(output))
-            yield ChatChunk(**head, choices=[last])
+            events += write.event(choice(index, Delta(), finish_reason=finish(output)))
+        if events:
+            yield events
     if body.with_usage:
-        yield ChatChunk(**head, choices=[], usage=usage(generation))
+        yield write.event(ChatChunk(**head, choices=[], usage=usage(generation)))
+    yield DONE
 
 
 def _logprobs(generation: Generation, output: Output) -> ChatLogprobs | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from lapis.api.answer import facts, finish, new_id, one_answer, stream, usage
+from lapis.api.answer import ChunkWriter, facts, finish, new_id, one_answer, stream, usage
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.logprobs import TextLogprobsWriter
 from lapis.api.protocol.completions import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
+from lapis.api.streaming import DONE, TEXT
 from lapis.gateway.generation import Ask, Generation, Prompt
 from lapis.gateway.prompt import answer_tokens
 from lapis.gateway.services import Services
@@ -32,9 +33,7 @@ async def create_completion(request: Request, services: ServicesOf, caller: User
     start = _start(services, caller, body)
     if not body.stream:
         return await one_answer(request, start, _whole)
-    return await stream(
-        request, start, lambda generation: _chunks(generation, body), with_usage=body.with_usage
-    )
+    return await stream(request, start, lambda generation: _events(generation, body))
 
 
 async def _start(services: Services, caller: Identity, body: CompletionRequest) -> Generation:
@@ -66,19 +65,24 @@ async def _whole(generation: Generation) -> TextCompletion:
     return TextCompletion(**facts(generation), choices=choices, usage=usage(generation))
 
 
-async def _chunks(generation: Generation, body: CompletionRequest) -> AsyncGenerator[TextCompletion, None]:
-    head = facts(generation)
+async def _events(generation: Generation, body: CompletionRequest) -> AsyncGenerator[str, None]:
+    head, write = facts(generation), ChunkWriter(body.with_usage)
+
+    def choice(index: int, text: str, **more: Any) -> TextCompletion:
+        return TextCompletion(**head, choices=[TextChoice(index=index, text=text, **more)])
+
+    count = len(body.prompt) * body.choices
+    texts = [write.text_event(choice(index, TEXT)) for index in range(count)]
     writers: defaultdict[int, TextLogprobsWriter] = defaultdict(TextLogprobsWriter)
     async for index, output in generation.pieces():
-        choice = TextChoice(
-            index=index,
-            text=output.text,
-            logprobs=_logprobs(generation, output, writers[index]),
-            finish_reason=finish(output),
-        )
-        yield TextCompletion(**head, choices=[choice])
+        if output.logprobs or output.finish_reason is not None:
+            logprobs = _logprobs(generation, output, writers[index])
+            yield write.event(choice(index, output.text, logprobs=logprobs, finish_reason=finish(output)))
+        elif output.text:
+            yield texts[index](output.text)
     if body.with_usage:
-        yield TextCompletion(**head, choices=[], usage=usage(generation))
+        yield write.event(TextCompletion(**head, choices=[], usage=usage(generation)))
+    yield DONE
 
 
 def _logprobs(generation: Generation, output: Output, writer: TextLogprobsWriter) -> TextLogprobs | None:
