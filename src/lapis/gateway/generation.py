@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lapis.errors import LapisError
@@ -44,6 +44,7 @@ class Ask:
     model: str
     prompts: Sequence[Prompt]
     choices: int = 1
+    at: float = field(default_factory=time.monotonic)
 
 
 class Generation:
@@ -61,7 +62,11 @@ class Generation:
         self._meterage = meterage
         self._counters = counters
         self._streams: list[Stream] = []
+        self._first_token = counters.first_token[ask.model]
+        self._next_token = counters.next_token[ask.model]
         self._last: dict[int, Output] = {}
+        self._asked = ask.at
+        self._times: dict[int, float] = {}  # when the last output of each answer came
         self._closed = False
         deployment.active += 1
 
@@ -139,8 +144,15 @@ class Generation:
                 self._streams.append(engine.submit(request))
 
     def _note(self, index: int, output: Output) -> None:
+        now = time.monotonic()
+        before = self._last.get(index)
         self._last[index] = output
-        self._meterage.tick()
+        if before is None:
+            self._first_token.observe(now - self._asked)
+        elif new := output.completion_tokens - before.completion_tokens:
+            self._next_token.observe((now - self._times[index]) / new, new)
+        self._times[index] = now
+        self._meterage.tick(now)
         if output.finish_reason == "error":
             raise LapisError(f"The engine ended the request: {output.error or 'no reason given'}.")
 

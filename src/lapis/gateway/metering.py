@@ -67,10 +67,10 @@ class Meterage:
         self._renewed = time.monotonic()
         self._closed = False
 
-    def tick(self) -> None:
-        """Say that the request is alive; renews the reservation when half its lifetime is over."""
-        if time.monotonic() - self._renewed > LIFETIME / 2:
-            self._renewed = time.monotonic()
+    def tick(self, now: float) -> None:
+        """Say that the request is alive at a monotonic time; renews when half its lifetime is over."""
+        if now - self._renewed > LIFETIME / 2:
+            self._renewed = now
             self._meter.renew(self._reservation)
 
     def settle(self, usage: Usage) -> None:
