@@ -44,14 +44,32 @@ EXPORT int lapis_check(void) {
 }
 
 // ---- operations on single rows
+//
+// A function `<op>_team` is the body of `<op>`: called by all threads of a region, in flush_subnormals() mode, it shares
+// the work among them and ends with a barrier. A replayed step (cpu_replay.c) is one region that calls the bodies.
+
+EXPORT void lapis_rms_norm_team(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t width, float eps) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) rms_norm_row(x + row * width, w, y + row * width, width, eps);
+}
 
 EXPORT void lapis_rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel if (rows > 8)
     {
         const uint64_t mode = flush_subnormals();
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) rms_norm_row(x + row * width, w, y + row * width, width, eps);
+        lapis_rms_norm_team(x, w, y, rows, width, eps);
         restore_mode(mode);
+    }
+}
+
+EXPORT void lapis_silu_mul_team(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *gate = x + row * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const f32x16 g = load_bf16(gate + i);
+            store_bf16(y + row * width + i, (g / (1.0f + exp16(-g))) * load_bf16(up + i));
+        }
     }
 }
 
@@ -59,33 +77,35 @@ EXPORT void lapis_silu_mul(const bf16 *x, bf16 *y, int64_t rows, int64_t width) 
 #pragma omp parallel if (rows > 4)
     {
         const uint64_t mode = flush_subnormals();
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            const bf16 *gate = x + row * 2 * width, *up = gate + width;
-            for (int64_t i = 0; i < width; i += LANES) {
-                const f32x16 g = load_bf16(gate + i);
-                store_bf16(y + row * width + i, (g / (1.0f + exp16(-g))) * load_bf16(up + i));
-            }
-        }
+        lapis_silu_mul_team(x, y, rows, width);
         restore_mode(mode);
     }
 }
 
-// Log softmax at ids (0 where the id is -1, NaN where it is beyond the row) and the first index of the maximum; either output may be absent.
-EXPORT void lapis_logprobs(const float *logits, int64_t rows, int64_t width, const int64_t *ids, float *logprobs,
-                           int64_t *argmax) {
+// Rows of a table, `bytes` long each; a row that is not there becomes all ones: NaN in any format.
+EXPORT void lapis_gather_team(const char *table, int64_t count, const int64_t *index, char *y, int64_t rows,
+                              int64_t bytes) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        if (index[row] >= 0 && index[row] < count) memcpy(y + row * bytes, table + index[row] * bytes, (size_t)bytes);
+        else memset(y + row * bytes, 0xff, (size_t)bytes);
+    }
+}
+
+EXPORT void lapis_gather(const char *table, int64_t count, const int64_t *index, char *y, int64_t rows,
+                         int64_t bytes) {
+#pragma omp parallel if (rows > 64)
+    lapis_gather_team(table, count, index, y, rows, bytes);
+}
+
+// Log softmax at ids: 0 where the id is -1, NaN where it is beyond the row.
+EXPORT void lapis_logprobs(const float *logits, int64_t rows, int64_t width, const int64_t *ids, float *logprobs) {
 #pragma omp parallel if (rows > 1)
     {
         const uint64_t mode = flush_subnormals();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const float *in = logits + row * width, max = row_max(in, width);
-            if (argmax) {
-                int64_t i = 0;
-                while (i < width - 1 && in[i] != max) i++;
-                argmax[row] = i;
-            }
-            if (!logprobs) continue;
             logprobs[row] = ids[row] < 0 ? 0.0f : NAN;
             if (ids[row] < 0 || ids[row] >= width) continue;
             f32x16 sum = all(0);
@@ -94,6 +114,43 @@ EXPORT void lapis_logprobs(const float *logits, int64_t rows, int64_t width, con
         }
         restore_mode(mode);
     }
+}
+
+// First index of the maximum among the first `count` of a row's `width` numbers; -1 if one of them is NaN or it is infinite.
+static int64_t first_maximum(const float *row, int64_t count) {
+    const int64_t part = 64 * LANES;
+    float max = -INFINITY;
+    int64_t at = 0;
+    i32x16 unordered = {0};
+    for (int64_t start = 0; start < count; start += part) {
+        const int64_t end = start + part < count ? start + part : count;
+        f32x16 largest = all(-INFINITY);
+        for (int64_t i = start; i < end; i += LANES) {
+            const f32x16 x = load_row(row, i, end);
+            largest = larger(largest, x);
+            unordered |= x != x;
+        }
+        const float part_max = max_lanes(largest);
+        if (part_max > max) {
+            max = part_max;
+            at = start;
+        }
+    }
+    int odd = 0;
+    for (int i = 0; i < LANES; i++) odd |= unordered[i];
+    if (odd || !(max - max == 0)) return -1;
+    while (row[at] != max) at++;
+    return at;
+}
+
+EXPORT void lapis_argmax_team(const float *logits, int64_t rows, int64_t width, int64_t count, int64_t *argmax) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) argmax[row] = first_maximum(logits + row * width, count);
+}
+
+EXPORT void lapis_argmax(const float *logits, int64_t rows, int64_t width, int64_t count, int64_t *argmax) {
+#pragma omp parallel if (rows > 1)
+    lapis_argmax_team(logits, rows, width, count, argmax);
 }
 
 // ---- attention over pages
@@ -142,27 +199,33 @@ static int64_t find_runs(const struct batch *batch, int64_t *starts) {
     return runs;
 }
 
-EXPORT void lapis_attention(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads, int64_t size,
-                            const float *cos, const float *sin, bf16 *keys, bf16 *values, bf16 *q, bf16 *k, bf16 *o,
-                            float *lse) {
+EXPORT void lapis_attention_team(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads,
+                                 int64_t size, const float *cos, const float *sin, bf16 *keys, bf16 *values, bf16 *q,
+                                 bf16 *k, bf16 *o, float *lse) {
     const struct attention a = {batch, qkv,  cos, sin,   keys,     values, q, k, o, lse, heads, kv_heads,
                                 (float)(1.0 / sqrt((double)size))};
     const run_function write_run = size == 32 ? write_run_32 : size == 64 ? write_run_64 : write_run_128;
     const head_function attend = size == 32 ? attend_run_32 : size == 64 ? attend_run_64 : attend_run_128;
-    int64_t *starts = malloc(sizeof(int64_t) * (size_t)(batch->tokens + 1));
+    int64_t *starts = malloc(sizeof(int64_t) * (size_t)(batch->tokens + 1));  // each thread finds the same runs
     if (!starts) abort();
     const int64_t runs = find_runs(batch, starts);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < runs; i++) write_run(&a, starts[i], starts[i + 1]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = runs * kv_heads - 1; item >= 0; item--)  // later runs have more keys: they go first
+        attend(&a, item % kv_heads, starts[item / kv_heads], starts[item / kv_heads + 1]);
+    free(starts);
+}
+
+EXPORT void lapis_attention(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads, int64_t size,
+                            const float *cos, const float *sin, bf16 *keys, bf16 *values, bf16 *q, bf16 *k, bf16 *o,
+                            float *lse) {
     int64_t keys_read = 0;
-    for (int64_t i = 0; i < runs; i++) keys_read += (starts[i + 1] - starts[i]) * (batch->position[starts[i]] + PAGE);
+    for (int64_t t = 0; t < batch->tokens; t++) keys_read += batch->position[t] + PAGE;
 #pragma omp parallel if (keys_read * heads > 2048)
     {
         const uint64_t mode = flush_subnormals();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < runs; i++) write_run(&a, starts[i], starts[i + 1]);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = runs * kv_heads - 1; item >= 0; item--)  // later runs have more keys: they go first
-            attend(&a, item % kv_heads, starts[item / kv_heads], starts[item / kv_heads + 1]);
+        lapis_attention_team(batch, qkv, heads, kv_heads, size, cos, sin, keys, values, q, k, o, lse);
         restore_mode(mode);
     }
-    free(starts);
 }

@@ -48,7 +48,7 @@ class CpuOps:
         """Rows of the table."""
         if torch.is_grad_enabled() and w_VH.requires_grad:
             return cast(Tensor, _Embedding.apply(self.kernels, ids_T, w_VH))  # type: ignore[no-untyped-call]
-        return w_VH.index_select(0, ids_T)
+        return self.kernels.gather(ids_T.contiguous(), w_VH)
 
     def linear(
         self,
@@ -121,9 +121,9 @@ class CpuOps:
             return cast(Tensor, _Logprobs.apply(self.kernels, logits_TV, ids_T))  # type: ignore[no-untyped-call]
         return self.kernels.logprobs(logits_TV, ids_T)
 
-    def argmax(self, logits_TV: Tensor) -> Tensor:
-        """Index of the first maximum of each row."""
-        return self.kernels.argmax(logits_TV)
+    def argmax(self, logits_TV: Tensor, count: int | None = None) -> Tensor:
+        """Index of the first maximum of each row, -1 where the row is not finite."""
+        return self.kernels.argmax(logits_TV, logits_TV.shape[1] if count is None else count)
 
     def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
         """Chunk by chunk with the bits of linear and logprobs."""

@@ -135,6 +135,15 @@ class Kernels:
 
     # ---- single rows
 
+    def gather(self, index_R: Tensor, table_CH: Tensor) -> Tensor:
+        """Rows of a table; all NaN for an index that is not there."""
+        assert index_R.dtype is torch.int64 and index_R.is_contiguous() and table_CH.is_contiguous()
+        y_RH = torch.empty(*index_R.shape, *table_CH.shape[1:], dtype=table_CH.dtype)
+        row_bytes = table_CH.stride(0) * table_CH.element_size()
+        pointers = (table_CH.data_ptr(), len(table_CH), index_R.data_ptr(), y_RH.data_ptr())
+        self._c.gather(*pointers, index_R.numel(), row_bytes)
+        return y_RH
+
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x · (1 / sqrt(mean(x²) + eps)) · w."""
         assert x_TH.dtype is BF16 and x_TH.is_contiguous() and w_H.dtype is BF16 and x_TH.shape[1] % 16 == 0
@@ -236,14 +245,14 @@ class Kernels:
         assert logits_TV.dtype is FP32 and logits_TV.is_contiguous() and ids_T.dtype is torch.int64
         ids_T = ids_T.contiguous()
         out_T = torch.empty(ids_T.shape, dtype=FP32)
-        self._c.logprobs(logits_TV.data_ptr(), *logits_TV.shape, ids_T.data_ptr(), out_T.data_ptr(), None)
+        self._c.logprobs(logits_TV.data_ptr(), *logits_TV.shape, ids_T.data_ptr(), out_T.data_ptr())
         return out_T
 
-    def argmax(self, logits_TV: Tensor) -> Tensor:
-        """Index of the first maximum of each row."""
-        assert logits_TV.dtype is FP32 and logits_TV.is_contiguous()
+    def argmax(self, logits_TV: Tensor, count: int) -> Tensor:
+        """Index of the first maximum among the first `count` of each row; -1 for a row that is not finite."""
+        assert logits_TV.dtype is FP32 and logits_TV.is_contiguous() and 0 < count <= logits_TV.shape[1]
         out_T = torch.empty(logits_TV.shape[0], dtype=torch.int64)
-        self._c.logprobs(logits_TV.data_ptr(), *logits_TV.shape, None, None, out_T.data_ptr())
+        self._c.argmax(logits_TV.data_ptr(), *logits_TV.shape, count, out_T.data_ptr())
         return out_T
 
     def cross_entropy(

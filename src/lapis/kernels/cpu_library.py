@@ -18,7 +18,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "layer_norm": (None, [_P, _P, _P, _P, _I, _I, c_float]),
     "gelu": (None, [_P, _P, _I, _I]),
     "head_norm": (None, [_P, _P, _P, _P, _I, _I, _I, _I, _I, _I, c_float]),
-    "logprobs": (None, [_P, _I, _I, _P, _P, _P]),
+    "gather": (None, [_P, _I, _P, _P, _I, _I]),
+    "logprobs": (None, [_P, _I, _I, _P, _P]),
+    "argmax": (None, [_P, _I, _I, _I, _P]),
     "attention": (None, [_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P]),
     "pack_rows": (None, [_P, _P, _I, _I]),
     "linear_weight_gradient": (None, [_P, _P, _P, _P, _I, _I, _I]),
@@ -34,6 +36,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "adamw": (None, [_P, _P, _P, _P, _P, _I, _P]),
     "muon": (c_int, [_P, _P, _P, _P, _P, _I, _P]),
     "squared_norm": (c_double, [_P, _I, _P]),
+    "replay": (None, [_P, _I]),
+    "replayable": (c_int, []),
 }
 
 
@@ -80,7 +84,7 @@ class CMuon(Structure):
 
 def bind(library: ctypes.CDLL) -> SimpleNamespace:
     """The library's functions under their short names."""
-    functions = SimpleNamespace()
+    functions = SimpleNamespace(library=library)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, f"lapis_{name}")
         function.restype, function.argtypes = result, arguments

@@ -175,20 +175,20 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
         }
 }
 
-// The whole product by the threads of the region that it is called in.
-static void linear_team(const struct linear *op) {
-    const int64_t tiles = (op->N + COLUMNS - 1) / COLUMNS;
-    if (op->rows <= WIDE_ROWS) linear_few_rows(op, tiles);
-    else linear_blocks(op, tiles);
+EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N,
+                              const bf16 *bias, const bf16 *residual, void *y, int fp32) {
+    const struct linear op = {x, packed, bias, residual, y, rows, K, N, fp32};
+    const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
+    if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
+    else linear_blocks(&op, tiles);
 }
 
 EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *bias,
                          const bf16 *residual, void *y, int fp32) {
-    const struct linear op = {x, packed, bias, residual, y, rows, K, N, fp32};
 #pragma omp parallel
     {
         const uint64_t mode = flush_subnormals();
-        linear_team(&op);
+        lapis_linear_team(x, rows, K, packed, N, bias, residual, y, fp32);
         restore_mode(mode);
     }
 }

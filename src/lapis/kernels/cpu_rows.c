@@ -36,6 +36,12 @@ static void layer_norm_team(const struct layer_norm *n) {
     }
 }
 
+EXPORT void lapis_layer_norm_team(const bf16 *x, const bf16 *w, const bf16 *b, bf16 *y, int64_t rows, int64_t width,
+                                  float eps) {
+    const struct layer_norm n = {x, w, b, y, rows, width, eps};
+    layer_norm_team(&n);
+}
+
 EXPORT void lapis_layer_norm(const bf16 *x, const bf16 *w, const bf16 *b, bf16 *y, int64_t rows, int64_t width,
                              float eps) {
     const struct layer_norm n = {x, w, b, y, rows, width, eps};
@@ -114,6 +120,11 @@ static void gelu_team(const struct gelu *n) {
         }
 }
 
+EXPORT void lapis_gelu_team(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
+    const struct gelu n = {x, y, rows, width};
+    gelu_team(&n);
+}
+
 EXPORT void lapis_gelu(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
     const struct gelu n = {x, y, rows, width};
 #pragma omp parallel if (rows > 4)
@@ -159,6 +170,13 @@ static void head_norm_team(const struct head_norm *n) {
             rms_norm_row(in + i, n->k_norm, out + i, n->k_width, n->eps);
         memcpy(out + query + key, in + query + key, (size_t)n->rest * 2);
     }
+}
+
+EXPORT void lapis_head_norm_team(const bf16 *x, const bf16 *q_norm, const bf16 *k_norm, bf16 *y, int64_t rows,
+                                 int64_t q_parts, int64_t q_width, int64_t k_parts, int64_t k_width, int64_t rest,
+                                 float eps) {
+    const struct head_norm n = {x, q_norm, k_norm, y, rows, q_parts, q_width, k_parts, k_width, rest, eps};
+    head_norm_team(&n);
 }
 
 EXPORT void lapis_head_norm(const bf16 *x, const bf16 *q_norm, const bf16 *k_norm, bf16 *y, int64_t rows,

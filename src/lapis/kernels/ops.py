@@ -122,8 +122,11 @@ class Ops(Protocol):
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         """Log softmax of fp32 logits picked at ids: fp32 (T,)."""
 
-    def argmax(self, logits_TV: Tensor) -> Tensor:
-        """Index of the first maximum of each row: int64 (T,)."""
+    def argmax(self, logits_TV: Tensor, count: int | None = None) -> Tensor:
+        """Index of the first maximum of each row (of its first `count` columns): int64 (T,).
+
+        -1 where the row holds a NaN or its maximum is not finite.
+        """
 
     def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
         """logprobs(linear(x, w, fp32), ids), logits never whole, no gradient; 0 where the id is -1."""

@@ -113,9 +113,10 @@ class StockOps:
         """Log softmax picked at ids."""
         return logits_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0]
 
-    def argmax(self, logits_TV: Tensor) -> Tensor:
-        """Index of the maximum of each row."""
-        return logits_TV.argmax(-1)
+    def argmax(self, logits_TV: Tensor, count: int | None = None) -> Tensor:
+        """Index of the maximum of each row, -1 where the row is not finite (a NaN counts as the largest)."""
+        best = logits_TV[:, :count].max(-1)
+        return torch.where(best.values.isfinite(), best.indices, -1)
 
     def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
         """Chunk by chunk; 0 where the id is -1."""

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 SOURCES = (
     "cpu.c",
     "cpu_linear.c",
+    "cpu_replay.c",
     "cpu_train.c",
     "cpu_muon.c",
     "cpu_rows.c",

@@ -58,7 +58,7 @@ class Llama(nn.Module):
     def forward(self, ids_T: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Float32 logits (R, V) of the chosen rows, or of all T."""
         x_TH = self.hidden(ids_T, batch)
-        return self.logits(x_TH if rows is None else x_TH[rows])
+        return self.logits(x_TH if rows is None else self.ops.embedding(rows, x_TH))
 
     def logits(self, x_RH: Tensor) -> Tensor:
         """Float32 logits (R, V) of hidden rows."""

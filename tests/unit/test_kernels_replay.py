@@ -1,0 +1,133 @@
+"""A recorded forward gives the bits of the forward itself, or says why it cannot be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lapis.kernels import replay as replays
+from lapis.kernels import variants
+from lapis.kernels.batch import PAGE, Batch
+from lapis.kernels.cpu import CpuOps, load
+from lapis.kernels.replay import Replay, Unrecordable
+from lapis.kernels.stock import StockOps
+from lapis.model.families import Llama
+from tests.small_models import config
+
+CONFIG = config()
+pytestmark = pytest.mark.skipif(not variants.status().bit_exact, reason="no compiled kernels here")
+
+
+@pytest.fixture
+def ops() -> CpuOps:
+    return load(variants.status().chosen.removeprefix("cpu-"))
+
+
+def run(replay: Replay, forward: Callable[[], Tensor], rows: int = 4) -> Tensor:
+    with torch.inference_mode():
+        return replay.run("step", rows, lambda: (forward(),))[0]
+
+
+def test_a_decode_step_of_a_model_has_the_bits_of_its_forward(ops: CpuOps) -> None:
+    model = Llama(CONFIG, ops).eval()
+    model.init_weights(3)
+    rows, pages = 5, 4
+    table = torch.randperm(rows * pages).view(rows, pages).to(torch.int32)
+    ids = torch.zeros(rows, dtype=torch.int64)
+    position = torch.zeros(rows, dtype=torch.int32)
+    sequence = torch.arange(rows, dtype=torch.int32)
+    replay = Replay(ops, list(model.parameters()), rows)
+    recorded = model.new_caches(rows * pages), model.new_caches(rows * pages)
+    random = np.random.default_rng(0)
+    for step in range(2 * PAGE + 3):
+        ids.copy_(torch.from_numpy(random.integers(0, CONFIG.vocab_size, rows)))
+        position.fill_(step)
+        plain, first = (Batch(sequence, position, table, caches, ()) for caches in recorded)
+
+        def forward(batch: Batch = first) -> tuple[Tensor, ...]:
+            logits = model(ids, batch)
+            return logits, ops.argmax(logits)
+
+        with torch.inference_mode():
+            expected = model(ids, plain)
+            logits, best = replay.run("decode", rows, forward)
+        assert torch.equal(logits, expected)
+        assert best.tolist() == expected.argmax(-1).tolist()
+
+
+def test_changed_weights_are_seen(ops: CpuOps) -> None:
+    weight, x = torch.randn(64, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    replay = Replay(ops, [weight], 4)
+    before = run(replay, lambda: ops.linear(x, weight)).clone()
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(run(replay, lambda: ops.linear(x, weight)), before * 2)
+    weight.data.mul_(2)  # unseen by autograd
+    ops.weights_changed()
+    assert torch.equal(run(replay, lambda: ops.linear(x, weight)), before * 4)
+    weight.data = torch.zeros(64, 32).bfloat16()
+    assert not run(replay, lambda: ops.linear(x, weight)).any()
+
+
+def test_inputs_may_change_between_replays(ops: CpuOps) -> None:
+    weight, x = torch.randn(64, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    replay = Replay(ops, [weight], 4)
+    for _ in range(3):
+        x.normal_()
+        with torch.inference_mode():
+            expected = ops.linear(ops.silu_mul(ops.linear(x, weight)), weight)
+        assert torch.equal(
+            run(replay, lambda: ops.linear(ops.silu_mul(ops.linear(x, weight)), weight)), expected
+        )
+
+
+def test_the_memory_of_intermediates_is_used_again(ops: CpuOps) -> None:
+    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+
+    def deep() -> Tensor:
+        y = x
+        for _ in range(20):
+            y = ops.linear(y, weight)
+        return y
+
+    replay = Replay(ops, [weight], 4)
+    with torch.inference_mode():
+        expected = deep()
+    assert torch.equal(run(replay, deep), expected)
+    assert torch.equal(run(replay, deep), expected)
+    assert replay.memory_bytes <= 3 * 4 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda ops, x, w: ops.linear(x, w) + 1, lambda ops, x, w: ops.linear(x.clone(), w)],
+    ids=["arithmetic", "copy"],
+)
+def test_what_happens_outside_the_kernels_is_refused(
+    ops: CpuOps, forward: Callable[[CpuOps, Tensor, Tensor], Tensor]
+) -> None:
+    weight, x = torch.randn(64, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    replay = Replay(ops, [weight], 4)
+    with pytest.raises(Unrecordable, match="outside the compiled kernels"):
+        run(replay, lambda: forward(ops, x, weight))
+    with torch.inference_mode():
+        assert ops.linear(x, weight).shape == (4, 64)  # the kernels work as before
+
+
+def test_plain_torch_is_not_recorded() -> None:
+    with pytest.raises(Unrecordable, match="stock"):
+        Replay(StockOps(), [], 4)
+
+
+def test_old_recordings_make_room(ops: CpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "MOST_RECORDINGS", 2)
+    weight, x = torch.randn(64, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    replay = Replay(ops, [weight], 4)
+    with torch.inference_mode():
+        expected = ops.linear(x, weight)
+        for key in (1, 2, 3, 1, 2, 3):
+            assert torch.equal(replay.run(key, 4, lambda: (ops.linear(x, weight),))[0], expected)
