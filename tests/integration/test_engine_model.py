@@ -17,7 +17,7 @@ from lapis.errors import InputError, IntegrityError
 from lapis.inference import sampler
 from lapis.inference.engine import LocalEngine
 from lapis.inference.kv_cache import PAGE
-from lapis.inference.request import Output, Request, SamplingParams
+from lapis.inference.request import Output, Pooling, Request, SamplingParams
 from lapis.inference.runner import ModelRunner
 from lapis.kernels.batch import packed
 from lapis.kernels.stock import StockOps
@@ -152,6 +152,72 @@ def test_logprob_bits_are_those_of_training(exact: LoadedModel, judged: list[Out
             trained = next(logprobs)
             assert values(output)[1] == trained[len(prompt) - 1 :]
             assert engine.score(text) == trained
+
+
+@pytest.mark.parametrize("options", [{}, {"step_tokens": 7, "running": 4}, {"cache_bytes": 7 * PAGE_BYTES}])
+def test_a_prompts_logprobs_are_those_of_training(exact: LoadedModel, options: dict[str, Any]) -> None:
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
+    with closing(LocalEngine(exact, "tiny", **options)) as engine:
+        results(engine, GREEDY, prompts)  # what the prefix cache has must not be left out
+        told = results(engine, replace(GREEDY, prompt_logprobs=2), prompts)
+        read = results(engine, replace(GREEDY, max_tokens=0, prompt_logprobs=0), prompts)
+        plain = results(engine, GREEDY, prompts)
+    trained = training_logprobs(exact.model, prompts)
+    for outputs in (told, read):
+        assert [[t.logprob for t in output.prompt_logprobs] for output in outputs] == trained
+        assert [[t.token_id for t in output.prompt_logprobs] for output in outputs] == [
+            p[1:] for p in prompts
+        ]
+    assert [values(output) for output in told] == [values(output) for output in plain]
+    assert all(len(token.top) == 2 for output in told for token in output.prompt_logprobs)
+    assert {(output.finish_reason, output.completion_tokens) for output in read} == {("length", 0)}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_do_not_depend_on_chunks_or_company(exact: LoadedModel, pooling: Pooling) -> None:
+    with closing(LocalEngine(exact, "tiny")) as engine:
+        together = engine.embed(PROMPTS, pooling)
+        single = [engine.embed([prompt], pooling)[0] for prompt in PROMPTS]
+    with closing(LocalEngine(exact, "tiny", step_tokens=7, running=4)) as engine:
+        streams = [engine.submit(Request("busy", prompt, GREEDY)) for prompt in PROMPTS[:3]]
+        chunked = engine.embed(PROMPTS, pooling)
+        assert all(stream.result().completion_tokens == GREEDY.max_tokens for stream in streams)
+        assert engine.stats()["pages_used"] == 0
+    assert together == single == chunked
+    rows = exact.model.hidden(torch.tensor(PROMPTS[0]), packed([len(PROMPTS[0])])).float()
+    plain = torch.nn.functional.normalize(rows.mean(0) if pooling == "mean" else rows[-1], dim=0)
+    torch.testing.assert_close(torch.tensor(together[0]), plain.detach(), rtol=1e-4, atol=1e-6)
+
+
+FEW = dict.fromkeys((40, 50, 60, 70), 60.0)  # a text of four words repeats itself
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "logprobs": 2, "presence_penalty": 0.5},
+        {"temperature": 0.3, "seed": 4},
+        {"temperature": 1.0, "seed": 9, "top_p": 0.9, "frequency_penalty": -0.1, "logprobs": 0},
+        {"temperature": 0.5, "seed": 2, "stop": ([40, 50], [70, 70], [60, 40])},
+    ],
+)
+def test_text_is_the_same_with_speculation(exact: LoadedModel, params: dict[str, Any]) -> None:
+    params = {**params, "stop": tuple(exact.tokenizer.decode(ids) for ids in params.get("stop", ()))}
+    sampled = SamplingParams(max_tokens=60, stop_ids=frozenset(), logit_bias=FEW, **params)
+    with closing(LocalEngine(exact, "tiny", drafts=0)) as engine:
+        plain = results(engine, sampled)
+    for options in ({}, {"cache_bytes": 9 * PAGE_BYTES}, {"step_tokens": 16, "running": 4}):
+        with closing(LocalEngine(exact, "tiny", drafts=4, **options)) as engine:
+            guessed = results(engine, sampled)
+            single = [results(engine, sampled, [prompt])[0] for prompt in PROMPTS]
+            stats = engine.stats()
+        assert stats["drafted_tokens"] > stats["accepted_tokens"] > 0
+        assert stats["pages_used"] == 0
+        assert stats["completion_tokens"] == sum(output.completion_tokens for output in guessed + single)
+        for outputs in (guessed, single):
+            assert [values(output) for output in outputs] == [values(output) for output in plain]
+            assert [output.text for output in outputs] == [output.text for output in plain]
 
 
 def training_logprobs(model: Llama, texts: list[list[int]]) -> list[list[float]]:

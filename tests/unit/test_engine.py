@@ -16,8 +16,9 @@ from lapis.inference import loop
 from lapis.inference.engine import prompt_ids
 from lapis.inference.fake import FakeEngine, FakeRunner
 from lapis.inference.kv_cache import PAGE, KVCache
-from lapis.inference.loop import EngineLoop, Limits, Sample
+from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Output, Request, SamplingParams
+from lapis.inference.result import Result
 from lapis.inference.scheduler import Chunk
 from lapis.tokenizer.bpe import Tokenizer
 
@@ -32,7 +33,7 @@ class Gate:
         self._run = runner.run
         runner.run = self.run  # type: ignore[method-assign]
 
-    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
+    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
         self.inside.release()
         self.permits.acquire()
         return self._run(chunks, cache)
@@ -226,7 +227,7 @@ def run_with_fault(fault: Callable[[Chunk], bool]) -> tuple[EngineLoop, list[Out
     """Four requests together, of which the runner raises for some."""
 
     class Faulty(FakeRunner):
-        def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
+        def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
             for chunk in chunks:
                 if fault(chunk):
                     raise RuntimeError("the bias is broken")

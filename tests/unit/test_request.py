@@ -22,7 +22,6 @@ from lapis.inference.request import (
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", True),
         ("max_tokens", 1.5),
@@ -50,6 +49,7 @@ from lapis.inference.request import (
         ("logit_bias", dict.fromkeys(range(2000), 1.0)),
         ("logprobs", -1),
         ("logprobs", 1000),
+        ("prompt_logprobs", 21),
     ],
 )
 def test_a_bad_value_is_refused_by_its_name(field: str, value: Any) -> None:
@@ -100,3 +100,24 @@ def test_joined_deltas_are_the_whole() -> None:
     assert join_outputs([first, second]) == Output("ab", (5, 6), (logprob,), "stop", None, 3, 2, 0)
     assert join_outputs([second]) == second
     assert join_outputs([]) == Output()
+
+
+@pytest.mark.parametrize(
+    ("params", "pooling", "wrong"),
+    [
+        ({"max_tokens": 0}, None, "max_tokens"),
+        ({"max_tokens": 1}, "mean", "max_tokens"),
+        ({"max_tokens": 0}, "last", None),
+        ({"max_tokens": 0, "prompt_logprobs": 0}, None, None),
+    ],
+)
+def test_only_reading_needs_something_to_read(
+    params: dict[str, Any], pooling: Any, wrong: str | None
+) -> None:
+    request = Request("r", [5] * 16, SamplingParams(**params), pooling=pooling)
+    if wrong is None:
+        check_request(request, context=16, vocab_size=50)
+        return
+    with pytest.raises(InputError) as caught:
+        check_request(request, context=100, vocab_size=50)
+    assert caught.value.param == wrong

@@ -26,7 +26,7 @@ def add(
 def run(scheduler: Scheduler) -> Step:
     """One step whose every token is a 7."""
     step = scheduler.schedule()
-    scheduler.commit(step, [7 if chunk.samples else None for chunk in step.chunks])
+    scheduler.commit(step, [(7,) if chunk.samples else () for chunk in step.chunks])
     for chunk in step.chunks:
         if len(chunk.sequence.ids) >= chunk.sequence.limit:
             scheduler.finish(chunk.sequence)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.inference.loop import EngineLoop, Limits
-from lapis.inference.request import Request
+from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
@@ -54,8 +54,19 @@ class Engine(Protocol):
     def submit(self, request: Request) -> Stream:
         """Queue a request. Raises InputError, LimitError (the queue is full), UnavailableError (closed)."""
 
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """The log probability of each token after the first. Blocks; raises InputError, UnavailableError."""
+    def score(self, ids: Sequence[int], tenant: str = "default") -> list[float]:
+        """The log probability of each token after the first, computed in pieces beside what runs.
+
+        Blocks. Raises InputError, LimitError (the queue is full), UnavailableError (closed).
+        """
+
+    def embed(
+        self, ids: Sequence[Sequence[int]], pooling: Pooling = "mean", tenant: str = "default"
+    ) -> list[list[float]]:
+        """One vector of length 1 for each text: the mean of its hidden rows, or the last one.
+
+        Blocks; `submit` with `pooling` can be awaited and cancelled. Raises as `score`.
+        """
 
     def stats(self) -> dict[str, Any]:
         """What is running, waiting and cached now, and what has been done since the start."""
@@ -76,11 +87,13 @@ class LocalEngine(EngineLoop):
         step_tokens: int = Limits.step_tokens,
         running: int = Limits.running,
         queued_tokens: int = Limits.queued_tokens,
+        drafts: int = Limits.drafts,
     ) -> None:
         from lapis.inference.runner import ModelRunner  # torch is loaded here, not by whoever knows engines
 
         runner = ModelRunner(loaded, cache_bytes)
-        limits = Limits(loaded.config.context, runner.pages, step_tokens, running, queued_tokens)
+        context = loaded.config.context
+        limits = Limits(context, runner.pages, step_tokens, running, queued_tokens, drafts=drafts)
         self.chat = loaded.chat
         self.add_bos = loaded.add_bos
         self.bos_id = loaded.bos_id

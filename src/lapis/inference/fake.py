@@ -7,14 +7,16 @@ ones of LocalEngine, so what works against the fake works against a model.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
 from lapis.inference.kv_cache import KVCache, pages_for
-from lapis.inference.loop import EngineLoop, Limits, Sample
+from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import TokenLogprob
+from lapis.inference.result import NOTHING, Result, Sample
 from lapis.inference.scheduler import Chunk
 from lapis.inference.scheduler import Sequence as Running
 from lapis.tokenizer.bpe import Tokenizer
@@ -49,19 +51,33 @@ class FakeRunner:
         self._seconds = seconds_per_token
         self._scripts: dict[int, list[int]] = {}
 
-    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
-        """The next token of each reply; all at once, after the delay of one token."""
+    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
+        """The next tokens of each reply; all at once, after the delay of one token."""
         if self._seconds:
             time.sleep(self._seconds)
         live = {chunk.sequence.number for chunk in chunks}
         self._scripts = {number: script for number, script in self._scripts.items() if number in live}
-        return [self._sample(chunk.sequence) if chunk.samples else None for chunk in chunks]
+        return [self._result(chunk) for chunk in chunks]
 
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """Numbers between -8 and 0 that depend on each pair of neighbours."""
-        return [_logprob(before, token) for before, token in pairwise(ids)]
+    def _result(self, chunk: Chunk) -> Result:
+        sequence = chunk.sequence
+        end = chunk.start + chunk.count
+        if sequence.request.pooling is not None:
+            whole = end == sequence.limit
+            return Result(embedding=_embedding(sequence.request.prompt_ids)) if whole else NOTHING
+        samples: list[Sample] = []
+        while chunk.samples and len(samples) <= len(chunk.drafts):
+            samples.append(self._sample(sequence, len(samples)))
+            if samples[-1].token != next(iter(chunk.drafts[len(samples) - 1 :]), None):
+                break
+        count = sequence.request.params.prompt_logprobs
+        told = []
+        if count is not None:
+            text = sequence.request.prompt_ids[chunk.start : end + 1]
+            told = [self._logprobs(token, count, _logprob(before, token)) for before, token in pairwise(text)]
+        return Result(samples, told)
 
-    def _sample(self, sequence: Running) -> Sample:
+    def _sample(self, sequence: Running, ahead: int) -> Sample:
         script = self._scripts.get(sequence.number)
         if script is None:
             prompt = self._tokenizer.decode(sequence.request.prompt_ids)
@@ -69,12 +85,12 @@ class FakeRunner:
             script = [*self._tokenizer.encode(self._reply(prompt, seed)), self._tokenizer.end_id]
             self._scripts[sequence.number] = script
         # After the end only end tokens follow, for a request that does not stop at them.
-        token = script[min(sequence.completion_tokens, len(script) - 1)]
+        token = script[min(sequence.completion_tokens + ahead, len(script) - 1)]
         count = sequence.request.params.logprobs
         return Sample(token) if count is None else Sample(token, self._logprobs(token, count))
 
-    def _logprobs(self, token: int, count: int) -> TokenLogprob:
-        chosen = TokenLogprob(token, self._tokenizer.token_bytes(token), -0.5)
+    def _logprobs(self, token: int, count: int, logprob: float = -0.5) -> TokenLogprob:
+        chosen = TokenLogprob(token, self._tokenizer.token_bytes(token), logprob)
         top = [chosen] if count else []
         for rank in range(1, count):
             other = (token + rank) % self._tokenizer.vocab_size
@@ -102,14 +118,23 @@ class FakeEngine(EngineLoop):
         step_tokens: int = Limits.step_tokens,
         running: int = Limits.running,
         queued_tokens: int = Limits.queued_tokens,
+        drafts: int = Limits.drafts,
     ) -> None:
         tokenizer = _tokenizer()
         pages = max(pages_for(context), 16 * pages_for(context) if pages is None else pages)
         self.bos_id = tokenizer.end_id
         self.chat = ChatTemplate(CHATML)
         runner = FakeRunner(tokenizer, reply, seconds_per_token)
-        limits = Limits(context, pages, step_tokens, running, queued_tokens)
+        limits = Limits(context, pages, step_tokens, running, queued_tokens, drafts=drafts)
         super().__init__(name, runner, limits, tokenizer, tokenizer.stop_ids)
+
+
+def _embedding(ids: Sequence[int]) -> tuple[float, ...]:
+    """Eight numbers of length 1 that depend on nothing but the ids."""
+    digest = hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=8).digest()
+    numbers = [byte - 127.5 for byte in digest]
+    length = math.hypot(*numbers)
+    return tuple(number / length for number in numbers)
 
 
 def _logprob(before: int, token: int) -> float:

@@ -65,16 +65,18 @@ class KVCache:
         """The pages of an owner in the order of its tokens (not to be changed)."""
         return self._holdings[owner].pages
 
-    def open(self, owner: int, salt: bytes, ids: Sequence[int], spare: int = 0) -> int | None:
+    def open(
+        self, owner: int, salt: bytes, ids: Sequence[int], spare: int = 0, *, share: bool = True
+    ) -> int | None:
         """Give a new owner pages for all of `ids`; return how many leading tokens are there already.
 
         None, and nothing changed, when that would leave fewer than `spare` pages available. At least the
-        last token is never taken from the cache: its logits are needed.
+        last token is never taken from the cache: its logits are needed; without `share` nothing is.
         """
         assert owner not in self._holdings
         names: list[bytes] = []
         shared: list[int] = []
-        for name in _chain(salt, ids[: len(ids) - 1]):
+        for name in _chain(salt, ids[: len(ids) - 1] if share else ()):
             page = self._page_of.get(name)
             if page is None:
                 break
@@ -101,6 +103,15 @@ class KVCache:
             return False
         self._extend(holding, fresh)
         return True
+
+    def shrink(self, owner: int, tokens: int) -> None:
+        """Take back the pages beyond so many tokens: unpublished ones, as room for rejected drafts is."""
+        holding = self._holdings[owner]
+        assert len(holding.names) <= pages_for(tokens)
+        while len(holding.pages) > pages_for(tokens):
+            page = holding.pages.pop()
+            self._owners[page] = 0
+            self._free.append(page)
 
     def publish(self, owner: int, ids: Sequence[int], computed: int) -> None:
         """Name the full pages of an owner whose first `computed` tokens of `ids` have been written."""

@@ -10,53 +10,53 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lapis.errors import UnavailableError
+from lapis.errors import LapisError, UnavailableError
 from lapis.inference import scheduler as schedules
-from lapis.inference.kv_cache import KVCache
-from lapis.inference.request import FinishReason, Output, Request, TokenLogprob, check_request, check_scored
+from lapis.inference.kv_cache import PAGE, KVCache
+from lapis.inference.request import (
+    Output,
+    Pooling,
+    Request,
+    SamplingParams,
+    check_request,
+    check_scored,
+)
+from lapis.inference.result import Result
 from lapis.inference.scheduler import Chunk, Scheduler, Step
-from lapis.inference.stream import Channel, Stream, Waiter, wake
-from lapis.inference.text import StopText
+from lapis.inference.stream import Stream, Waiter, wake
+from lapis.inference.writer import Writer
 from lapis.log import logger
-from lapis.tokenizer.bpe import TextStream, Tokenizer
+from lapis.tokenizer.bpe import Tokenizer
 
 DRAIN_SECONDS = 1.0  # what close() gives running requests to finish
 JOIN_SECONDS = 0.9  # what it then gives the step that is under way
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The new token of a sequence and its logprobs if they were asked for, or why there is none."""
-
-    token: int | None = None
-    logprob: TokenLogprob | None = None
-    error: str | None = None
+STEP_SECONDS = 0.15  # what a step's prompts may take while others generate; a page's worth at least
 
 
 class Runner(Protocol):
     """What computes: the model, or a fake of it. Called from the engine's thread only."""
 
-    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
-        """Compute chunks; a Sample for each chunk that samples, None for the others."""
-
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """The log probability of each token after the first."""
+    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
+        """Compute chunks; a Result for each, in order."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an engine takes on; `queued_tokens` bounds the prompts that wait, more are refused."""
+    """How much an engine takes on; `queued_tokens` and `queued` bound what waits, more is refused."""
 
     context: int  # tokens of prompt and completion together
     pages: int  # of the KV cache
     step_tokens: int = 256  # tokens of one forward: larger is faster prefill, smaller is smoother decoding
     running: int = 64  # requests that are worked on at a time
     queued_tokens: int = 32768
+    queued: int = 1024  # requests that wait
+    drafts: int = 0  # tokens that speculation may guess ahead for one request; 0 for none
+    draft_rows: int = 8  # rows that a step with guesses has at most
+    weights: Mapping[str, int] = field(default_factory=dict)  # tenants whose share is not 1
 
 
 @dataclass
@@ -74,61 +74,6 @@ class Counts:
     busy_seconds: float = 0.0
 
 
-@dataclass(eq=False)
-class Writer:
-    """A sequence's way out: tokens become text here, and it is decided whether the text has ended."""
-
-    sequence: schedules.Sequence
-    tokenizer: Tokenizer
-    stop_ids: frozenset[int]
-    channel: Channel = field(default_factory=Channel)
-
-    def __post_init__(self) -> None:
-        self._text = TextStream(self.tokenizer)
-        self._stop = StopText(self.sequence.request.params.stop)
-
-    def write(self, sample: Sample) -> Output:
-        """The delta of a sample whose token has just been added to the sequence."""
-        if sample.token is None:
-            return self.output(finish_reason="error", error=sample.error)
-        reason: FinishReason | None = None
-        text = ""
-        if sample.token in self.stop_ids:
-            reason = "stop"
-        else:
-            text = self._stop.push(self._text.push(sample.token))
-            if self._stop.stopped:
-                reason = "stop"
-            elif len(self.sequence.ids) >= self.sequence.limit:
-                reason = "length"
-        if reason is not None and not self._stop.stopped:
-            text += self._stop.push(self._text.finish()) + self._stop.finish()
-            reason = "stop" if self._stop.stopped else reason
-        logprobs = () if sample.logprob is None else (sample.logprob,)
-        return self.output(text, (sample.token,), logprobs, reason)
-
-    def output(
-        self,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        finish_reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> Output:
-        """An Output with this sequence's counts."""
-        sequence = self.sequence
-        return Output(
-            text,
-            token_ids,
-            logprobs,
-            finish_reason,
-            error,
-            sequence.prompt_tokens,
-            sequence.completion_tokens,
-            sequence.cached,
-        )
-
-
 class EngineLoop:
     """Submit, score, stats and close over one Runner; the base of LocalEngine and FakeEngine."""
 
@@ -143,11 +88,11 @@ class EngineLoop:
         self._limits = limits
         self._counts = Counts()
         self._started = time.monotonic()
+        self._prompt_speed: float | None = None  # the same, of steps that are mostly prompts
         self._speed = 1000.0  # tokens per second, smoothed; the first guess only matters for retry_after
         self._work = threading.Condition()  # guards everything below
         self._scheduler = self._new_scheduler()
         self._writers: dict[int, Writer] = {}
-        self._scores: deque[tuple[list[int], Future[list[float]]]] = deque()
         self._cancels: deque[schedules.Sequence] = deque()  # lock-free: filled by __del__ in any thread
         self._refusal = ""  # why nothing is accepted any more
         self._ending = False
@@ -167,15 +112,29 @@ class EngineLoop:
             self._work.notify_all()
         return Stream(request.id, writer.channel, lambda: self._cancels.append(sequence))
 
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """The log probability of each token after the first. Blocks; raises InputError, UnavailableError."""
+    def score(self, ids: Sequence[int], tenant: str = "default") -> list[float]:
+        """The log probability of each token after the first, computed in pieces beside what runs.
+
+        Blocks. Raises InputError, LimitError (the queue is full), UnavailableError (closed).
+        """
         check_scored(ids, self.context, self.tokenizer.vocab_size)
-        future: Future[list[float]] = Future()
-        with self._work:
-            self._check_open()
-            self._scores.append((list(ids), future))
-            self._work.notify_all()
-        return future.result()
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        output = self._read([Request("score", tuple(ids), params, tenant)])[0]
+        return [logprob.logprob for logprob in output.prompt_logprobs]
+
+    def embed(
+        self, ids: Sequence[Sequence[int]], pooling: Pooling = "mean", tenant: str = "default"
+    ) -> list[list[float]]:
+        """One vector of length 1 for each text: the mean of its hidden rows, or the last one.
+
+        Blocks; `submit` with `pooling` can be awaited and cancelled. Raises as `score`.
+        """
+        params = SamplingParams(max_tokens=0)
+        requests = [
+            Request(f"embed-{number}", tuple(text), params, tenant, pooling=pooling)
+            for number, text in enumerate(ids)
+        ]
+        return [list(output.embedding) for output in self._read(requests)]
 
     def stats(self) -> dict[str, Any]:
         """What is running, waiting and cached now, and what has been done since the start."""
@@ -191,6 +150,8 @@ class EngineLoop:
                 "pages_cached": cache.cached,
                 "pages_evicted": cache.evicted,
                 "preemptions": self._scheduler.preemptions,
+                "drafted_tokens": self._scheduler.drafted,
+                "accepted_tokens": self._scheduler.accepted,
                 **vars(counts),
                 "tokens_per_second": self._speed,
                 "uptime_seconds": time.monotonic() - self._started,
@@ -214,7 +175,6 @@ class EngineLoop:
         try:
             while self._wait_for_work():
                 self._step()
-                self._score_one()
         except Exception:  # noqa: BLE001 - nobody above this thread could report it
             logger.exception("engine %s: the step loop failed", self.name)
             with self._work:
@@ -224,9 +184,9 @@ class EngineLoop:
 
     def _wait_for_work(self) -> bool:
         with self._work:
-            if self._scheduler.idle and not self._scores and not self._ending:
+            if self._scheduler.idle and not self._ending:
                 self._check_books()
-                while self._scheduler.idle and not self._scores and not self._ending:
+                while self._scheduler.idle and not self._ending:
                     self._work.wait()
             return not self._ending
 
@@ -234,58 +194,79 @@ class EngineLoop:
         with self._work:
             while self._cancels:
                 self._scheduler.cancel(self._cancels.popleft())
-            step = self._scheduler.schedule()
+            step = self._scheduler.schedule(self._prompt_tokens())
             waiters = [self._end(sequence, "The request was cancelled.") for sequence in step.dropped]
             cache = self._scheduler.cache
         wake(waiters)
         if not step.chunks:
             return
         started = time.monotonic()
-        samples = self._compute(step, cache)
+        results = self._compute(step, cache)
         seconds = time.monotonic() - started
         with self._work:
-            waiters = self._commit(step, samples)
+            waiters = self._commit(step, results)
             self._counts.steps += 1
             self._counts.busy_seconds += seconds
-            self._speed += 0.1 * (step.tokens / max(seconds, 1e-6) - self._speed)
+            self._measure(step, seconds)
             self._work.notify_all()
         wake(waiters)
 
-    def _compute(self, step: Step, cache: KVCache) -> list[Sample | None]:
+    def _prompt_tokens(self) -> int | None:
+        """So many that others wait for their next token for STEP_SECONDS or so, by what was measured."""
+        if self._prompt_speed is None:
+            return None
+        return max(PAGE, int(self._prompt_speed * STEP_SECONDS) // PAGE * PAGE)
+
+    def _measure(self, step: Step, seconds: float) -> None:
+        speed = step.tokens / max(seconds, 1e-6)
+        self._speed += 0.1 * (speed - self._speed)
+        if step.tokens >= 2 * PAGE and step.tokens >= 4 * len(step.chunks):  # prompts, for the most part
+            before = self._prompt_speed
+            self._prompt_speed = speed if before is None else before + 0.1 * (speed - before)
+
+    def _compute(self, step: Step, cache: KVCache) -> list[Result]:
         try:
             return self._runner.run(step.chunks, cache)
         except Exception:  # noqa: BLE001 - one request's fault must not end the others
             logger.exception("engine %s: a step of %d requests failed", self.name, len(step.chunks))
-        samples: list[Sample | None] = []
+        results: list[Result] = []
         for chunk in step.chunks:
             try:
-                samples += self._runner.run([chunk], cache)
+                results += self._runner.run([chunk], cache)
             except Exception as error:  # noqa: BLE001 - it ends this request
                 logger.exception("engine %s: request %s failed", self.name, chunk.sequence.request.id)
-                samples.append(Sample(error=f"The request failed: {type(error).__name__}: {error}"))
-        return samples
+                results.append(Result(error=f"The request failed: {type(error).__name__}: {error}"))
+        return results
 
-    def _commit(self, step: Step, samples: Sequence[Sample | None]) -> list[Waiter | None]:
-        tokens = [None if sample is None else sample.token for sample in samples]
+    def _commit(self, step: Step, results: Sequence[Result]) -> list[Waiter | None]:
+        """Text first: it decides how many of the new tokens count."""
+        written = [self._write(*pair) for pair in zip(step.chunks, results, strict=True)]
+        tokens = [() if output is None else output.token_ids for output in written]
         self._scheduler.commit(step, tokens)
         return [
-            self._deliver(chunk.sequence, sample)
-            for chunk, sample in zip(step.chunks, samples, strict=True)
-            if sample is not None
+            self._deliver(chunk, output)
+            for chunk, output in zip(step.chunks, written, strict=True)
+            if output is not None
         ]
 
-    def _deliver(self, sequence: schedules.Sequence, sample: Sample) -> Waiter | None:
+    def _write(self, chunk: Chunk, result: Result) -> Output | None:
+        sequence = chunk.sequence
+        sequence.pooled = result.pooled
         writer = self._writers.get(sequence.number)
         if writer is None:  # close() has ended it meanwhile
             return None
         try:
-            output = writer.write(sample)
+            return writer.write(chunk, result)
         except Exception as error:  # noqa: BLE001 - it ends this request
             logger.exception("engine %s: the text of request %s failed", self.name, sequence.request.id)
-            output = writer.output(finish_reason="error", error=f"The request failed: {error}")
-        counts = self._counts
+            return writer.output(finish_reason="error", error=f"The request failed: {error}")
+
+    def _deliver(self, chunk: Chunk, output: Output) -> Waiter | None:
+        sequence, counts = chunk.sequence, self._counts
+        writer = self._writers[sequence.number]
         counts.completion_tokens += len(output.token_ids)
-        if sequence.completion_tokens <= 1:
+        if not writer.started and (output.finish_reason is not None or output.token_ids):
+            writer.started = True
             counts.prompt_tokens += sequence.prompt_tokens
             counts.cached_tokens += sequence.cached
         if output.finish_reason is not None:
@@ -303,20 +284,24 @@ class EngineLoop:
         return writer.channel.put(writer.output(finish_reason="error", error=error))
 
     def _fail_all(self, error: str) -> list[Waiter | None]:
-        waiters = [self._end(writer.sequence, error) for writer in list(self._writers.values())]
-        while self._scores:
-            self._scores.popleft()[1].set_exception(UnavailableError(error))
-        return waiters
+        return [self._end(writer.sequence, error) for writer in list(self._writers.values())]
 
-    def _score_one(self) -> None:
-        with self._work:
-            if not self._scores:
-                return
-            ids, future = self._scores.popleft()
+    def _read(self, requests: Sequence[Request]) -> list[Output]:
+        """Submit requests that only read and wait for all of them; one that fails ends the others."""
+        streams: list[Stream] = []
         try:
-            future.set_result(self._runner.score(ids))
-        except Exception as error:  # noqa: BLE001 - raised where the scores are waited for
-            future.set_exception(error)
+            for request in requests:
+                streams.append(self.submit(request))
+            outputs = [stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+        failed = next((output.error for output in outputs if output.finish_reason == "error"), None)
+        if failed is not None:
+            if self._refusal:
+                raise UnavailableError(self._refusal)
+            raise LapisError(f"The engine ended the request: {failed}")
+        return outputs
 
     def _check_open(self) -> None:
         if self._refusal:
@@ -339,4 +324,8 @@ class EngineLoop:
             step_tokens=limits.step_tokens,
             max_running=min(limits.running, limits.step_tokens),
             max_queued_tokens=limits.queued_tokens,
+            max_queued=limits.queued,
+            max_drafts=limits.drafts,
+            draft_rows=limits.draft_rows,
+            weights=limits.weights,
         )

@@ -14,6 +14,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class SamplingParams:
     """How tokens are chosen. Raises InputError with `param` = the field's name when a value makes no sense.
 
     `stop_ids` None means the model's own end tokens; an empty set means that no token ends the text.
-    `logprobs` n asks for the logprob of each token and of its n most likely alternatives.
+    `logprobs` n asks for the logprob of each token and of its n most likely alternatives,
+    `prompt_logprobs` n for those of the prompt's tokens after the first. `max_tokens` 0 only reads the prompt.
     """
 
     max_tokens: int
@@ -36,9 +38,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1, None)
+        _whole("max_tokens", self.max_tokens, 0, None)
         _number("temperature", self.temperature, 0.0, 2.0)
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
@@ -51,6 +54,8 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
         self._check_stop()
         self._check_logit_bias()
 
@@ -81,12 +86,19 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to continue. `id` is the caller's name for it; `tenant` says whose share it takes."""
+    """One text to continue, or with `pooling` to embed. `id` is the caller's name for it.
+
+    `tenant` says whose share it takes. A request of higher `priority` goes before and displaces those of
+    lower ones (live traffic 0, batch work below). `adapter` names a LoRA adapter of the engine.
+    """
 
     id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
     tenant: str = "default"
+    priority: int = 0
+    adapter: str | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Output:
 
     Text may come later than its tokens: bytes of an unfinished character and text that may become
     a stop string are held back. The last Output of a request has a `finish_reason`; with "error",
-    `error` says why (also when the request was cancelled).
+    `error` says why (also when the request was cancelled). `embedding` comes whole, with the last Output.
     """
 
     text: str = ""
@@ -119,6 +131,8 @@ class Output:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 def join_outputs(outputs: Sequence[Output]) -> Output:
@@ -137,15 +151,21 @@ def join_outputs(outputs: Sequence[Output]) -> Output:
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
         cached_tokens=last.cached_tokens,
+        prompt_logprobs=tuple(logprob for output in outputs for logprob in output.prompt_logprobs),
+        embedding=last.embedding,
     )
 
 
 def check_request(request: Request, context: int, vocab_size: int) -> None:
-    """Raise InputError (`param` prompt, logit_bias or stop_ids) when this model cannot run the request."""
+    """Raise InputError (`param` prompt, max_tokens, …) when this model cannot run the request."""
     length = len(request.prompt_ids)
     if length == 0:
         raise InputError("The prompt is empty: at least one token is needed.", param="prompt")
-    if length >= context:
+    if request.params.max_tokens == 0:
+        _check_read_only(request, context)
+    elif request.pooling is not None:
+        raise InputError("An embedding has no new tokens: max_tokens must be 0.", param="max_tokens")
+    elif length >= context:
         raise InputError(
             f"The prompt has {length} tokens; this model takes at most {context - 1} "
             f"(a context of {context} with room for one new token).",
@@ -155,6 +175,17 @@ def check_request(request: Request, context: int, vocab_size: int) -> None:
     _check_ids(request.prompt_ids, vocab_size, "prompt")
     _check_ids(tuple(request.params.logit_bias), vocab_size, "logit_bias")
     _check_ids(tuple(request.params.stop_ids or ()), vocab_size, "stop_ids")
+
+
+def _check_read_only(request: Request, context: int) -> None:
+    if request.pooling is None and request.params.prompt_logprobs is None:
+        raise InputError("max_tokens must be a whole number at least 1, got 0.", param="max_tokens")
+    if len(request.prompt_ids) > context:
+        raise InputError(
+            f"The text has {len(request.prompt_ids)} tokens; this model takes at most {context}.",
+            hint="Shorten the text.",
+            param="prompt",
+        )
 
 
 def check_scored(ids: Sequence[int], context: int, vocab_size: int) -> None:

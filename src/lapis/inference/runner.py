@@ -1,6 +1,6 @@
 """Runs a step on the model: fills the Batch, calls the one forward, samples.
 
-Dims: T tokens of the step, R rows that get a new token, S sequences, P pages, V vocabulary, H width.
+Dims: T tokens of the step, R rows that logits are made of, S sequences, P pages, V vocabulary, H width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lapis.inference import sampler
 from lapis.inference.kv_cache import PAGE, KVCache, pages_for
-from lapis.inference.loop import Sample
 from lapis.inference.request import TokenLogprob
+from lapis.inference.result import NOTHING, Result, Sample
 from lapis.inference.scheduler import Chunk
+from lapis.inference.scheduler import Sequence as Running
 from lapis.kernels.batch import PAGE as KERNEL_PAGE
-from lapis.kernels.batch import Batch, packed
+from lapis.kernels.batch import Batch
 from lapis.model.weights import LoadedModel
 
 assert PAGE == KERNEL_PAGE
@@ -52,25 +53,34 @@ class ModelRunner:
         return self.model.ops.name
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Sample | None]:
-        """Compute all chunks in one forward; a Sample for each chunk that samples, in order."""
+    def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
+        """Compute all chunks in one forward; a Result for each, in order."""
         ids_T, batch = self._fill(chunks, cache)
         ends = np.cumsum([chunk.count for chunk in chunks])
-        rows_R = torch.from_numpy(ends[[chunk.samples for chunk in chunks]] - 1)
-        if rows_R.numel() == 0:
-            self.model.hidden(ids_T, batch)
-            return [None] * len(chunks)
-        logits_RV = self.model(ids_T, batch, None if len(rows_R) == len(ids_T) else rows_R)
+        rows = [
+            row
+            for chunk, end in zip(chunks, ends.tolist(), strict=True)
+            if chunk.samples
+            for row in range(end - len(chunk.drafts) - 1, end)
+        ]
+        if any(reads(chunk.sequence) for chunk in chunks):
+            x_TH = self.model.hidden(ids_T, batch)
+            parts = torch.split(x_TH, [chunk.count for chunk in chunks])
+            read = [self._read(chunk, x_PH) for chunk, x_PH in zip(chunks, parts, strict=True)]
+            logits_RV = self.model.logits(x_TH[rows]) if rows else None
+        else:
+            read = [NOTHING] * len(chunks)
+            if not rows:
+                self.model.hidden(ids_T, batch)
+                return read
+            logits_RV = self.model(ids_T, batch, None if len(rows) == len(ids_T) else torch.tensor(rows))
+        if logits_RV is None:
+            return read
         samples = iter(self._sample(logits_RV, [chunk for chunk in chunks if chunk.samples]))
-        return [next(samples) if chunk.samples else None for chunk in chunks]
-
-    @torch.inference_mode()
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """The log probability of each token after the first, by the forward of training."""
-        ids_T = torch.tensor(ids, dtype=torch.int64)
-        x_TH = self.model.hidden(ids_T, packed([len(ids)]))
-        logprobs = self.model.ops.linear_logprobs(x_TH[:-1], self.model.head_weight, ids_T[1:])
-        return [float(logprob) for logprob in logprobs.tolist()]
+        return [
+            replace(result, samples=next(samples)) if chunk.samples else result
+            for chunk, result in zip(chunks, read, strict=True)
+        ]
 
     def _fill(self, chunks: Sequence[Chunk], cache: KVCache) -> tuple[Tensor, Batch]:
         tables = [cache.table(chunk.sequence.number) for chunk in chunks]
@@ -80,7 +90,7 @@ class ModelRunner:
         for row, (chunk, table) in enumerate(zip(chunks, tables, strict=True)):
             table_SP[row, : len(table)] = table
             spans.append((len(ids), len(ids) + chunk.count))
-            ids += chunk.sequence.ids[chunk.start : chunk.start + chunk.count]
+            ids += chunk.ids
         sequence_T = np.empty(len(ids), dtype=np.int32)
         position_T = np.empty(len(ids), dtype=np.int32)
         for row, (chunk, (start, end)) in enumerate(zip(chunks, spans, strict=True)):
@@ -95,9 +105,32 @@ class ModelRunner:
         )
         return torch.tensor(ids, dtype=torch.int64), batch
 
-    def _sample(self, logits_RV: Tensor, chunks: Sequence[Chunk]) -> list[Sample]:
-        sequences = [chunk.sequence for chunk in chunks]
-        rows = [sampler.Row(s.request.params, s.seed, s.ids, s.prompt_tokens) for s in sequences]
+    def _sample(self, logits_RV: Tensor, chunks: Sequence[Chunk]) -> list[list[Sample]]:
+        """Each chunk's new tokens: one, and one more behind every draft that sampling picks as well."""
+        samples: list[list[Sample]] = [[] for _ in chunks]
+        first = np.cumsum([0, *(1 + len(chunk.drafts) for chunk in chunks)]).tolist()
+        going, depth = list(range(len(chunks))), 0
+        while going:
+            wanted = [first[index] + depth for index in going]
+            rows_RV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
+            rows = [self._row(chunks[index], depth) for index in going]
+            for index, sample in zip(going, self._sample_rows(rows_RV, rows), strict=True):
+                samples[index].append(sample)
+            going = [
+                index
+                for index in going
+                if depth < len(chunks[index].drafts)
+                and samples[index][-1].token == chunks[index].drafts[depth]
+            ]
+            depth += 1
+        return samples
+
+    def _row(self, chunk: Chunk, depth: int) -> sampler.Row:
+        sequence = chunk.sequence
+        ids = [*sequence.ids, *chunk.drafts[:depth]] if depth else sequence.ids
+        return sampler.Row(sequence.request.params, sequence.seed, ids, sequence.prompt_tokens)
+
+    def _sample_rows(self, logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[Sample]:
         tokens = sampler.sample(logits_RV.numpy()[:, : self._sampled_vocabulary], rows)
         samples = []
         for logits_V, row, token in zip(logits_RV, rows, tokens, strict=True):
@@ -108,6 +141,44 @@ class ModelRunner:
             else:
                 samples.append(Sample(token, self._logprob(logits_V, token, row.params.logprobs)))
         return samples
+
+    def _read(self, chunk: Chunk, x_PH: Tensor) -> Result:
+        """What is asked about the tokens of a prompt: logprobs of those that follow, or its embedding."""
+        sequence = chunk.sequence
+        if sequence.request.pooling is not None:
+            return self._pool(chunk, x_PH)
+        count = sequence.request.params.prompt_logprobs
+        targets = sequence.ids[chunk.start + 1 : min(chunk.start + chunk.count + 1, sequence.prompt_tokens)]
+        if count is None or not targets:
+            return NOTHING
+        x_PH, ids_P = x_PH[: len(targets)], torch.tensor(targets)
+        token_bytes = self.loaded.tokenizer.token_bytes
+        if count == 0:
+            values = self.model.ops.linear_logprobs(x_PH, self.model.head_weight, ids_P).tolist()
+            told = [TokenLogprob(id, token_bytes(id), v) for id, v in zip(targets, values, strict=True)]
+        else:
+            logits_PV = self.model.logits(x_PH)
+            told = [self._logprob(row_V, id, count) for row_V, id in zip(logits_PV, targets, strict=True)]
+        return Result(prompt_logprobs=told)
+
+    def _pool(self, chunk: Chunk, x_PH: Tensor) -> Result:
+        """Mean: fp64 sums in the order of positions, whatever the chunks; then length 1 in fp32."""
+        done = chunk.start + chunk.count == chunk.sequence.limit
+        if chunk.sequence.request.pooling == "mean":
+            rows_PH = x_PH.double().numpy()
+            if chunk.start > 0:
+                before_H = chunk.sequence.pooled
+                assert isinstance(before_H, np.ndarray)
+                rows_PH = np.concatenate([before_H[None], rows_PH])
+            sum_H = np.add.accumulate(rows_PH, axis=0)[-1]  # strictly one after the other
+        else:
+            sum_H = x_PH[-1].double().numpy()
+        if not done:
+            return Result(pooled=sum_H)
+        if not np.isfinite(sum_H).all() or not sum_H.any():
+            return Result(error="The model gave no finite hidden rows for this text.")
+        length = np.sqrt(np.add.accumulate(sum_H * sum_H)[-1])
+        return Result(embedding=tuple((sum_H / length).astype(np.float32).tolist()))
 
     def _logprob(self, logits_V: Tensor, token: int, count: int) -> TokenLogprob:
         """The chosen token and the `count` most likely ones, each by the very op that training uses."""
@@ -120,6 +191,12 @@ class ModelRunner:
             for id, logprob in zip(ids, logprobs, strict=True)
         )
         return replace(chosen, top=tuple(top))
+
+
+def reads(sequence: Running) -> bool:
+    """Whether something is asked about the rows of its prompt."""
+    asked = sequence.request.params.prompt_logprobs is not None or sequence.request.pooling is not None
+    return asked and sequence.computed < sequence.prompt_tokens
 
 
 def _page_count(loaded: LoadedModel, cache_bytes: int | None) -> int:
