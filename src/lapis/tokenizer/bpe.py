@@ -163,6 +163,11 @@ class Tokenizer:
         """The id of a token by its text in the vocabulary, or None."""
         return self._vocabulary.get(name)
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids that have a token: some vocabularies have holes."""
+        return frozenset(self._bytes)
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the special tokens: they steer, they are no text."""
@@ -198,15 +203,19 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes a growing list of ids. What it gives is always whole UTF-8; special tokens give no text."""
+    """Decodes a growing list of ids. What it gives is always whole UTF-8.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Special tokens give no text, but for those of `visible_ids`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, visible_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._hidden_ids = tokenizer.special_ids - visible_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
         """The text that this token completes; empty while a character is not whole."""
-        if id in self._tokenizer.special_ids:
+        if id in self._hidden_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(id))
 

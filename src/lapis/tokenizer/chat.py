@@ -48,12 +48,14 @@ class ChatTemplate:
         """The text of a conversation. Raises InputError if the template refuses, fails or takes too much."""
         return self._render(messages, add_generation_prompt)
 
-    def prompt(self, messages: Messages, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of a conversation that waits for its answer.
+    def prompt(self, messages: Messages, tokenizer: Tokenizer, tools: Messages = ()) -> list[int]:
+        """Token ids of a conversation that waits for its answer; `tools` for a template that renders them.
 
-        Special-token text inside a message stays text: only the template can open or close a turn.
+        Special-token text inside a message or tool stays text: only the template can open or close a turn.
         """
-        text, marker = self._render_marked(messages, tokenizer, add_generation_prompt=True)
+        marker = _free_marker([*messages, *tools])
+        marked = [_mark(message, marker, tokenizer) for message in messages]
+        text = self._render(marked, True, [_mark(tool, marker, tokenizer) for tool in tools])
         return _encode(text, marker, tokenizer)
 
     def encode(self, messages: Messages, tokenizer: Tokenizer) -> ChatTokens:
@@ -85,23 +87,16 @@ class ChatTemplate:
         """End the process that renders; it starts again when it is needed."""
         self._sandbox.close()
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Messages, add_generation_prompt: bool, tools: Messages = ()) -> str:
         variables = {
             "messages": [dict(message) for message in messages],
             "bos_token": self.bos,
             "eos_token": self.eos,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
         }
         return self._sandbox.render(self.template, variables)
-
-    def _render_marked(
-        self, messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
-    ) -> tuple[str, str]:
-        marker = _free_marker(messages)
-        marked = [_mark(message, marker, tokenizer) for message in messages]
-        return self._render(marked, add_generation_prompt), marker
 
 
 class Sandbox:
@@ -205,7 +200,7 @@ def _mark(value: Any, marker: str, tokenizer: Tokenizer) -> Any:
             value = value.replace(name, name[0] + marker + name[1:])
         return value
     if isinstance(value, Mapping):
-        return {key: _mark(item, marker, tokenizer) for key, item in value.items()}
+        return {_mark(key, marker, tokenizer): _mark(item, marker, tokenizer) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [_mark(item, marker, tokenizer) for item in value]
     return value
