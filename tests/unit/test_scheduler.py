@@ -17,9 +17,14 @@ def scheduler(pages: int = 64, step_tokens: int = 64, running: int = 8, queued: 
 
 
 def add(
-    scheduler: Scheduler, prompt: int, max_tokens: int = 10, tenant: str = "a", kind: int = 1
+    scheduler: Scheduler,
+    prompt: int,
+    max_tokens: int = 10,
+    tenant: str = "a",
+    kind: int = 1,
+    priority: int = 0,
 ) -> Sequence:
-    request = Request("", [kind] * prompt, SamplingParams(max_tokens=max_tokens), tenant)
+    request = Request("", [kind] * prompt, SamplingParams(max_tokens=max_tokens), tenant, priority)
     return scheduler.add(request, context=2048, seed=0, tokens_per_second=100.0)
 
 
@@ -154,3 +159,115 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever() -> None:
             add(work, 40, max_tokens=20, tenant="small")
         run(work)
     assert long.completion_tokens == 2
+
+
+def test_a_newcomer_takes_the_place_of_a_flood() -> None:
+    work = scheduler(running=4, step_tokens=64)
+    flood = [add(work, 10, max_tokens=1000, tenant="flood") for _ in range(10)]
+    for _ in range(5):
+        run(work)
+    newcomer = add(work, 10, max_tokens=3, tenant="newcomer")
+    run(work)
+    assert work.running == [*flood[:3], newcomer]
+    for _ in range(3):
+        run(work)
+    assert work.running == flood[:4]
+    assert flood[3].completion_tokens > 4
+
+
+def test_a_place_is_not_taken_from_a_tenant_that_has_one_unless_it_is_far_ahead() -> None:
+    work = scheduler(running=2, step_tokens=64)
+    first = add(work, 10, max_tokens=1000, tenant="first")
+    second = add(work, 10, max_tokens=1000, tenant="second")
+    run(work)
+    third = add(work, 10, max_tokens=1000, tenant="third")
+    run(work)
+    assert work.running == [first, second]
+    steps = 0
+    while third not in work.running:
+        run(work)
+        steps += 1
+    assert 50 < steps < 80  # 2 steps of 64 tokens ahead, a new token counting twice
+    assert len(work.running) == 2
+
+
+def test_urgent_work_displaces_the_rest_which_then_goes_on() -> None:
+    work = scheduler(running=2, step_tokens=64)
+    batch = [add(work, 10, max_tokens=20, tenant="a", priority=-1) for _ in range(3)]
+    run(work)
+    live = [add(work, 10, max_tokens=5, tenant="a") for _ in range(3)]
+    run(work)
+    assert work.running == live[:2]
+    while not work.idle:
+        run(work)
+    assert {len(sequence.ids) for sequence in batch} == {30}
+
+
+def test_a_weight_is_a_larger_share() -> None:
+    work = Scheduler(
+        KVCache(64), step_tokens=32, max_running=4, max_queued_tokens=10**6, weights={"heavy": 3}
+    )
+    for kind in range(60):
+        add(work, 30, max_tokens=20, tenant="heavy", kind=kind)
+        add(work, 30, max_tokens=20, tenant="light", kind=kind)
+    served: Counter[str] = Counter()
+    for _ in range(300):
+        for chunk in run(work).chunks:
+            served[chunk.sequence.request.tenant] += chunk.count
+    assert 2.3 < served["heavy"] / served["light"] < 3.7
+
+
+def test_prompts_of_several_tenants_share_a_step_by_turns() -> None:
+    work = scheduler(step_tokens=64)
+    for kind in (1, 2, 3):
+        add(work, 40, tenant="many", kind=kind)
+    add(work, 20, tenant="few")
+    assert plan(run(work)) == [(0, 0, 40, True), (3, 0, 20, True), (1, 0, 4, False)]
+
+
+def test_prompts_leave_time_for_the_others_tokens() -> None:
+    work = scheduler(step_tokens=64)
+    add(work, 10)
+    add(work, 100, kind=2)
+    run(work)
+    step = work.schedule(prompt_tokens=32)
+    assert plan(step) == [(0, 10, 1, True), (1, 54, 32, False)]
+
+
+def test_answers_to_one_prompt_compute_it_once() -> None:
+    work = scheduler(step_tokens=64)
+    answers = [add(work, 100) for _ in range(4)]
+    other = add(work, 20, kind=2)
+    steps = [run(work) for _ in range(3)]
+    assert plan(steps[0]) == [(0, 0, 64, False)]
+    assert plan(steps[1]) == [(0, 64, 36, True), (4, 0, 20, True)]
+    assert plan(steps[2])[2:] == [(1, 96, 4, True), (2, 96, 4, True), (3, 96, 4, True)]
+    assert [answer.cached for answer in answers] == [0, 96, 96, 96]
+    assert other.completion_tokens == 2
+
+
+def test_the_number_of_waiting_requests_is_bounded_as_well() -> None:
+    work = Scheduler(KVCache(64), step_tokens=8, max_running=1, max_queued_tokens=10**6, max_queued=2)
+    add(work, 1)
+    run(work)
+    add(work, 1)
+    last = add(work, 1)
+    with pytest.raises(LimitError, match="2 requests wait"):
+        add(work, 1)
+    work.cancel(last)
+    work.schedule()
+    add(work, 1)
+
+
+def test_pages_for_rejected_drafts_are_given_back() -> None:
+    work = Scheduler(
+        KVCache(8), step_tokens=64, max_running=2, max_queued_tokens=1000, max_drafts=4, draft_rows=8
+    )
+    sequence = add(work, PAGE - 2, max_tokens=20, kind=7)  # a run of 7s: 7 7 7 is what comes next
+    run(work)
+    step = work.schedule()
+    assert plan(step) == [(0, PAGE - 2, 3, True)]
+    assert step.chunks[0].drafts == (7, 7)
+    assert work.cache.used == 2
+    work.commit(step, [(5,)])
+    assert (work.cache.used, sequence.ids[-2:], sequence.computed) == (1, [7, 5], PAGE - 1)

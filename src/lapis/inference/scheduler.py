@@ -140,7 +140,7 @@ class Scheduler:
         self.max_queued_tokens = max_queued_tokens
         self.max_queued = max_queued
         self.max_drafts = max_drafts
-        self.draft_rows = min(draft_rows, step_tokens)
+        self.draft_rows = min(draft_rows, step_tokens // 2)  # prompts get their half
         self.queued_tokens = 0
         self.queued = 0
         self.preemptions = 0
@@ -199,10 +199,11 @@ class Scheduler:
         dropped = self._drop_cancelled() if self._cancelled else ()
         self._chunks = {}
         self._decode()
-        left = self.step_tokens - sum(chunk.count for chunk in self._chunks.values())
-        if self._chunks and prompt_tokens is not None:
-            left = min(left, prompt_tokens)
-        self._prefill(left)
+        generating = self._planned()
+        bound = self.step_tokens
+        if generating and prompt_tokens is not None:
+            bound = min(bound, generating + prompt_tokens)
+        self._prefill(bound)
         return Step(tuple(self._chunks.values()), dropped)
 
     def commit(self, step: Step, tokens: Tokens[Tokens[int]]) -> None:
@@ -249,24 +250,30 @@ class Scheduler:
             return ()
         return propose(sequence.ids, sequence.pace.ready(most))
 
-    def _prefill(self, left: int) -> None:
-        """Prompts by their tenants' turns, running ones first; a blocked one lets nobody pass into a place."""
+    def _prefill(self, bound: int) -> None:
+        """Prompts by their tenants' turns, running ones first; a blocked one lets nobody pass into a place.
+
+        The step has `bound` tokens at most.
+        """
         ready = [sequence for sequence in self.running if sequence.pending > 1]
         admitting = True
-        while left > 0:
+        while ready or admitting:
+            left = bound - self._planned()
             first = self._first_waiting() if admitting else None
             candidates = ready if first is None else [*ready, first]
-            if not candidates:
+            sequence = min(candidates, key=self._turn, default=None)
+            if sequence is None or (left <= 0 and sequence is not first):
                 return
-            sequence = min(candidates, key=self._turn)
             if sequence is first:
-                admitting = self._admit(sequence)
+                admitting = self._admit(sequence, left)
                 ready = [other for other in ready if other.running]
-                if not admitting:
-                    continue
             else:
                 ready.remove(sequence)
-            left -= self._plan(sequence, left).count
+            if sequence.running:
+                self._plan(sequence, bound - self._planned())
+
+    def _planned(self) -> int:
+        return sum(chunk.count for chunk in self._chunks.values())
 
     def _plan(self, sequence: Sequence, budget: int, drafts: tuple[int, ...] = ()) -> Chunk:
         count = min(sequence.pending, budget)
@@ -299,12 +306,16 @@ class Scheduler:
 
     # ---- places and pages
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Let the first in turn run, in the place of an over-served one if need be."""
-        while len(self.running) >= self.max_running or not self._open(sequence):
+    def _admit(self, sequence: Sequence, left: int) -> bool:
+        """Let the first in turn run, in the place of an over-served one if need be.
+
+        When no tokens are left in the step, those of whoever gives its place up must do.
+        """
+        while left <= 0 or len(self.running) >= self.max_running or not self._open(sequence):
             victim = self._over_served(sequence)
             if victim is None:
                 return False
+            left += self._chunks[victim].count if victim in self._chunks else 0
             self._preempt(victim)
         self._tenant(sequence).waiting.remove(sequence)
         sequence.running = True

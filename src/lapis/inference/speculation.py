@@ -10,13 +10,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 LONGEST, SHORTEST = 4, 2  # tokens that must repeat; a longer repetition is believed first
 MOST_PATIENCE = 64  # steps that a sequence pauses at most when its drafts keep failing
 
 
 def propose(ids: Sequence[int], most: int) -> tuple[int, ...]:
-    """Up to `most` tokens that followed the latest earlier place where the last 4, 3 or 2 tokens stood."""
+    """`most` tokens as they followed the latest earlier place where the last 4, 3 or 2 tokens stood, or none.
+
+    Where the text ends before that many, what followed is repeated, as in a copy that overlaps itself.
+    """
     if most <= 0:
         return ()
     text = array("i", ids)
@@ -28,7 +32,7 @@ def propose(ids: Sequence[int], most: int) -> tuple[int, ...]:
             end = place + len(tail) - 1  # bytes that lie across two tokens
         if place >= 0:
             start = place // size + length
-            return tuple(text[start : start + most])
+            return tuple(islice(cycle(text[start:]), most))
     return ()
 
 
