@@ -99,6 +99,7 @@ class LocalEngine(EngineLoop):
         self.bos_id = loaded.bos_id
         self.bit_exact = runner.bit_exact
         self.kernels = runner.kernels
+        self._replayed = runner.steps
         super().__init__(name, runner, limits, loaded.tokenizer, loaded.stop_ids)
 
     @staticmethod
@@ -109,8 +110,9 @@ class LocalEngine(EngineLoop):
         return LocalEngine(read_model(folder), name)
 
     def stats(self) -> dict[str, Any]:
-        """As EngineLoop, with the name of the kernels."""
-        return {**super().stats(), "kernels": self.kernels, "bit_exact": self.bit_exact}
+        """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""
+        facts = {"kernels": self.kernels, "bit_exact": self.bit_exact, "replay": self._replayed.active}
+        return {**super().stats(), **facts}
 
 
 def prompt_ids(engine: Engine, text: str) -> list[int]:

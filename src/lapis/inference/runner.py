@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lapis.inference import sampler
 from lapis.inference.kv_cache import PAGE, KVCache, pages_for
+from lapis.inference.replayed import MOST_ROWS, Part, ReplayedSteps
 from lapis.inference.request import TokenLogprob
 from lapis.inference.result import NOTHING, Result, Sample
 from lapis.inference.scheduler import Chunk
@@ -38,9 +39,10 @@ class ModelRunner:
         self.loaded = loaded
         self.model = loaded.model.eval()
         self.pages = _page_count(loaded, cache_bytes)
-        self._caches = self.model.new_caches(self.pages)
+        self._caches = self.model.new_caches(self.pages + 1)  # one for what is computed for nobody
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
+        self.steps = ReplayedSteps(self.model, self._caches, self.pages, self._sampled_vocabulary)
 
     @property
     def bit_exact(self) -> bool:
@@ -55,32 +57,52 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
         """Compute all chunks in one forward; a Result for each, in order."""
-        ids_T, batch = self._fill(chunks, cache)
-        ends = np.cumsum([chunk.count for chunk in chunks])
+        ends = np.cumsum([chunk.count for chunk in chunks]).tolist()
         rows = [
             row
-            for chunk, end in zip(chunks, ends.tolist(), strict=True)
+            for chunk, end in zip(chunks, ends, strict=True)
             if chunk.samples
             for row in range(end - len(chunk.drafts) - 1, end)
         ]
-        if any(reads(chunk.sequence) for chunk in chunks):
-            x_TH = self.model.hidden(ids_T, batch)
-            parts = torch.split(x_TH, [chunk.count for chunk in chunks])
-            read = [self._read(chunk, x_PH) for chunk, x_PH in zip(chunks, parts, strict=True)]
-            logits_RV = self.model.logits(x_TH[rows]) if rows else None
-        else:
-            read = [NOTHING] * len(chunks)
-            if not rows:
-                self.model.hidden(ids_T, batch)
+        read = [NOTHING] * len(chunks)
+        done = self._replayed(chunks, cache, rows) if rows and ends[-1] <= MOST_ROWS else None
+        if done is None:
+            logits_RV, read = self._forward(chunks, cache, rows)
+            if logits_RV is None:
                 return read
-            logits_RV = self.model(ids_T, batch, None if len(rows) == len(ids_T) else torch.tensor(rows))
-        if logits_RV is None:
-            return read
-        samples = iter(self._sample(logits_RV, [chunk for chunk in chunks if chunk.samples]))
+            done = logits_RV, self.model.ops.argmax(logits_RV, self._sampled_vocabulary).tolist()
+        samples = iter(self._sample(*done, [chunk for chunk in chunks if chunk.samples]))
         return [
             replace(result, samples=next(samples)) if chunk.samples else result
             for chunk, result in zip(chunks, read, strict=True)
         ]
+
+    def _replayed(
+        self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]
+    ) -> tuple[Tensor, list[int]] | None:
+        """Logits and best tokens of the rows by one C call, if the step is such that it can be."""
+        if not self.steps.active:
+            return None
+        if any(chunk.sequence.adapter is not None or reads(chunk.sequence) for chunk in chunks):
+            return None
+        parts = [Part(chunk.ids, chunk.start, cache.table(chunk.sequence.number)) for chunk in chunks]
+        return self.steps.run(parts, rows)
+
+    def _forward(
+        self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]
+    ) -> tuple[Tensor | None, list[Result]]:
+        """Logits of the rows, if any, and what is read from the prompts' hidden rows, op by op."""
+        ids_T, batch = self._fill(chunks, cache)
+        read = [NOTHING] * len(chunks)
+        if any(reads(chunk.sequence) for chunk in chunks):
+            x_TH = self.model.hidden(ids_T, batch)
+            parts = torch.split(x_TH, [chunk.count for chunk in chunks])
+            read = [self._read(chunk, x_PH) for chunk, x_PH in zip(chunks, parts, strict=True)]
+            return (self.model.logits(x_TH[rows]) if rows else None), read
+        if not rows:
+            self.model.hidden(ids_T, batch)
+            return None, read
+        return self.model(ids_T, batch, None if len(rows) == len(ids_T) else torch.tensor(rows)), read
 
     def _fill(self, chunks: Sequence[Chunk], cache: KVCache) -> tuple[Tensor, Batch]:
         tables = [cache.table(chunk.sequence.number) for chunk in chunks]
@@ -105,7 +127,9 @@ class ModelRunner:
         )
         return torch.tensor(ids, dtype=torch.int64), batch
 
-    def _sample(self, logits_RV: Tensor, chunks: Sequence[Chunk]) -> list[list[Sample]]:
+    def _sample(
+        self, logits_RV: Tensor, best_R: Sequence[int], chunks: Sequence[Chunk]
+    ) -> list[list[Sample]]:
         """Each chunk's new tokens: one, and one more behind every draft that sampling picks as well."""
         samples: list[list[Sample]] = [[] for _ in chunks]
         first = np.cumsum([0, *(1 + len(chunk.drafts) for chunk in chunks)]).tolist()
@@ -113,7 +137,10 @@ class ModelRunner:
         while going:
             wanted = [first[index] + depth for index in going]
             rows_RV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
-            rows = [self._row(chunks[index], depth) for index in going]
+            rows = [
+                self._row(chunks[index], depth, best_R[place])
+                for index, place in zip(going, wanted, strict=True)
+            ]
             for index, sample in zip(going, self._sample_rows(rows_RV, rows), strict=True):
                 samples[index].append(sample)
             going = [
@@ -125,10 +152,10 @@ class ModelRunner:
             depth += 1
         return samples
 
-    def _row(self, chunk: Chunk, depth: int) -> sampler.Row:
+    def _row(self, chunk: Chunk, depth: int, best: int) -> sampler.Row:
         sequence = chunk.sequence
         ids = [*sequence.ids, *chunk.drafts[:depth]] if depth else sequence.ids
-        return sampler.Row(sequence.request.params, sequence.seed, ids, sequence.prompt_tokens)
+        return sampler.Row(sequence.request.params, sequence.seed, ids, sequence.prompt_tokens, best)
 
     def _sample_rows(self, logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[Sample]:
         tokens = sampler.sample(logits_RV.numpy()[:, : self._sampled_vocabulary], rows)

@@ -27,12 +27,16 @@ BLOCK = 64  # sums over the vocabulary go block by block
 
 @dataclass(frozen=True)
 class Row:
-    """What sampling needs to know beside the logits of a row: `ids` are prompt and completion so far."""
+    """What sampling needs to know beside the logits of a row: `ids` are prompt and completion so far.
+
+    `best` is the first index of the largest logit, if it is known already, or -1 if the logits are not finite.
+    """
 
     params: SamplingParams
     seed: int
     ids: Sequence[int]
     prompt_tokens: int
+    best: int | None = None
 
 
 def sample(logits_RV: Floats, rows: Sequence[Row]) -> list[int | None]:
@@ -62,12 +66,11 @@ def top_tokens(logits_V: Floats, count: int) -> list[int]:
 
 
 def _sample_row(logits_V: Floats, row: Row) -> int | None:
-    params = row.params
+    params, best_token = row.params, row.best
     if params.logit_bias or params.presence_penalty or params.frequency_penalty:
-        logits_V = _adjusted(logits_V, row)
-    token = int(logits_V.argmax())  # a NaN counts as the largest
-    best = logits_V[token]
-    if not math.isfinite(best):
+        logits_V, best_token = _adjusted(logits_V, row), None
+    token = int(logits_V.argmax()) if best_token is None else best_token  # a NaN counts as the largest
+    if token < 0 or not math.isfinite(best := logits_V[token]):
         return None
     if params.greedy:
         return token

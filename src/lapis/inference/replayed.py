@@ -1,0 +1,132 @@
+"""Small steps of the engine without Python: static buffers are filled, and one C call computes the forward.
+
+A recording depends on the number of rows T and of logits R alone, since positions, sequences and pages are
+data: decoding, the rows that verify drafts and short prompts are all the same to it. Where T or R lie between
+the recorded sizes, dead rows fill up: one run of tokens on a page of its own, whose results nobody reads.
+
+Dims: T tokens of the step, R rows with logits, S sequences, P pages of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapis.inference.kv_cache import PAGE, pages_for
+from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.replay import Replay, Unrecordable
+from lapis.log import logger
+from lapis.model.families import Llama
+
+MOST_ROWS = 64  # of a replayed step: in a larger one Python's share is too small to matter
+EXACT_ROWS = 16  # up to here each number of rows has its recording, since a dead row costs as much as any
+ROW_STEP = 4
+
+
+class Part(NamedTuple):
+    """Adjacent tokens of one sequence, the position of the first, and the sequence's pages."""
+
+    ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+
+
+def recorded_size(rows: int) -> int:
+    """The number of rows of the recording that serves so many: at most three are dead."""
+    return rows if rows <= EXACT_ROWS else -(-rows // ROW_STEP) * ROW_STEP
+
+
+class ReplayedSteps:
+    """Steps of up to 64 tokens of one model over one key/value memory, `scratch` being a page nobody owns.
+
+    `active` is false where they cannot be recorded; `reason` then says why.
+    """
+
+    def __init__(self, model: Llama, caches: Sequence[LayerCache], scratch: int, vocabulary: int) -> None:
+        self.reason = ""
+        self._model, self._caches, self._vocabulary = model, caches, vocabulary
+        self._ids_T = np.zeros(MOST_ROWS, np.int64)
+        self._rows_R = np.zeros(MOST_ROWS, np.int64)
+        self._sequence_T = np.zeros(MOST_ROWS, np.int32)
+        self._position_T = np.zeros(MOST_ROWS, np.int32)
+        self._table_SP = np.zeros((MOST_ROWS + 1, pages_for(model.config.context)), np.int32)
+        self._table_SP[MOST_ROWS] = scratch
+        self._batches: dict[int, Batch] = {}
+        self._replay: Replay | None = None
+        try:
+            self._replay = Replay(model.ops, list(model.parameters()), MOST_ROWS)
+        except Unrecordable as why:
+            self.reason = str(why)
+
+    @property
+    def active(self) -> bool:
+        """Whether steps are replayed."""
+        return self._replay is not None
+
+    def run(self, parts: Sequence[Part], rows: Sequence[int]) -> tuple[Tensor, list[int]] | None:
+        """Logits (R, V) of some of all rows, overwritten by the next run, and the best token of each.
+
+        The best is that among the first `vocabulary`, -1 where a row's logits are not finite. None if such a
+        step cannot be recorded.
+        """
+        if self._replay is None:
+            return None
+        tokens = self._fill(parts)
+        size, picked = recorded_size(tokens), recorded_size(len(rows))
+        some = list(rows) != list(range(tokens))
+        self._rows_R[: len(rows)] = rows
+        self._rows_R[len(rows) : picked] = 0
+        batch = self._batch(size)
+        ids_T, rows_R = torch.from_numpy(self._ids_T[:size]), torch.from_numpy(self._rows_R[:picked])
+
+        def forward() -> tuple[Tensor, ...]:
+            logits_RV = self._model(ids_T, batch, rows_R if some else None)
+            return logits_RV, self._model.ops.argmax(logits_RV, self._vocabulary)
+
+        try:
+            logits_RV, best_R = self._replay.run((size, picked if some else 0), size, forward)
+        except Unrecordable as why:
+            logger.warning("decoding calls each kernel from Python: %s", why)
+            self.reason, self._replay = str(why), None
+            return None
+        return logits_RV[: len(rows)], best_R[: len(rows)].tolist()
+
+    def _fill(self, parts: Sequence[Part]) -> int:
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        for row, part in enumerate(parts):
+            count = len(part.ids)
+            ids += part.ids
+            positions += range(part.start, part.start + count)
+            sequences += [row] * count
+            self._table_SP[row, : len(part.pages)] = part.pages
+        tokens = len(ids)
+        size = recorded_size(tokens)
+        self._ids_T[:tokens] = ids
+        self._ids_T[tokens:size] = 0
+        self._position_T[:tokens] = positions
+        self._position_T[tokens:size] = range(size - tokens)
+        self._sequence_T[:tokens] = sequences
+        self._sequence_T[tokens:size] = MOST_ROWS
+        return tokens
+
+    def _batch(self, size: int) -> Batch:
+        batch = self._batches.get(size)
+        if batch is None:
+            sequence_T, position_T = self._sequence_T[:size], self._position_T[:size]
+            batch = self._batches[size] = Batch(
+                torch.from_numpy(sequence_T),
+                torch.from_numpy(position_T),
+                torch.from_numpy(self._table_SP),
+                self._caches,
+                (),
+            )
+        return batch
+
+
+assert ROW_STEP <= PAGE  # dead rows fit into one page
