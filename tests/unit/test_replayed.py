@@ -83,7 +83,7 @@ def test_any_traffic_has_the_bits_of_the_training_forward() -> None:
     pages = max(max(text.pages) for text in texts) + 1
     with torch.inference_mode():
         steps = ReplayedSteps(model, model.new_caches(pages + 1), pages, TEXTS)
-        assert len(traffic(steps, texts, rng)) > 20
+        assert len(traffic(steps, texts, rng)) >= 15
         for text in texts:
             expected = model(torch.tensor(text.ids), packed([len(text.ids)]))
             for found, row in zip(text.logits, expected, strict=True):
