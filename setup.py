@@ -20,9 +20,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("src/lapis/kernels")
-UNITS = ("cpu.c", "cpu_linear.c", "cpu_replay.c", "cpu_train.c", "cpu_muon.c", "cpu_rows.c")
+UNITS = (
+    "cpu.c",
+    "cpu_linear.c",
+    "cpu_attention.c",
+    "cpu_attention_write.c",
+    "cpu_attention_backward.c",
+    "cpu_rows.c",
+    "cpu_replay.c",
+    "cpu_train.c",
+    "cpu_muon.c",
+)
 # as in kernels/variants.py: all text that goes into a library, in this order
-SOURCES = (*UNITS, "cpu_vector.h", "cpu_attention.h", "cpu_attention_backward.h")
+SOURCES = (*UNITS, "cpu_vector.h", "cpu_attention.h")
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {

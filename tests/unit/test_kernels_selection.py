@@ -53,7 +53,7 @@ def test_an_unknown_name_is_an_error_that_helps(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("head_size", "widths", "dtype", "word"),
     [
-        (80, (), torch.bfloat16, "head sizes"),
+        (40, (), torch.bfloat16, "head sizes"),
         (64, (384, 1000), torch.bfloat16, "1000"),
         (64, (), torch.float32, "bf16"),
     ],

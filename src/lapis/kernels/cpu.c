@@ -2,8 +2,6 @@
 // Every output row is a function of its own inputs only: rows never share a sum, threads never split one.
 #include "cpu_vector.h"
 
-#define PAGE 32  // keys per page of the KV cache
-
 EXPORT const char *lapis_source(void) { return LAPIS_SOURCE; }
 EXPORT const char *lapis_compiler(void) { return __VERSION__; }
 EXPORT int lapis_threaded(void) {
@@ -151,81 +149,4 @@ EXPORT void lapis_argmax_team(const float *logits, int64_t rows, int64_t width, 
 EXPORT void lapis_argmax(const float *logits, int64_t rows, int64_t width, int64_t count, int64_t *argmax) {
 #pragma omp parallel if (rows > 1)
     lapis_argmax_team(logits, rows, width, count, argmax);
-}
-
-// ---- attention over pages
-
-struct batch {  // mirrored in cpu.py
-    const int32_t *sequence, *position, *page_table;
-    int64_t tokens, columns;  // columns of the page table
-};
-struct attention {
-    const struct batch *batch;
-    const bf16 *qkv;
-    const float *cos, *sin;
-    bf16 *keys, *values;  // pages of this layer
-    bf16 *q, *k;          // rotated queries, and keys when a backward pass will want them
-    bf16 *o;
-    float *lse;           // log of each row's softmax denominator, or NULL
-    int64_t heads, kv_heads;
-    float scale;
-};
-
-INLINE int64_t page_of(const struct batch *batch, int64_t token, int64_t index) {
-    return batch->page_table[batch->sequence[token] * batch->columns + index];
-}
-
-#define HEAD 32
-#include "cpu_attention.h"
-#undef HEAD
-#define HEAD 64
-#include "cpu_attention.h"
-#undef HEAD
-#define HEAD 128
-#include "cpu_attention.h"
-#undef HEAD
-
-typedef void (*run_function)(const struct attention *, int64_t, int64_t);
-typedef void (*head_function)(const struct attention *, int64_t, int64_t, int64_t);
-
-// A run: tokens of one sequence, consecutive positions, one page. starts[n] is the end; returns n.
-static int64_t find_runs(const struct batch *batch, int64_t *starts) {
-    int64_t runs = 0;
-    for (int64_t t = 0; t < batch->tokens; t++)
-        if (t == 0 || batch->sequence[t] != batch->sequence[t - 1] ||
-            batch->position[t] != batch->position[t - 1] + 1 || batch->position[t] % PAGE == 0)
-            starts[runs++] = t;
-    starts[runs] = batch->tokens;
-    return runs;
-}
-
-EXPORT void lapis_attention_team(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads,
-                                 int64_t size, const float *cos, const float *sin, bf16 *keys, bf16 *values, bf16 *q,
-                                 bf16 *k, bf16 *o, float *lse) {
-    const struct attention a = {batch, qkv,  cos, sin,   keys,     values, q, k, o, lse, heads, kv_heads,
-                                (float)(1.0 / sqrt((double)size))};
-    const run_function write_run = size == 32 ? write_run_32 : size == 64 ? write_run_64 : write_run_128;
-    const head_function attend = size == 32 ? attend_run_32 : size == 64 ? attend_run_64 : attend_run_128;
-    int64_t *starts = malloc(sizeof(int64_t) * (size_t)(batch->tokens + 1));  // each thread finds the same runs
-    if (!starts) abort();
-    const int64_t runs = find_runs(batch, starts);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < runs; i++) write_run(&a, starts[i], starts[i + 1]);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = runs * kv_heads - 1; item >= 0; item--)  // later runs have more keys: they go first
-        attend(&a, item % kv_heads, starts[item / kv_heads], starts[item / kv_heads + 1]);
-    free(starts);
-}
-
-EXPORT void lapis_attention(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads, int64_t size,
-                            const float *cos, const float *sin, bf16 *keys, bf16 *values, bf16 *q, bf16 *k, bf16 *o,
-                            float *lse) {
-    int64_t keys_read = 0;
-    for (int64_t t = 0; t < batch->tokens; t++) keys_read += batch->position[t] + PAGE;
-#pragma omp parallel if (keys_read * heads > 2048)
-    {
-        const uint64_t mode = flush_subnormals();
-        lapis_attention_team(batch, qkv, heads, kv_heads, size, cos, sin, keys, values, q, k, o, lse);
-        restore_mode(mode);
-    }
 }

@@ -40,9 +40,9 @@ class CpuOps:
         self.name = name
         self.kernels = kernels
 
-    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
+    def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Pages in the layout of the kernels; what lies in them before they are written does not matter."""
-        return self.kernels.new_cache(pages, kv_heads, head_size)
+        return self.kernels.new_cache(pages, kv_heads, head_size, int8)
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
         """Rows of the table."""
@@ -106,14 +106,23 @@ class CpuOps:
         return self.kernels.head_norm(*tensors, sizes, eps)
 
     def attention(
-        self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
+        self,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rope: Rope | None,
+        *,
+        window: int | None = None,
     ) -> Tensor:
-        """Rotates, writes keys and values to their pages, then every query walks its pages from position 0."""
+        """Rotates, writes keys and values to their pages, then every query walks the pages that it sees."""
         sizes = (heads, kv_heads, head_size)
         if torch.is_grad_enabled() and qkv_TW.requires_grad:
             apply = _Attention.apply
-            return cast(Tensor, apply(self.kernels, qkv_TW, batch, layer, sizes, rope))  # type: ignore[no-untyped-call]
-        return self.kernels.attention(qkv_TW, batch, layer, sizes, rope)[0]
+            return cast(Tensor, apply(self.kernels, qkv_TW, batch, layer, sizes, rope, window))  # type: ignore[no-untyped-call]
+        return self.kernels.attention(qkv_TW, batch, layer, sizes, rope, window)[0]
 
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         """Log softmax picked at ids."""
@@ -320,7 +329,14 @@ class _HeadNorm(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, qkv_TW: Tensor, batch: Batch, layer: int, sizes: Sizes, rope: Rope
+        ctx: Any,
+        kernels: Kernels,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        sizes: Sizes,
+        rope: Rope | None,
+        window: int | None,
     ) -> Tensor:
         heads, kv_heads, head_size = sizes
         assert batch.caches is None, (
@@ -328,16 +344,17 @@ class _Attention(torch.autograd.Function):
         )
         k_TX = torch.empty(batch.tokens, kv_heads * head_size, dtype=BF16)
         lse_TQ = torch.empty(batch.tokens, heads, dtype=FP32)
-        o_TX, q_TX = kernels.attention(qkv_TW, batch, layer, sizes, rope, k_TX, lse_TQ)
-        ctx.kernels, ctx.batch, ctx.sizes, ctx.rope = kernels, batch, sizes, rope
+        o_TX, q_TX = kernels.attention(qkv_TW, batch, layer, sizes, rope, window, k_TX, lse_TQ)
+        ctx.kernels, ctx.batch, ctx.sizes, ctx.rope, ctx.window = kernels, batch, sizes, rope, window
         ctx.save_for_backward(q_TX, k_TX, qkv_TW, o_TX, lse_TQ)
         return o_TX
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g_TX = grads[0].contiguous()
-        dqkv_TW = ctx.kernels.attention_backward(ctx.batch, ctx.saved_tensors, g_TX, ctx.sizes, ctx.rope)
-        return None, dqkv_TW, None, None, None, None
+        shapes = (ctx.sizes, ctx.rope, ctx.window)
+        dqkv_TW = ctx.kernels.attention_backward(ctx.batch, ctx.saved_tensors, g_TX, *shapes)
+        return None, dqkv_TW, None, None, None, None, None
 
 
 class _Logprobs(torch.autograd.Function):

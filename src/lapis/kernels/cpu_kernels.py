@@ -267,8 +267,14 @@ class Kernels:
 
     # ---- attention
 
-    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
-        """Keys as [page][head][dim pair][key][2], values as [page][head][key pair][dim][2]."""
+    def new_cache(self, pages: int, kv_heads: int, head_size: int, int8: bool = False) -> LayerCache:
+        """Keys as [page][head][dim pair][key][2], values as [page][head][key pair][dim][2].
+
+        In int8: [page][head][dim][key] and [page][head][key][dim], each followed by the keys' scales in fp32.
+        """
+        if int8:
+            shape = (pages, kv_heads, (head_size + 4) * PAGE)
+            return LayerCache(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8))
         keys = torch.zeros(pages, kv_heads, head_size // 2, PAGE, 2, dtype=BF16)
         return LayerCache(keys, torch.zeros(pages, kv_heads, PAGE // 2, head_size, 2, dtype=BF16))
 
@@ -278,7 +284,8 @@ class Kernels:
         batch: Batch,
         layer: int,
         sizes: Sizes,
-        rope: Rope,
+        rope: Rope | None,
+        window: int | None = None,
         k_TX: Tensor | None = None,
         lse_TQ: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -293,16 +300,19 @@ class Kernels:
             if descriptor.private is None:
                 descriptor.private = self.new_cache(batch.private_pages, kv_heads, head_size)
             cache = descriptor.private
+        assert rope is None or rope.cos_PD2.shape[1] * 2 == head_size, "the tables cover whole heads"
+        assert window is None or window > 0
         o_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
         q_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
         self._c.attention(
             descriptor.reference,
             qkv_TW.data_ptr(),
             *sizes,
-            rope.cos_PD2.data_ptr(),
-            rope.sin_PD2.data_ptr(),
+            window or 0,
+            *_tables(rope),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
+            cache.keys.dtype is torch.int8,
             q_TX.data_ptr(),
             None if k_TX is None else k_TX.data_ptr(),
             o_TX.data_ptr(),
@@ -311,14 +321,20 @@ class Kernels:
         return o_TX, q_TX
 
     def attention_backward(
-        self, batch: Batch, saved: tuple[Tensor, ...], g_TX: Tensor, sizes: Sizes, rope: Rope
+        self,
+        batch: Batch,
+        saved: tuple[Tensor, ...],
+        g_TX: Tensor,
+        sizes: Sizes,
+        rope: Rope | None,
+        window: int | None = None,
     ) -> Tensor:
         """Gradient of the joined rows; `saved` holds q, k, qkv, o and log denominators of the forward."""
         spans_S2 = _describe(batch, rope).spans_S2
         dqkv_TW = torch.empty_like(saved[2])
-        inputs = (batch.position_T, *saved, g_TX, rope.cos_PD2, rope.sin_PD2, dqkv_TW)
-        pointers = (tensor.data_ptr() for tensor in inputs)
-        self._c.attention_backward(spans_S2.data_ptr(), len(spans_S2), *pointers, *sizes)
+        inputs = (tensor.data_ptr() for tensor in (batch.position_T, *saved, g_TX))
+        pointers = (*inputs, *_tables(rope), dqkv_TW.data_ptr())
+        self._c.attention_backward(spans_S2.data_ptr(), len(spans_S2), *pointers, *sizes, window or 0)
         return dqkv_TW
 
     # ---- optimizer
@@ -371,14 +387,22 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _describe(batch: Batch, rope: Rope) -> _Descriptor:
+def _tables(rope: Rope | None) -> tuple[int | None, int | None]:
+    """Pointers to cosines and sines, if heads are rotated."""
+    return (None, None) if rope is None else (rope.cos_PD2.data_ptr(), rope.sin_PD2.data_ptr())
+
+
+def _describe(batch: Batch, rope: Rope | None) -> _Descriptor:
     found: _Descriptor | None = batch.prepared.get("cpu")
     if found is not None:
         return found
     table = batch.page_table_SP
     if batch.tokens:
         last = int(batch.position_T.max())
-        assert last < len(rope.cos_PD2), f"position {last} lies beyond the {len(rope.cos_PD2)} rotary rows"
+        if rope is not None:
+            assert last < len(rope.cos_PD2), (
+                f"position {last} lies beyond the {len(rope.cos_PD2)} rotary rows"
+            )
         assert last < table.shape[1] * PAGE, f"position {last} lies beyond {table.shape[1]} pages"
     pointers = (tensor.data_ptr() for tensor in (batch.sequence_T, batch.position_T, table))
     tokens = CBatch(*pointers, batch.tokens, table.shape[1])

@@ -2,16 +2,8 @@
 // but the same on any number of threads: every sum over tokens has an order that only the sizes decide.
 #include "cpu_vector.h"
 
-#define BLOCK 32       // queries and keys per block of the attention gradient
 #define SUM_ROWS 64    // rows whose contributions to a norm's weight gradient are summed before others
 #define NORM_STEP 4096 // elements of a gradient whose squares are summed before others
-#define PANEL_COLUMNS 32
-#define PANEL_VECTORS (PANEL_COLUMNS / WIDE)
-#if defined(__AVX512F__)
-#define PANEL_ROWS 8
-#else
-#define PANEL_ROWS 2
-#endif
 
 INLINE void add_bf16(bf16 *p, f32x16 v) { store_bf16(p, load_bf16(p) + v); }
 
@@ -202,82 +194,4 @@ EXPORT double lapis_squared_norm(const bf16 *grad, int64_t n, double *partial) {
     double total = 0;
     for (int64_t step = 0; step < steps; step++) total += partial[step];
     return total;
-}
-
-// ---- attention
-
-struct attention_backward {
-    const bf16 *q, *k, *qkv, *o, *grad_o;
-    const float *lse, *cos, *sin;
-    const int32_t *position;
-    bf16 *grad_qkv;
-    int64_t heads, kv_heads;
-    float scale;
-};
-
-INLINE void panel_part(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
-                       int64_t out_stride, int add) {
-    wide sum[PANEL_ROWS][PANEL_VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < PANEL_ROWS; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; v++)
-            sum[r][v] = add ? load_wide(out + r * out_stride + v * WIDE) : (wide){0};
-    for (int64_t k = 0; k < depth; k += 2) {
-        wide_pairs weight[PANEL_VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; v++) weight[v] = load_wide_pairs(b + k * columns + 2 * v * WIDE);
-#pragma GCC unroll 8
-        for (int r = 0; r < PANEL_ROWS; r++) {
-            uint32_t pair;
-            memcpy(&pair, a + r * a_stride + k, 4);
-#pragma GCC unroll 8
-            for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = dp(sum[r][v], pair, weight[v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < PANEL_ROWS; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < PANEL_VECTORS; v++) store_wide(out + r * out_stride + v * WIDE, sum[r][v]);
-}
-
-// out[rows][columns] (+)= a[rows][depth] b, where b is laid out as [depth/2][columns][2].
-static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns, int64_t depth, float *out,
-                  int64_t out_stride, int64_t rows, int64_t width, int add) {
-    for (int64_t c = 0; c < width; c += PANEL_COLUMNS)
-        for (int64_t r = 0; r < rows; r += PANEL_ROWS)
-            panel_part(a + r * a_stride, a_stride, b + 2 * c, columns, depth, out + r * out_stride + c, out_stride, add);
-}
-
-#define HEAD 32
-#include "cpu_attention_backward.h"
-#undef HEAD
-#define HEAD 64
-#include "cpu_attention_backward.h"
-#undef HEAD
-#define HEAD 128
-#include "cpu_attention_backward.h"
-#undef HEAD
-
-typedef void (*span_function)(const struct attention_backward *, int64_t, int64_t, int64_t);
-
-// spans: [count][2] tokens. grad_qkv is filled completely for the tokens of the spans.
-EXPORT void lapis_attention_backward(const int64_t *spans, int64_t count, const int32_t *position, const bf16 *q,
-                                     const bf16 *k, const bf16 *qkv, const bf16 *o, const float *lse,
-                                     const bf16 *grad_o, const float *cos, const float *sin, bf16 *grad_qkv,
-                                     int64_t heads, int64_t kv_heads, int64_t size) {
-    const struct attention_backward a = {q,        k,        qkv,   o,        grad_o,
-                                         lse,      cos,      sin,   position, grad_qkv,
-                                         heads,    kv_heads, (float)(1.0 / sqrt((double)size))};
-    const span_function backward = size == 32   ? attention_backward_32
-                                   : size == 64 ? attention_backward_64
-                                                : attention_backward_128;
-#pragma omp parallel
-    {
-        const uint64_t mode = flush_subnormals();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < count * kv_heads; item++)
-            backward(&a, item % kv_heads, spans[2 * (item / kv_heads)], spans[2 * (item / kv_heads) + 1]);
-        restore_mode(mode);
-    }
 }

@@ -69,8 +69,8 @@ class Ops(Protocol):
     def reason(self) -> str:
         """Why these kernels and not faster ones; empty when there is nothing to say."""
 
-    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
-        """Empty pages for the keys and values of one layer."""
+    def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
+        """Empty pages for the keys and values of one layer, in bf16 or in int8 with a scale per token and head."""
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
         """Rows of the table. The gradient sums equal ids in fp32, in the order of T."""
@@ -115,9 +115,21 @@ class Ops(Protocol):
         """
 
     def attention(
-        self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
+        self,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rope: Rope | None,
+        *,
+        window: int | None = None,
     ) -> Tensor:
-        """Rotates, writes keys and values to their pages, attends causally: (T, heads·head_size)."""
+        """Rotates, writes keys and values to their pages, attends causally: (T, heads·head_size).
+
+        Without `rope` nothing is rotated (GPT-2); a query sees `window` keys, its own the last, or all.
+        """
 
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         """Log softmax of fp32 logits picked at ids: fp32 (T,)."""

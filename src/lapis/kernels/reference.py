@@ -111,9 +111,15 @@ def attention(
     heads: int,
     kv_heads: int,
     head_size: int,
-    rope: Rope,
+    rope: Rope | None,
+    *,
+    window: int | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Whole sequences from position 0: output (T, heads·D) and log denominators (T, heads)."""
+    """Whole sequences from position 0: output (T, heads·D) and log denominators (T, heads).
+
+    `int8`: keys and values as they stand in an int8 cache.
+    """
     qkv_THD = _array(qkv_TW).reshape(len(qkv_TW), heads + 2 * kv_heads, head_size)
     o_THD = np.empty((len(qkv_TW), heads, head_size), np.float32)
     lse_TH = np.empty((len(qkv_TW), heads), np.float32)
@@ -123,7 +129,8 @@ def attention(
             for h in range(heads):
                 kv = heads + h // (heads // kv_heads)
                 keys_SD, values_SD = rotated[: t + 1, kv], qkv_THD[start : start + t + 1, kv + kv_heads]
-                o_THD[start + t, h], lse_TH[start + t, h] = _attend(rotated[t, h], keys_SD, values_SD)
+                seen = (_stored(keys_SD, int8), _stored(values_SD, int8), max(0, t + 1 - (window or t + 1)))
+                o_THD[start + t, h], lse_TH[start + t, h] = _attend(rotated[t, h], *seen)
     return _bf16(o_THD.reshape(len(qkv_TW), -1)), torch.from_numpy(lse_TH)
 
 
@@ -153,19 +160,35 @@ def log(x: float) -> float:
     return 2 * s * series + exponent * 0.69314718055994531
 
 
-def _attend(q_D: Array, keys_SD: Array, values_SD: Array) -> tuple[Array, np.float32]:
-    """One query over its pages: online softmax with one step per page of 32 keys."""
+def _stored(rows_SD: Array, int8: bool) -> tuple[Array, Array | None]:
+    """Rows as a cache holds them; in int8 whole numbers of up to 127, and the step of each row."""
+    if not int8:
+        return rows_SD, None
+    scale_S = np.abs(rows_SD).max(1) / np.float32(127)
+    scale_S = np.where(scale_S < np.finfo(np.float32).tiny, np.float32(0), scale_S)
+    inverse_S = np.divide(np.float32(1), scale_S, out=np.zeros_like(scale_S), where=scale_S > 0)
+    return np.rint(rows_SD * inverse_S[:, None]), scale_S
+
+
+def _attend(
+    q_D: Array, stored_keys: tuple[Array, Array | None], stored_values: tuple[Array, Array | None], start: int
+) -> tuple[Array, np.float32]:
+    """One query over the pages with keys from `start`: online softmax with one step per page of 32 keys."""
+    (keys_SD, key_scale_S), (values_SD, value_scale_S) = stored_keys, stored_values
     scale = np.float32(1.0 / math.sqrt(len(q_D)))
     highest, total, sums_D = np.float32(-np.inf), np.float32(0), np.zeros_like(q_D)
-    for first in range(0, len(keys_SD), PAGE):
+    for first in range(start // PAGE * PAGE, len(keys_SD), PAGE):
         keys = _whole_page(keys_SD[first : first + PAGE])
         values = _whole_page(values_SD[first : first + PAGE])
-        seen_P = np.arange(PAGE) < len(keys_SD) - first
+        seen_P = (np.arange(PAGE) < len(keys_SD) - first) & (np.arange(PAGE) >= start - first)
         scores_P = np.zeros(PAGE, np.float32)
         for d in range(0, len(q_D), 2):
             scores_P = scores_P + q_D[d + 1] * keys[:, d + 1]
             scores_P = scores_P + q_D[d] * keys[:, d]
-        scores_P = np.where(seen_P, scores_P * scale, np.float32(-np.inf))
+        scores_P = scores_P * scale
+        if key_scale_S is not None:
+            scores_P = scores_P * _whole_page(key_scale_S[first : first + PAGE, None])[:, 0]
+        scores_P = np.where(seen_P, scores_P, np.float32(-np.inf))
         page_highest, factor = scores_P.max(), np.float32(1)
         if page_highest > highest:
             factor = exp(np.array([highest - page_highest], np.float32))[0]
@@ -173,6 +196,8 @@ def _attend(q_D: Array, keys_SD: Array, values_SD: Array) -> tuple[Array, np.flo
         p_P = np.where(seen_P, exp(scores_P - highest), np.float32(0))
         total = total * factor + _butterfly_sum((p_P[:LANES] + p_P[LANES:])[None])[0]
         sums_D = sums_D * factor
+        if value_scale_S is not None:
+            p_P = p_P * _whole_page(value_scale_S[first : first + PAGE, None])[:, 0]
         p_P = _array(_bf16(p_P))
         for j in range(0, PAGE, 2):
             sums_D = sums_D + p_P[j + 1] * values[j + 1]
@@ -180,7 +205,9 @@ def _attend(q_D: Array, keys_SD: Array, values_SD: Array) -> tuple[Array, np.flo
     return sums_D * (np.float32(1) / total), _lse(highest, total)
 
 
-def _rotate(x_THD: Array, rope: Rope) -> Array:
+def _rotate(x_THD: Array, rope: Rope | None) -> Array:
+    if rope is None:
+        return x_THD
     cos, sin = rope.cos_PD2.numpy()[: len(x_THD), None], rope.sin_PD2.numpy()[: len(x_THD), None]
     a, b = np.split(x_THD, 2, axis=2)
     return _array(_bf16(np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)))

@@ -29,10 +29,11 @@ class StockOps:
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
 
-    def new_cache(self, pages: int, kv_heads: int, head_size: int) -> LayerCache:
-        """Zeroed bf16 pages."""
-        shape = (pages, PAGE, kv_heads, head_size)
-        return LayerCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+    def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
+        """Zeroed pages; in int8 a row ends with the four bytes of its scale."""
+        shape = (pages, PAGE, kv_heads, head_size + (4 if int8 else 0))
+        dtype = torch.int8 if int8 else torch.bfloat16
+        return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
         """Rows of the table."""
@@ -92,7 +93,16 @@ class StockOps:
         return torch.cat([query, key, parts[2]], dim=1)
 
     def attention(
-        self, qkv_TW: Tensor, batch: Batch, layer: int, heads: int, kv_heads: int, head_size: int, rope: Rope
+        self,
+        qkv_TW: Tensor,
+        batch: Batch,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rope: Rope | None,
+        *,
+        window: int | None = None,
     ) -> Tensor:
         """Causal attention span by span; keys of earlier passes come from the pages."""
         qkv_THD = qkv_TW.view(batch.tokens, heads + 2 * kv_heads, head_size)
@@ -106,7 +116,7 @@ class StockOps:
             if batch.caches is not None:
                 past = int(batch.position_T[start])
                 k_SHD, v_SHD = _read(batch.caches[layer], batch, start, past + end - start)
-            outputs.append(_attend(q_THD[start:end], k_SHD, v_SHD, past))
+            outputs.append(_attend(q_THD[start:end], k_SHD, v_SHD, past, window))
         return torch.cat(outputs).reshape(batch.tokens, heads * head_size)
 
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
@@ -253,7 +263,9 @@ def _chunk_loss(x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor
     return (losses_T * weights_T).sum()
 
 
-def _rotate(x_THD: Tensor, rope: Rope, position_T: Tensor) -> Tensor:
+def _rotate(x_THD: Tensor, rope: Rope | None, position_T: Tensor) -> Tensor:
+    if rope is None:
+        return x_THD
     cos_T1D, sin_T1D = rope.cos_PD2[position_T][:, None], rope.sin_PD2[position_T][:, None]
     a, b = x_THD.float().chunk(2, dim=-1)
     return torch.cat([a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D], dim=-1).to(x_THD.dtype)
@@ -263,23 +275,39 @@ def _write(cache: LayerCache, batch: Batch, k_THD: Tensor, v_THD: Tensor) -> Non
     position_T = batch.position_T.long()
     page_T = batch.page_table_SP[batch.sequence_T.long(), position_T // PAGE].long()
     with torch.no_grad():
-        cache.keys[page_T, position_T % PAGE] = k_THD
-        cache.values[page_T, position_T % PAGE] = v_THD
+        for pages, rows_THD in zip(cache, (k_THD, v_THD), strict=True):
+            stored = _quantized(rows_THD) if pages.dtype is torch.int8 else rows_THD
+            pages[page_T, position_T % PAGE] = stored
 
 
 def _read(cache: LayerCache, batch: Batch, token: int, length: int) -> tuple[Tensor, Tensor]:
     pages = batch.page_table_SP[int(batch.sequence_T[token]), : -(-length // PAGE)].long()
-    return cache.keys[pages].flatten(0, 1)[:length], cache.values[pages].flatten(0, 1)[:length]
+    k_SHD, v_SHD = (part[pages].flatten(0, 1)[:length] for part in cache)
+    return (_dequantized(k_SHD), _dequantized(v_SHD)) if k_SHD.dtype is torch.int8 else (k_SHD, v_SHD)
 
 
-def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int) -> Tensor:
+def _quantized(x_THD: Tensor) -> Tensor:
+    """Whole numbers of up to 127, and their fp32 scale as four more of them."""
+    x = x_THD.float()
+    scale_TH1 = x.abs().amax(-1, keepdim=True) / 127
+    whole = (x / scale_TH1.clamp(min=1e-30)).round().to(torch.int8)
+    return torch.cat([whole, scale_TH1.contiguous().view(torch.int8)], dim=-1)
+
+
+def _dequantized(x_SHD: Tensor) -> Tensor:
+    return (x_SHD[..., :-4].float() * x_SHD[..., -4:].contiguous().view(torch.float32)).bfloat16()
+
+
+def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int, window: int | None) -> Tensor:
     group = q_THD.shape[1] // k_SHD.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SHD, v_SHD))
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if past == 0:
+    if past == 0 and window is None:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
         mask_TS = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+        if window is not None:
+            mask_TS = mask_TS.triu(past - window + 1)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS)
     return o[0].transpose(0, 1)

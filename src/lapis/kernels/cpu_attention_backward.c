@@ -1,0 +1,226 @@
+// Gradient of causal attention for head sizes of any multiple of 16; not part of the bit contract.
+// Blocks of 32 queries and 32 keys, recomputing the probabilities from the saved log denominators (Dao et al. 2022).
+// Scores are kept transposed, [key][query], so that every product is the same panel: broadcast pairs x vectors.
+#include "cpu_vector.h"
+
+#define BLOCK 32     // queries and keys per block
+#define COLUMNS 32   // of a panel
+#if defined(__AVX512F__)
+#define PANEL_ROWS 8
+#else
+#define PANEL_ROWS 2
+#endif
+
+struct attention_backward {
+    const bf16 *q, *k, *qkv, *o, *grad_o;
+    const float *lse, *cos, *sin;  // cos, sin NULL: no rotation
+    const int32_t *position;
+    bf16 *grad_qkv;
+    int64_t heads, kv_heads, size, window;
+    float scale;
+};
+struct workspace {       // of one span of n tokens (padded to whole blocks) and one KV head; all zero-padded
+    float *dk, *dv;      // [n][size]
+    float *dq;           // [size][32 queries]
+    bf16 *k, *v;         // [n][size]
+    bf16 *k_transposed;  // [size][n]
+    bf16 *q_pairs, *do_pairs;                                           // [size/2][32 queries][2]
+    bf16 *q_rows, *do_rows;                                             // [16 query pairs][size][2]
+    bf16 p[BLOCK * BLOCK], ds[BLOCK * BLOCK], ds_pairs[BLOCK * BLOCK];  // [key][query] twice, [16 key pairs][query][2]
+    float s[BLOCK * BLOCK], dp[BLOCK * BLOCK], lse[BLOCK], delta[BLOCK];
+};
+
+INLINE void panel_part(const int vectors, const bf16 *a, int64_t a_stride, const bf16 *b, int64_t columns,
+                       int64_t depth, float *out, int64_t out_stride, int add) {
+    wide sum[PANEL_ROWS][COLUMNS / WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < PANEL_ROWS; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? load_wide(out + r * out_stride + v * WIDE) : (wide){0};
+    for (int64_t k = 0; k < depth; k += 2) {
+        wide_pairs weight[COLUMNS / WIDE];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) weight[v] = load_wide_pairs(b + k * columns + 2 * v * WIDE);
+#pragma GCC unroll 8
+        for (int r = 0; r < PANEL_ROWS; r++) {
+            uint32_t pair;
+            memcpy(&pair, a + r * a_stride + k, 4);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sum[r][v] = dp(sum[r][v], pair, weight[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < PANEL_ROWS; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) store_wide(out + r * out_stride + v * WIDE, sum[r][v]);
+}
+
+// out[rows][width] (+)= a[rows][depth] b, where b is laid out as [depth/2][width][2]; rows a multiple of 8, width of 16.
+static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t depth, float *out, int64_t rows,
+                  int64_t width, int add) {
+    for (int64_t c = 0; c < width; c += COLUMNS)
+        for (int64_t r = 0; r < rows; r += PANEL_ROWS) {
+            float *to = out + r * width + c;
+            if (c + COLUMNS <= width)
+                panel_part(COLUMNS / WIDE, a + r * a_stride, a_stride, b + 2 * c, width, depth, to, width, add);
+            else panel_part(COLUMNS / WIDE / 2, a + r * a_stride, a_stride, b + 2 * c, width, depth, to, width, add);
+        }
+}
+
+// Gradient of what was rotated, from that of the rotated.
+static void unrotate(const struct attention_backward *a, const float *x, int64_t token, bf16 *y) {
+    const int64_t half = a->size / 2, table = a->position[token] * half;
+    bf16 low[LANES], high[LANES];
+    for (int64_t i = 0; i < half; i += LANES) {
+        const size_t n = half - i < LANES ? LANES / 2 : LANES;
+        f32x16 first = all(0), second = all(0), c = all(1), s = all(0);
+        memcpy(&first, x + i, n * 4);
+        memcpy(&second, x + i + half, n * 4);
+        if (a->cos) {
+            memcpy(&c, a->cos + table + i, n * 4);
+            memcpy(&s, a->sin + table + i, n * 4);
+        }
+        store_bf16(low, first * c + second * s);
+        store_bf16(high, second * c - first * s);
+        memcpy(y + i, low, n * 2);
+        memcpy(y + i + half, high, n * 2);
+    }
+}
+
+// Copies up to 32 rows into both pair layouts; missing rows are zero.
+static void pack_block(const bf16 *rows, int64_t size, int64_t stride, int64_t count, bf16 *pairs, bf16 *interleaved) {
+    static const bf16 zeros[256];
+    for (int64_t r = 0; r < BLOCK; r += 2) {
+        const bf16 *even = r < count ? rows + r * stride : zeros, *odd = r + 1 < count ? rows + (r + 1) * stride : zeros;
+        bf16 *out = pairs + 2 * r;
+        for (int64_t d = 0; d < size / 2; d++) {
+            memcpy(out + d * 2 * BLOCK, even + 2 * d, 4);
+            memcpy(out + d * 2 * BLOCK + 2, odd + 2 * d, 4);
+        }
+        for (int64_t d = 0; d < size; d += LANES) interleave(even + d, odd + d, interleaved + r * size + 2 * d);
+    }
+}
+
+static void load_span(const struct attention_backward *a, struct workspace *w, int64_t h, int64_t first, int64_t count,
+                      int64_t padded) {
+    const int64_t size = a->size, width = (a->heads + 2 * a->kv_heads) * size;
+    memset(w->k, 0, (size_t)(padded * size) * 2);
+    memset(w->v, 0, (size_t)(padded * size) * 2);
+    memset(w->dk, 0, (size_t)(padded * size) * 4);
+    memset(w->dv, 0, (size_t)(padded * size) * 4);
+    for (int64_t t = 0; t < count; t++) {
+        const bf16 *value = a->qkv + (first + t) * width + (a->heads + a->kv_heads + h) * size;
+        memcpy(w->k + t * size, a->k + ((first + t) * a->kv_heads + h) * size, (size_t)size * 2);
+        memcpy(w->v + t * size, value, (size_t)size * 2);
+    }
+    for (int64_t t = 0; t < padded; t++)
+        for (int64_t d = 0; d < size; d++) w->k_transposed[d * padded + t] = w->k[t * size + d];
+}
+
+// Probabilities and score gradients of one block pair from its scores, in the layouts that the products want.
+// distance: of the first query from the first key.
+static void score_gradient(const struct attention_backward *a, struct workspace *w, int64_t distance) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int32_t window = a->window && a->window < INT32_MAX ? (int32_t)a->window : INT32_MAX;
+    const int masked = distance < BLOCK || distance + BLOCK > window;
+    for (int half = 0; half < BLOCK; half += LANES) {
+        const f32x16 lse = load(w->lse + half), delta = load(w->delta + half);
+        u32x16 even = (u32x16){0};
+        for (int key = 0; key < BLOCK; key++) {
+            const int at = key * BLOCK + half;
+            f32x16 p = exp16(load(w->s + at) * a->scale - lse);
+            if (masked) {
+                const i32x16 back = lane + (half - key + (int32_t)distance);
+                p = (f32x16)((i32x16)p & (back >= 0) & (back < window));
+            }
+            const f32x16 ds = p * (load(w->dp + at) - delta) * a->scale;
+            store_bf16(w->p + at, p);
+            store_bf16(w->ds + at, ds);
+            const u32x16 bits = rounded_bits(ds);
+            if (key % 2 == 0) even = bits;
+            else {
+                const u32x16 joined = (even & 0xffffu) | (bits << 16);
+                memcpy(w->ds_pairs + (key - 1) * BLOCK + 2 * half, &joined, 64);
+            }
+        }
+    }
+}
+
+// One block of queries of one head against all key blocks that it sees, up to its own.
+static void query_block(const struct attention_backward *a, struct workspace *w, int64_t head, int64_t first,
+                        int64_t count, int64_t padded, int64_t block) {
+    const int64_t size = a->size, start = block * BLOCK, here = count - start < BLOCK ? count - start : BLOCK;
+    const int64_t stride = a->heads * size, at = (first + start) * stride + head * size;
+    pack_block(a->q + at, size, stride, here, w->q_pairs, w->q_rows);
+    pack_block(a->grad_o + at, size, stride, here, w->do_pairs, w->do_rows);
+    for (int64_t r = 0; r < BLOCK; r++) {
+        f32x16 sum = all(0);
+        for (int64_t d = 0; d < size && r < here; d += LANES)
+            sum += load_bf16(a->grad_o + at + r * stride + d) * load_bf16(a->o + at + r * stride + d);
+        w->delta[r] = sum_lanes(sum);
+        w->lse[r] = r < here ? a->lse[(first + start + r) * a->heads + head] : 1e30f;  // padding: probability 0
+    }
+    memset(w->dq, 0, (size_t)(size * BLOCK) * 4);
+    for (int64_t key_block = a->window && start >= a->window ? (start - a->window + 1) / BLOCK : 0; key_block <= block;
+         key_block++) {
+        const int64_t keys = key_block * BLOCK * size;
+        panel(w->k + keys, size, w->q_pairs, size, w->s, BLOCK, BLOCK, 0);
+        panel(w->v + keys, size, w->do_pairs, size, w->dp, BLOCK, BLOCK, 0);
+        score_gradient(a, w, (block - key_block) * BLOCK);
+        panel(w->p, BLOCK, w->do_rows, BLOCK, w->dv + keys, BLOCK, size, 1);
+        panel(w->ds, BLOCK, w->q_rows, BLOCK, w->dk + keys, BLOCK, size, 1);
+        panel(w->k_transposed + key_block * BLOCK, padded, w->ds_pairs, BLOCK, w->dq, size, BLOCK, 1);
+    }
+    const int64_t width = (a->heads + 2 * a->kv_heads) * size;
+    for (int64_t r = 0; r < here; r++) {
+        float dq[256];
+        for (int64_t d = 0; d < size; d++) dq[d] = w->dq[d * BLOCK + r];
+        unrotate(a, dq, first + start + r, a->grad_qkv + (first + start + r) * width + head * size);
+    }
+}
+
+// Gradients of one span for one KV head and its group of query heads.
+static void span_backward(const struct attention_backward *a, int64_t h, int64_t first, int64_t end) {
+    const int64_t size = a->size, group = a->heads / a->kv_heads, width = (a->heads + 2 * a->kv_heads) * size;
+    const int64_t count = end - first, padded = (count + BLOCK - 1) / BLOCK * BLOCK, all_keys = padded * size;
+    struct workspace *w = malloc(sizeof *w + (size_t)(all_keys * (2 * 4 + 3 * 2) + size * BLOCK * (4 + 4 * 2)));
+    if (!w) abort();
+    w->dk = (float *)(w + 1);
+    w->dv = w->dk + all_keys;
+    w->dq = w->dv + all_keys;
+    w->k = (bf16 *)(w->dq + size * BLOCK);
+    w->v = w->k + all_keys;
+    w->k_transposed = w->v + all_keys;
+    w->q_pairs = w->k_transposed + all_keys;
+    w->do_pairs = w->q_pairs + size * BLOCK;
+    w->q_rows = w->do_pairs + size * BLOCK;
+    w->do_rows = w->q_rows + size * BLOCK;
+    load_span(a, w, h, first, count, padded);
+    for (int64_t head = h * group; head < (h + 1) * group; head++)
+        for (int64_t block = 0; block < padded / BLOCK; block++) query_block(a, w, head, first, count, padded, block);
+    for (int64_t t = 0; t < count; t++) {
+        bf16 *out = a->grad_qkv + (first + t) * width + (a->heads + h) * size;
+        unrotate(a, w->dk + t * size, first + t, out);
+        for (int64_t d = 0; d < size; d += LANES)
+            store_bf16(out + a->kv_heads * size + d, load(w->dv + t * size + d));
+    }
+    free(w);
+}
+
+// spans: [count][2] tokens. grad_qkv is filled completely for the tokens of the spans.
+EXPORT void lapis_attention_backward(const int64_t *spans, int64_t count, const int32_t *position, const bf16 *q,
+                                     const bf16 *k, const bf16 *qkv, const bf16 *o, const float *lse,
+                                     const bf16 *grad_o, const float *cos, const float *sin, bf16 *grad_qkv,
+                                     int64_t heads, int64_t kv_heads, int64_t size, int64_t window) {
+    const struct attention_backward a = {q,        k,        qkv,   o,        grad_o,
+                                         lse,      cos,      sin,   position, grad_qkv,
+                                         heads,    kv_heads, size,  window,   (float)(1.0 / sqrt((double)size))};
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < count * kv_heads; item++)
+            span_backward(&a, item % kv_heads, spans[2 * (item / kv_heads)], spans[2 * (item / kv_heads) + 1]);
+        restore_mode(mode);
+    }
+}
