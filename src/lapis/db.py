@@ -23,7 +23,7 @@ from lapis.errors import (
     UnavailableError,
 )
 
-SCHEMA = "001"  # the newest revision in migrations/versions; a database at it needs no migration
+SCHEMA = "002"  # the newest revision in migrations/versions; a database at it needs no migration
 BUSY_SECONDS = 30.0  # how long a writer waits for another one
 
 # Times are seconds since 1970 as double precision, which SQLite and PostgreSQL both give back bit for bit.
@@ -173,6 +173,20 @@ jobs = sa.Table(
     Column("started_at", Double),
     Column("ended_at", Double),
     sa.Index("ix_jobs_state_created_at", "state", "created_at"),
+)
+
+stored_responses = sa.Table(
+    "stored_responses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("previous_id", Text),  # the response that this one continues; it may be gone
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("size", Integer, nullable=False),  # characters of items and body
+    Column("input", Text, nullable=False),  # JSON list of what it was given beyond the previous one
+    Column("body", Text, nullable=False),  # JSON of the response object
+    sa.Index("ix_stored_responses_project_id_expires_at", "project_id", "expires_at", "size"),
 )
 
 

@@ -10,6 +10,7 @@ from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
+from lapis.gateway.stored import StoredResponses
 from lapis.home import Home
 
 
@@ -23,6 +24,10 @@ class Services:
     admission: Admission
     meter: Meter
     counters: Counters = field(default_factory=Counters)
+    responses: StoredResponses = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.responses = StoredResponses(self.db)
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""
