@@ -188,7 +188,7 @@ def test_models_are_listed_and_retrieved_with_their_facts(client: openai.OpenAI)
         ({"temperature": 5}, openai.BadRequestError),
         ({"messages": []}, openai.BadRequestError),
         ({"model": "tinny"}, openai.NotFoundError),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
+        ({"tools": [{"type": "web_search"}]}, openai.BadRequestError),
     ],
 )
 def test_errors_become_the_clients_own_exceptions(
@@ -211,7 +211,7 @@ def test_a_wrong_model_name_is_answered_with_the_nearest(client: openai.OpenAI) 
 
 def test_what_is_not_offered_says_so(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="not offered") as caught:
-        client.embeddings.create(model="tiny", input="x")
+        client.moderations.create(input="x")
     assert caught.value.status_code == 501
     assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.NotFoundError, match="There is no"):

@@ -136,11 +136,17 @@ FIELDS = [
     (text(best_of=2), "best_of"),
     (chat(messages=None), "messages"),
     (chat(messages=[]), "messages"),
-    (chat(messages=[{"role": "user"}]), "messages[0].content"),
+    (chat(messages=[{"role": "user"}]), "messages[0]"),
+    (chat(messages=[{"role": "user", "content": None}]), "messages[0]"),
+    (chat(messages=[{"role": "tool", "content": "x"}]), "messages[0]"),
+    (chat(messages=[{"role": "user", "content": "x", "tool_call_id": "c"}]), "messages[0]"),
     (chat(messages=[{"role": "wizard", "content": "x"}]), "messages[0].role"),
     (chat(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
     (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content"),
-    (chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]), "messages[0]"),
+    (
+        chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]),
+        "messages[0].tool_calls[0].id",
+    ),
     (chat(messages=[{"role": "user", "content": "x", "mood": "good"}]), "messages[0].mood"),
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
@@ -154,7 +160,6 @@ FIELDS = [
         "response_format",
     ),
     (chat(response_format={"type": "json_schema", "json_schema": {"schema": deep(300)}}), "response_format"),
-    (chat(store=True), "store"),
     (chat(modalities=["text", "audio"]), "modalities"),
     (chat(messages=[{"role": "user", "content": "word " * 18_001}]), "prompt"),
 ]
@@ -210,7 +215,7 @@ def test_wrong_methods_and_paths(http: httpx.Client) -> None:
     refused(http.get("/completions"), 405)
     refused(http.delete("/chat/completions"), 405)
     refused(http.get("/nothing/here"), 404)
-    refused(http.post("/responses", json={}), 501)
+    refused(http.post("/moderations", json={}), 501)
     refused(http.get("/fine_tuning/jobs"), 501)
     still_answers(http)
 

@@ -17,7 +17,7 @@ from lapis.gateway.counters import Counters
 from lapis.gateway.deployment import Deployment
 from lapis.gateway.generation import Ask, Generation, Prompt
 from lapis.gateway.metering import Meter
-from lapis.gateway.prompt import answer_tokens, chat_prompt
+from lapis.gateway.prompt import Conversation, answer_tokens, chat_prompt
 from lapis.gateway.router import Router
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
@@ -286,7 +286,7 @@ def test_a_model_without_a_template_does_not_chat(built: Built, tmp_path: Path) 
     engine = built(servable(tmp_path / "m", "m"))
     engine.chat = None  # type: ignore[assignment]
     with pytest.raises(InputError, match="/v1/completions"):
-        chat_prompt(engine, [{"role": "user", "content": "Hi"}])
+        chat_prompt(engine, Conversation([{"role": "user", "content": "Hi"}]))
 
 
 def test_counters_are_prometheus_text() -> None:

@@ -14,6 +14,7 @@ from lapis.api.protocol.generation import CompletionDetails, PromptDetails, Usag
 from lapis.api.streaming import EventStream, TextEvent, event, model_json, while_connected
 from lapis.gateway.generation import Generation
 from lapis.inference.request import Output
+from lapis.tokenizer.tool_parser import TextDelta, ToolCallDelta, ToolParser
 
 Whole = Callable[[Generation], Awaitable[BaseModel]]
 Events = Callable[[Generation], AsyncGenerator[str, None]]
@@ -28,9 +29,9 @@ class Facts(TypedDict):
     system_fingerprint: str
 
 
-def new_id(kind: str) -> str:
+def new_id(kind: str, separator: str = "-") -> str:
     """An id for an answer."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}{separator}{uuid.uuid4().hex}"
 
 
 def facts(generation: Generation) -> Facts:
@@ -59,6 +60,17 @@ def finish(output: Output) -> Literal["stop", "length"] | None:
     """Why an answer ended, if it did; errors were raised before."""
     assert output.finish_reason != "error"
     return output.finish_reason
+
+
+def parsed(parser: ToolParser | None, output: Output) -> tuple[str, list[ToolCallDelta]]:
+    """What is new to read, and the calls that are complete now."""
+    if parser is None:
+        return output.text, []
+    deltas = parser.push(output.text)
+    if output.finish_reason is not None:
+        deltas += parser.finish()
+    text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+    return text, [delta for delta in deltas if isinstance(delta, ToolCallDelta)]
 
 
 async def one_answer(request: Request, start: Coroutine[Any, Any, Generation], write: Whole) -> Response:

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from lapis.api.errors import add_error_handlers
 from lapis.api.middleware import Envelope
-from lapis.api.routes import chat, completions, health, missing, models, tokens
+from lapis.api.routes import chat, completions, embeddings, health, missing, models, responses, tokens
 from lapis.gateway.services import Services
 
 
@@ -16,6 +16,6 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     add_error_handlers(app)
     app.add_middleware(Envelope, counters=services.counters)
-    for module in (chat, completions, models, tokens, health, missing):
+    for module in (chat, completions, responses, embeddings, models, tokens, health, missing):
         app.include_router(module.router)
     return app

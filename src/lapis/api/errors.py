@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -47,6 +48,8 @@ def error_code(error: LapisError) -> str:
     names = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded"}
     if error.code == "not_found" and error.param == "model":
         return "model_not_found"
+    if error.code == "not_found" and error.param == "previous_response_id":
+        return "previous_response_not_found"
     return names.get(error.code, error.code)
 
 
@@ -65,6 +68,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer our own errors and the framework's in one shape; anything else is a bug (see middleware)."""
     app.add_exception_handler(LapisError, _on_lapis_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
 
 
 async def _on_lapis_error(request: Request, error: Exception) -> JSONResponse:
@@ -83,6 +87,15 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         message = f"{request.method} is not allowed for {request.url.path}."
     body = error_body(message, error.status_code, code=CODES.get(error.status_code))
     return JSONResponse(body, error.status_code, _plain(error.headers))
+
+
+async def _on_wrong_parameter(request: Request, error: Exception) -> JSONResponse:
+    """A parameter of the path or the query; bodies are read by `json_body`."""
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    name = str(problem["loc"][-1]).removesuffix("[]")
+    message = f"{name}: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
+    return JSONResponse(error_body(message, 400, param=name, code="bad_input"), 400)
 
 
 def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:

@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lapis.errors import InputError
 from lapis.inference.engine import Engine
+from lapis.inference.request import SamplingParams
+from lapis.tokenizer.grammar import Grammar
+from lapis.tokenizer.tools import Tool, ToolChoice, ToolPrompt, prompt_with_tools
 
 
-def chat_prompt(engine: Engine, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """A conversation that waits for its answer. Raises InputError for a model without a chat template."""
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat asks for: its messages, and the tools and the form that bind the answer."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Tool] = ()
+    choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel: bool = True
+    form: Grammar | None = None
+
+
+def chat_prompt(engine: Engine, conversation: Conversation) -> ToolPrompt:
+    """A conversation that waits for its answer, and how the answer is bound and read.
+
+    Raises InputError for a model without a chat template.
+    """
     if engine.chat is None:
         raise InputError(
             f"{engine.name!r} has no chat template: it continues text, it does not chat.",
             hint="Use /v1/completions.",
             param="messages",
         )
-    return tuple(engine.chat.prompt(messages, engine.tokenizer))
+    tools, choice = conversation.tools, conversation.choice
+    if conversation.form is not None and tools and choice.calls:
+        raise InputError(
+            "An answer whose form is bound cannot call tools as well.",
+            hint='Leave one of the two out, or send "tool_choice": "none".',
+            param=conversation.form.param,
+        )
+    asked = prompt_with_tools(
+        engine.chat, engine.tokenizer, conversation.messages, tools, choice, parallel=conversation.parallel
+    )
+    return asked if conversation.form is None else replace(asked, grammar=conversation.form)
+
+
+def bound(params: SamplingParams, asked: ToolPrompt) -> SamplingParams:
+    """How tokens are chosen for an answer that must keep to a grammar or may hold calls."""
+    if asked.grammar is not None:
+        raise InputError("The form of an answer cannot be bound yet.", param=asked.grammar.param)
+    return params
 
 
 def answer_tokens(engine: Engine, prompt: Sequence[int], limit: int | None, param: str = "max_tokens") -> int:

@@ -14,14 +14,18 @@ from pydantic import (
     model_validator,
 )
 
+from lapis.api.protocol.formats import one_form, read_format, read_structure
 from lapis.api.protocol.generation import SEED, Body, GenerationRequest, Usage
 from lapis.errors import InputError
 from lapis.inference.request import MAX_TOP_LOGPROBS
+from lapis.tokenizer.grammar import Grammar
+
+ChatFinish = Literal["stop", "length", "tool_calls"]
 
 
 def _texts(value: object) -> object:
     """A message's content as one string: a string, or a list of text parts."""
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string or a list of text parts")
@@ -37,43 +41,72 @@ def _texts(value: object) -> object:
     return "".join(texts)
 
 
+class CalledFunction(Body):
+    """Which function a call is of; `arguments` is JSON as text."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that an assistant made."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One message of a chat. `developer` is read as `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_texts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_texts)] = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tools(cls, values: Any) -> Any:
+    def _leave_out_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         # The client's own answers, sent back as history, carry these fields as null or empty.
-        extras = ("refusal", "audio", "function_call", "tool_calls", "annotations")
+        extras = ("refusal", "audio", "function_call", "annotations")
         for name in extras:
             if values.get(name):
                 raise ValueError(f"the field {name!r} of a message is not offered")
         return {name: value for name, value in values.items() if name not in extras}
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_calls(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs content; only an assistant's with tool_calls may have none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant's message has tool_calls")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("exactly messages of role tool have a tool_call_id")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it."""
-        role = "system" if self.role == "developer" else self.role
-        facts = {"role": role, "content": self.content}
-        return facts if self.name is None else {**facts, "name": self.name}
+        facts: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        facts["content"] = self.content or ""
+        if self.name is not None:
+            facts["name"] = self.name
+        if self.tool_calls:
+            facts["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            facts["tool_call_id"] = self.tool_call_id
+        return facts
 
 
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     NOT_OFFERED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
-        "store": (False,),
         "audio": (),
         "moderation": (),
         "prediction": (),
@@ -86,6 +119,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -97,6 +134,12 @@ class ChatRequest(GenerationRequest):
                 "'max_tokens' and 'max_completion_tokens' differ; give one of them.", param="max_tokens"
             )
         return self
+
+    @property
+    def form(self) -> Grammar | None:
+        """What binds the form of the answer. Raises InputError."""
+        form = read_format(self.response_format, "response_format", nested=True)
+        return one_form(form, read_structure(self.structured_outputs))
 
     @property
     def limit(self) -> int | None:
@@ -131,11 +174,16 @@ class ChatLogprobs(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """What the model said."""
+    """What the model said, and the calls that it asks for."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_calls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value or name != "tool_calls"}
 
 
 class ChatChoice(BaseModel):
@@ -144,7 +192,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: ChatFinish
 
 
 class ChatCompletion(BaseModel):
@@ -159,11 +207,21 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
 
 
+class CallDelta(BaseModel):
+    """A call in a stream: it comes whole, in one chunk."""
+
+    index: int
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Delta(BaseModel):
     """What a chunk adds to the message; absent fields are left out."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -176,7 +234,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: ChatFinish | None = None
 
 
 class ChatChunk(BaseModel):

@@ -7,21 +7,30 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from lapis.api.protocol.formats import read_structure
 from lapis.api.protocol.generation import CHOICES, SEED, GenerationRequest, Usage
 from lapis.errors import InputError
 from lapis.inference.request import MAX_TOP_LOGPROBS
+from lapis.tokenizer.grammar import Grammar
 
 
 def _prompts(value: object) -> object:
-    """A prompt or a list of them, each a string or token ids, as a tuple of strings and tuples of ids."""
+    return read_prompts(value, CHOICES)
+
+
+def read_prompts(value: object, limit: int) -> object:
+    """A text or a list of them, each a string or token ids, as a tuple of strings and tuples of ids.
+
+    Raises ValueError.
+    """
     wanted = "must be a string, a list of strings, a list of token ids, or a list of such lists; none empty"
     prompts: list[Any] = value if isinstance(value, list) else [value]
     if prompts and all(_is_id(item) for item in prompts):
         prompts = [prompts]
     if not prompts:
         raise ValueError(wanted)
-    if len(prompts) > CHOICES:
-        raise ValueError(f"at most {CHOICES} prompts are allowed")
+    if len(prompts) > limit:
+        raise ValueError(f"at most {limit} are allowed, got {len(prompts)}")
     for prompt in prompts:
         ids = isinstance(prompt, list) and all(_is_id(item) for item in prompt)
         if not prompt or not (isinstance(prompt, str) or ids):
@@ -53,6 +62,11 @@ class CompletionRequest(GenerationRequest):
                 f"prompts x n is {len(self.prompt) * self.choices}; at most {CHOICES}.", param="n"
             )
         return self
+
+    @property
+    def form(self) -> Grammar | None:
+        """What binds the form of the answer. Raises InputError."""
+        return read_structure(self.structured_outputs)
 
     @property
     def limit(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The fields that chat and text completions share; requests are strict about names, types and ranges.
+"""The fields that requests for text share; they are strict about names, types and ranges.
 
 A field that we do not offer yet is refused by its name, unless its value says "without it". A field that
 cannot change the answer (IGNORED) is accepted. Everything else is obeyed, or unknown, which is an error.
@@ -24,7 +24,7 @@ IGNORED = (
     "prompt_cache_key",
     "prompt_cache_options",
     "prompt_cache_retention",
-    "parallel_tool_calls",
+    "store",  # of chats; the Responses API has a field of that name
 )
 
 
@@ -62,7 +62,8 @@ def _is_one_of(value: object, free: tuple[object, ...]) -> bool:
     return any(type(value) is type(other) and value == other for other in free)  # true is not 1
 
 
-def _or(value: float | None, default: float) -> float:
+def number_or(value: float | None, default: float) -> float:
+    """A value, or what null stands for."""
     return default if value is None else value
 
 
@@ -79,27 +80,18 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
-class GenerationRequest(Body):
-    """The fields that chat and text completions share."""
+class SampledRequest(Body):
+    """What every request for text has: a model, how its tokens are chosen, and whether they are streamed."""
 
     NOT_OFFERED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # field: the values that mean "without it"
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = 1.0
     top_k: Annotated[int, Field(ge=0, le=SEED)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = 0.0
     seed: Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
-    stop: Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: None if v is None else _stops(v))] = (
-        None
-    )
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
-    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_bias)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -112,8 +104,21 @@ class GenerationRequest(Body):
                 type(value) is type(free) and value == free for free in cls.NOT_OFFERED[name]
             ):
                 raise InputError(f"{name!r} is not offered by this server.", param=name)
-        left_out = {*cls.NOT_OFFERED, *IGNORED}
+        left_out = {*cls.NOT_OFFERED, *IGNORED} - cls.model_fields.keys()
         return {name: value for name, value in values.items() if name not in left_out}
+
+
+class GenerationRequest(SampledRequest):
+    """The fields that chat and text completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = 1
+    max_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
+    stop: Annotated[tuple[str, ...] | None, BeforeValidator(_stops)] = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_bias)] = None
+    structured_outputs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -125,8 +130,8 @@ class GenerationRequest(Body):
         """How the engine shall choose tokens. Raises InputError naming the field."""
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
+            temperature=number_or(self.temperature, 1.0),
+            top_p=number_or(self.top_p, 1.0),
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
             seed=self.seed,

@@ -9,26 +9,32 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from lapis.api.answer import ChunkWriter, facts, finish, new_id, one_answer, stream, usage
+from lapis.api.answer import ChunkWriter, facts, finish, new_id, one_answer, parsed, stream, usage
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.logprobs import chat_logprobs
 from lapis.api.protocol.chat import (
     AnswerMessage,
+    CallDelta,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatFinish,
     ChatLogprobs,
     ChatRequest,
     Delta,
+    ToolCall,
 )
 from lapis.api.streaming import DONE, TEXT
 from lapis.gateway.generation import Ask, Generation, Prompt
-from lapis.gateway.prompt import answer_tokens, chat_prompt
+from lapis.gateway.prompt import Conversation, answer_tokens, bound, chat_prompt
 from lapis.gateway.services import Services
 from lapis.inference.request import Output
 from lapis.tenants.keys import Identity
+from lapis.tokenizer.tool_parser import ToolCallDelta, ToolParser
+from lapis.tokenizer.tools import ToolPrompt, read_choice, read_tools
 
 router = APIRouter()
 Body = Annotated[ChatRequest, Depends(json_body(ChatRequest))]
@@ -39,61 +45,104 @@ async def create_chat_completion(
     request: Request, services: ServicesOf, caller: User, body: Body
 ) -> Response:
     """Answer a conversation, at once or as a stream of server-sent events."""
-    start = _start(services, caller, body)
-    if not body.stream:
-        return await one_answer(request, start, _whole)
-    return await stream(request, start, lambda generation: _events(generation, body))
+    chat = _Chat(body)
+    start = chat.start(services, caller)
+    return await (
+        stream(request, start, chat.events) if body.stream else one_answer(request, start, chat.whole)
+    )
 
 
-async def _start(services: Services, caller: Identity, body: ChatRequest) -> Generation:
-    deployment = services.router.find(body.model)
-    engine = await deployment.engine()
-    messages = [message.for_template() for message in body.messages]
-    ids = await asyncio.to_thread(chat_prompt, engine, messages)
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    params = body.sampling(answer_tokens(engine, ids, body.limit, name), body.alternatives)
-    ask = Ask(new_id("chatcmpl"), caller, body.model, [Prompt(ids, params)], body.choices)
-    return await Generation.start(ask, deployment, services.meter, services.counters)
+class _Chat:
+    """One request: how its answers are asked for and written down."""
 
-
-async def _whole(generation: Generation) -> ChatCompletion:
-    choices = [
-        ChatChoice(
-            index=index,
-            message=AnswerMessage(content=output.text),
-            logprobs=_logprobs(generation, output),
-            finish_reason=finish(output) or "stop",
+    def __init__(self, body: ChatRequest) -> None:
+        self._body = body
+        tools = read_tools(body.tools or [])
+        self._conversation = Conversation(
+            [message.for_template() for message in body.messages],
+            tools,
+            read_choice(body.tool_choice, tools),
+            body.parallel_tool_calls is not False,
+            body.form,
         )
-        for index, output in enumerate(await generation.whole())
-    ]
-    return ChatCompletion(**facts(generation), choices=choices, usage=usage(generation))
+        self._prompt: ToolPrompt | None = None
+
+    async def start(self, services: Services, caller: Identity) -> Generation:
+        """Ask the model."""
+        body = self._body
+        deployment = services.router.find(body.model)
+        engine = await deployment.engine()
+        asked = self._prompt = await asyncio.to_thread(chat_prompt, engine, self._conversation)
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        params = body.sampling(answer_tokens(engine, asked.ids, body.limit, name), body.alternatives)
+        prompt = Prompt(tuple(asked.ids), bound(params, asked))
+        ask = Ask(new_id("chatcmpl"), caller, body.model, [prompt], body.choices)
+        return await Generation.start(ask, deployment, services.meter, services.counters)
+
+    async def whole(self, generation: Generation) -> ChatCompletion:
+        """The answers at once."""
+        outputs = await generation.whole()
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return ChatCompletion(**facts(generation), choices=choices, usage=usage(generation))
+
+    async def events(self, generation: Generation) -> AsyncGenerator[str, None]:
+        """The answers as they come."""
+        body = self._body
+        head, write = facts(generation), ChunkWriter(body.with_usage)
+
+        def event(index: int, delta: Delta, **more: Any) -> str:
+            choice = ChatChunkChoice(index=index, delta=delta, **more)
+            return write.event(ChatChunk(**head, choices=[choice]))
+
+        pattern = [ChatChunkChoice(index=index, delta=Delta(content=TEXT)) for index in range(body.choices)]
+        texts = [write.text_event(ChatChunk(**head, choices=[choice])) for choice in pattern]
+        parsers = [self._parser() for _ in range(body.choices)]
+        for index in range(body.choices):
+            yield event(index, Delta(role="assistant", content=""))
+        async for index, output in generation.pieces():
+            text, calls = parsed(parsers[index], output)
+            events = ""
+            if output.logprobs:
+                events = event(index, Delta(content=text), logprobs=self._logprobs(output))
+            elif text:
+                events = texts[index](text)
+            for call in calls:
+                events += event(index, Delta(tool_calls=[_call_delta(call)]))
+            if output.finish_reason is not None:
+                events += event(index, Delta(), finish_reason=_finish(output, parsers[index]))
+            if events:
+                yield events
+        if body.with_usage:
+            yield write.event(ChatChunk(**head, choices=[], usage=usage(generation)))
+        yield DONE
+
+    def _choice(self, index: int, output: Output) -> ChatChoice:
+        parser = self._parser()
+        text, calls = parsed(parser, output)
+        made = [ToolCall(id=call.id, function=_function(call)) for call in calls]
+        return ChatChoice(
+            index=index,
+            message=AnswerMessage(content=text or (None if made else ""), tool_calls=made or None),
+            logprobs=self._logprobs(output),
+            finish_reason=_finish(output, parser) or "stop",
+        )
+
+    def _parser(self) -> ToolParser | None:
+        assert self._prompt is not None
+        return self._prompt.parser()
+
+    def _logprobs(self, output: Output) -> ChatLogprobs | None:
+        return None if self._body.alternatives is None else chat_logprobs(output.logprobs)
 
 
-async def _events(generation: Generation, body: ChatRequest) -> AsyncGenerator[str, None]:
-    head, write = facts(generation), ChunkWriter(body.with_usage)
-
-    def choice(index: int, delta: Delta, **more: Any) -> ChatChunk:
-        return ChatChunk(**head, choices=[ChatChunkChoice(index=index, delta=delta, **more)])
-
-    texts = [write.text_event(choice(index, Delta(content=TEXT))) for index in range(body.choices)]
-    for index in range(body.choices):
-        yield write.event(choice(index, Delta(role="assistant", content="")))
-    async for index, output in generation.pieces():
-        events = ""
-        if output.logprobs:
-            logprobs = _logprobs(generation, output)
-            events = write.event(choice(index, Delta(content=output.text), logprobs=logprobs))
-        elif output.text:
-            events = texts[index](output.text)
-        if output.finish_reason is not None:
-            events += write.event(choice(index, Delta(), finish_reason=finish(output)))
-        if events:
-            yield events
-    if body.with_usage:
-        yield write.event(ChatChunk(**head, choices=[], usage=usage(generation)))
-    yield DONE
+def _finish(output: Output, parser: ToolParser | None) -> ChatFinish | None:
+    reason = finish(output)
+    return "tool_calls" if reason == "stop" and parser is not None and parser.calls else reason
 
 
-def _logprobs(generation: Generation, output: Output) -> ChatLogprobs | None:
-    wanted = generation.ask.prompts[0].params.logprobs is not None
-    return chat_logprobs(output.logprobs) if wanted else None
+def _function(call: ToolCallDelta) -> CalledFunction:
+    return CalledFunction(name=call.name, arguments=call.arguments)
+
+
+def _call_delta(call: ToolCallDelta) -> CallDelta:
+    return CallDelta(index=call.index, id=call.id, function=_function(call))

@@ -11,9 +11,8 @@ from lapis.api.auth import Reader
 from lapis.tenants.keys import Identity
 
 NOT_OFFERED = {
-    "responses": "The Responses API is not offered; use /v1/chat/completions.",
+    "responses/compact": "Responses are not compacted.",
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
-    "embeddings": "Embeddings are not offered yet.",
     "moderations": "Moderation is not offered yet.",
     "files": "Files are not offered yet; `lapis data prepare` reads files of this machine.",
     "uploads": "Uploads are not offered yet; `lapis data prepare` reads files of this machine.",

@@ -11,7 +11,7 @@ from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.protocol.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from lapis.errors import InputError
-from lapis.gateway.prompt import chat_prompt
+from lapis.gateway.prompt import Conversation, chat_prompt
 from lapis.inference.engine import Engine, prompt_ids
 
 router = APIRouter()
@@ -48,6 +48,7 @@ async def detokenize(services: ServicesOf, caller: User, body: DetokenizeBody) -
 
 def _ids(engine: Engine, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return list(chat_prompt(engine, [message.for_template() for message in body.messages]))
+        conversation = Conversation([message.for_template() for message in body.messages])
+        return chat_prompt(engine, conversation).ids
     text = body.prompt or ""
     return prompt_ids(engine, text) if body.add_special_tokens else engine.tokenizer.encode(text)

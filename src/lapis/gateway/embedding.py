@@ -1,0 +1,76 @@
+"""Texts to vectors: like a generation, but every text is only read, and however many there are the queue holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from lapis.errors import LapisError
+from lapis.gateway.counters import Counters
+from lapis.gateway.deployment import Deployment
+from lapis.gateway.metering import Meter
+from lapis.inference.request import Output, Pooling, Request, SamplingParams, check_request
+from lapis.inference.stream import Stream
+from lapis.tenants.keys import Identity
+from lapis.tenants.usage import Usage
+
+WAVE_TOKENS = 4096  # of one request in the engine's queue at a time; others get their turns in between
+WAVE_TEXTS = 64
+
+
+async def embed(
+    id: str,
+    identity: Identity,
+    model: str,
+    texts: Sequence[tuple[int, ...]],
+    pooling: Pooling,
+    deployment: Deployment,
+    meter: Meter,
+    counters: Counters,
+) -> tuple[list[tuple[float, ...]], Usage]:
+    """One vector of length 1 for each text of token ids, and the tokens used. Cancelling it stops the engine.
+
+    Raises InputError for what the model cannot read, LimitError for a quota or a full queue.
+    """
+    engine = await deployment.engine()
+    params = SamplingParams(max_tokens=0)
+    requests = [
+        Request(f"{id}-{number}", text, params, identity.project_id, pooling=pooling)
+        for number, text in enumerate(texts)
+    ]
+    for request in requests:
+        check_request(request, engine.context, engine.tokenizer.vocab_size)
+    meterage = await meter.reserve(identity, model, sum(map(len, texts)))
+    deployment.active += 1
+    outputs: list[Output] = []
+    streams: list[Stream] = []
+    try:
+        for wave in _waves(requests):
+            streams = [engine.submit(request) for request in wave]
+            outputs += await asyncio.gather(*[stream.whole() for stream in streams])
+            failed = next((output for output in outputs if output.finish_reason == "error"), None)
+            if failed is not None:
+                raise LapisError(f"The engine ended the request: {failed.error or 'no reason given'}.")
+    finally:
+        for stream in streams:
+            stream.cancel()
+        deployment.active -= 1
+        read = sum(output.prompt_tokens for output in outputs)
+        usage = Usage(read, 0, sum(output.cached_tokens for output in outputs))
+        meterage.settle(usage)
+        counters.generation(model, usage, finished=len(outputs) == len(requests))
+    return [output.embedding for output in outputs], usage
+
+
+def _waves(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    wave: list[Request] = []
+    tokens = 0
+    for request in requests:
+        size = len(request.prompt_ids)
+        if wave and (tokens + size > WAVE_TOKENS or len(wave) == WAVE_TEXTS):
+            yield wave
+            wave, tokens = [], 0
+        wave.append(request)
+        tokens += size
+    if wave:
+        yield wave
