@@ -11,6 +11,7 @@ from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
+from lapis.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
     from lapis.model.weights import LoadedModel
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     def submit(self, request: Request) -> Stream:
         """Queue a request. Raises InputError, LimitError (the queue is full), UnavailableError (closed)."""
+
+    def prepare(self, structure: Grammar) -> None:
+        """Compile a grammar beforehand, off the thread that submits. Blocks; raises InputError."""
 
     def score(self, ids: Sequence[int], tenant: str = "default") -> list[float]:
         """The log probability of each token after the first, computed in pieces beside what runs.

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
+from lapis.inference import sampler
 from lapis.inference.kv_cache import KVCache, pages_for
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import TokenLogprob
 from lapis.inference.result import NOTHING, Result, Sample
 from lapis.inference.scheduler import Chunk
-from lapis.inference.scheduler import Sequence as Running
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import CHATML, ChatTemplate
 
@@ -29,6 +29,9 @@ TEXT = (
     "every lantern remembers its own weather before the long road turns home again"
 )
 WORDS = TEXT.split()
+CLOSING = (
+    '"}],:0123456789abcdefghijklmnopqrstuvwxyz.-{[\n '  # a text that follows it first to last stays short
+)
 
 
 def babble(prompt: str, seed: int) -> str:
@@ -67,7 +70,7 @@ class FakeRunner:
             return Result(embedding=_embedding(sequence.request.prompt_ids)) if whole else NOTHING
         samples: list[Sample] = []
         while chunk.samples and len(samples) <= len(chunk.drafts):
-            samples.append(self._sample(sequence, len(samples)))
+            samples.append(self._sample(chunk, len(samples)))
             if samples[-1].token != next(iter(chunk.drafts[len(samples) - 1 :]), None):
                 break
         count = sequence.request.params.prompt_logprobs
@@ -77,17 +80,41 @@ class FakeRunner:
             told = [self._logprobs(token, count, _logprob(before, token)) for before, token in pairwise(text)]
         return Result(samples, told)
 
-    def _sample(self, sequence: Running, ahead: int) -> Sample:
+    def _sample(self, chunk: Chunk, ahead: int) -> Sample:
+        sequence = chunk.sequence
         script = self._scripts.get(sequence.number)
         if script is None:
             prompt = self._tokenizer.decode(sequence.request.prompt_ids)
             seed = 0 if sequence.request.params.greedy else sequence.seed
             script = [*self._tokenizer.encode(self._reply(prompt, seed)), self._tokenizer.end_id]
             self._scripts[sequence.number] = script
+        row = sampler.row_of(sequence, [*sequence.ids, *chunk.drafts[:ahead]])
+        completion = row.ids[row.prompt_tokens :]
         # After the end only end tokens follow, for a request that does not stop at them.
-        token = script[min(sequence.completion_tokens + ahead, len(script) - 1)]
+        place = len(completion)
+        if row.barred and len(script) > 1:
+            place %= len(script) - 1
+        token = script[min(place, len(script) - 1)]
+        if row.allowed is not None:
+            token = self._allowed(token, script[:place] == completion, row)
         count = sequence.request.params.logprobs
         return Sample(token) if count is None else Sample(token, self._logprobs(token, count))
+
+    def _allowed(self, token: int, follows: bool, row: sampler.Row) -> int | None:
+        """The reply's token while the grammar allows the reply, else what ends the text soonest."""
+        assert row.allowed is not None
+        ids = sampler.allowed_ids(row.allowed, self._tokenizer.vocab_size).tolist()
+        if follows and token in ids:
+            return token
+        return min(ids, key=self._rank, default=None)
+
+    def _rank(self, token: int) -> tuple[int, int]:
+        """End tokens first, then what closes, then what may stand anywhere; opening and white space last."""
+        if token in self._tokenizer.stop_ids:
+            return 0, token
+        text = self._tokenizer.token_bytes(token).decode("latin-1")
+        place = CLOSING.find(text) if len(text) == 1 else -1
+        return (1 + place if place >= 0 else 99), token
 
     def _logprobs(self, token: int, count: int, logprob: float = -0.5) -> TokenLogprob:
         chosen = TokenLogprob(token, self._tokenizer.token_bytes(token), logprob)
@@ -101,7 +128,8 @@ class FakeRunner:
 class FakeEngine(EngineLoop):
     """An Engine that answers `reply(prompt text, seed)`; by default deterministic babble. Needs no torch.
 
-    The seed is 0 at temperature 0, else the request's. `seconds_per_token` slows it down to a model's pace.
+    The seed is 0 at temperature 0, else the request's. With a grammar the reply is followed as far as it is
+    allowed, then the text is ended as soon as the grammar lets it. `seconds_per_token` slows it down to a model's pace.
     """
 
     bit_exact = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lapis.errors import InputError
+from lapis.tokenizer.grammar import Grammar
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -24,6 +25,8 @@ class SamplingParams:
     `stop_ids` None means the model's own end tokens; an empty set means that no token ends the text.
     `logprobs` n asks for the logprob of each token and of its n most likely alternatives,
     `prompt_logprobs` n for those of the prompt's tokens after the first. `max_tokens` 0 only reads the prompt.
+    Before `min_tokens` no end token comes. `structure` is the language that the text must belong to; it may
+    end there even with no `stop_ids`. `visible_ids` are special tokens whose text is part of the output.
     """
 
     max_tokens: int
@@ -39,6 +42,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    structure: Grammar | None = None
+    visible_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 0, None)
@@ -56,6 +63,11 @@ class SamplingParams:
             _whole("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if self.prompt_logprobs is not None:
             _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+        _number("repetition_penalty", self.repetition_penalty, 0.1, 10.0)
+        _whole("min_tokens", self.min_tokens, 0, None)
+        if self.min_tokens > self.max_tokens:
+            message = f"min_tokens is {self.min_tokens}, which is more than max_tokens, {self.max_tokens}."
+            raise InputError(message, param="min_tokens")
         self._check_stop()
         self._check_logit_bias()
 
@@ -175,6 +187,7 @@ def check_request(request: Request, context: int, vocab_size: int) -> None:
     _check_ids(request.prompt_ids, vocab_size, "prompt")
     _check_ids(tuple(request.params.logit_bias), vocab_size, "logit_bias")
     _check_ids(tuple(request.params.stop_ids or ()), vocab_size, "stop_ids")
+    _check_ids(tuple(request.params.visible_ids), vocab_size, "visible_ids")
 
 
 def _check_read_only(request: Request, context: int) -> None:

@@ -155,7 +155,7 @@ class ModelRunner:
     def _row(self, chunk: Chunk, depth: int, best: int) -> sampler.Row:
         sequence = chunk.sequence
         ids = [*sequence.ids, *chunk.drafts[:depth]] if depth else sequence.ids
-        return sampler.Row(sequence.request.params, sequence.seed, ids, sequence.prompt_tokens, best)
+        return sampler.row_of(sequence, ids, best)
 
     def _sample_rows(self, logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[Sample]:
         tokens = sampler.sample(logits_RV.numpy()[:, : self._sampled_vocabulary], rows)

@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from lapis.errors import LimitError
 from lapis.inference.kv_cache import PAGE, KVCache, pages_for
 from lapis.inference.request import Request
 from lapis.inference.speculation import Pace, propose
+
+if TYPE_CHECKING:
+    from lapis.inference.structured import Matcher
 
 PROMPT_WEIGHT = 1  # a generated token costs about as much as two prompt tokens (section 4 of the VTC paper)
 OUTPUT_WEIGHT = 2
@@ -47,6 +51,8 @@ class Sequence:
     adapter: object | None = None  # what the runner made of the request's adapter
     pooled: object | None = None  # what the runner keeps between the chunks of a text to embed
     pace: Pace = field(default_factory=Pace)
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
+    matcher: Matcher | None = None  # its place in the grammar that its text must belong to
 
     @property
     def prompt_tokens(self) -> int:

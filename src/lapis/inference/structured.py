@@ -49,11 +49,15 @@ class Matcher:
         self._added = sorted(stop_ids - ends)
 
     def allowed(self, completion: Sequence[int]) -> Words:
-        """The bits of the tokens that may follow these (the same as last time, or more of them).
+        """The bits of the tokens that may follow these: those of last time, more of them or fewer.
 
         The array is overwritten by the next call. Raises RuntimeError when the grammar does not allow the
         completion, or following it takes more work than is allowed.
         """
+        back = self._consumed - len(completion)
+        if back > 0:  # a step that failed is computed again
+            self._inner.rollback(back)
+            self._consumed -= back
         fresh = list(completion[self._consumed :])
         if fresh and not self._inner.consume_tokens(fresh):
             raise RuntimeError(f"the grammar cannot be followed any further: {self._reason()}")

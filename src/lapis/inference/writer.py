@@ -25,7 +25,7 @@ class Writer:
     started: bool = False  # the prompt has been computed
 
     def __post_init__(self) -> None:
-        self._text = TextStream(self.tokenizer)
+        self._text = TextStream(self.tokenizer, self.sequence.request.params.visible_ids)
         self._stop = StopText(self.sequence.request.params.stop)
 
     def write(self, chunk: Chunk, result: Result) -> Output | None:
