@@ -109,7 +109,8 @@ def test_the_largest_number_gives_a_token_with_weight(monkeypatch: pytest.Monkey
     for size in (3, 64, 130, 1000):
         logits = np.full((1, 2 * size), -np.inf, np.float32)
         logits[0, :size] = np.linspace(-1, 0, size)
-        assert sample(logits, [row()]) == [size - 1]
+        (token,) = sample(logits, [row()])
+        assert token is not None and token < size
 
 
 def test_numbers_depend_on_seed_and_position_only() -> None:
@@ -119,6 +120,50 @@ def test_numbers_depend_on_seed_and_position_only() -> None:
     assert sum(numbers) / 4000 == pytest.approx(0.5, abs=0.02)
     assert uniform(3, 4) == uniform(3, 4)
     assert uniform(-1, 0) == uniform(2**64 - 1, 0)
+
+
+def test_the_repetition_penalty_counts_the_prompt() -> None:
+    logits = np.array([[2.0, 1.9, -1.0, -1.2]], np.float32)
+    assert sample(logits, [row(ids=[0], temperature=0, repetition_penalty=1.1)]) == [1]
+    only = np.array([[-9.0, -9.0, -1.0, -1.2]], np.float32)
+    assert sample(only, [row(ids=[2], temperature=0, repetition_penalty=1.1)]) == [2]
+    assert sample(only, [row(ids=[2], temperature=0, repetition_penalty=1.5)]) == [3]
+
+
+def test_min_p_is_measured_before_top_p() -> None:
+    """As in vLLM: 0.5 and 0.25 are left by min-p, so the first has two thirds of what is left."""
+    assert set(draws(LOGITS, min_p=0.4, top_p=0.6)) == {0}
+    assert set(draws(LOGITS, top_p=0.6)) == {0, 1}
+
+
+def masked(allowed: list[int], barred: frozenset[int] = frozenset(), **params: Any) -> Row:
+    mask_W = np.zeros(7, np.uint32)
+    for token in allowed:
+        mask_W[token >> 5] |= np.uint32(1 << (token & 31))
+    return Row(SamplingParams(max_tokens=1, **params), 1, [0], 1, None, mask_W, barred)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 5, "min_p": 0.01}])
+def test_only_what_the_mask_allows_comes(params: dict[str, Any]) -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (1, 200)).astype(np.float32)
+    allowed = [3, 63, 64, 150, 199]
+    (token,) = sample(logits, [masked(allowed, **params)])
+    assert token in allowed
+    if params.get("temperature") == 0:
+        assert token == max(allowed, key=lambda id: logits[0, id])
+    assert sample(logits, [masked([77], **params)]) == [77]
+    assert sample(logits, [masked([], **params)]) == [None]
+    assert sample(logits, [masked([201, 5], **params)]) == [5]  # padding beyond the logits does not count
+
+
+def test_end_tokens_wait_unless_nothing_else_is_allowed() -> None:
+    logits = np.zeros((1, 200), np.float32)
+    logits[0, 7] = 50.0
+    for params in ({"temperature": 0}, {}):
+        assert sample(logits, [masked([7, 8], frozenset({7}), **params)]) == [8]
+        assert sample(logits, [masked([7, 9], frozenset({7, 9}), **params)]) == [7]
+        (token,) = sample(logits, [Row(SamplingParams(1, **params), 1, [0], 1, barred=frozenset({7}))])
+        assert token not in (7, None)
 
 
 def test_top_tokens() -> None:

@@ -29,9 +29,9 @@ TEXT = (
     "every lantern remembers its own weather before the long road turns home again"
 )
 WORDS = TEXT.split()
-CLOSING = (
-    '"}],:0123456789abcdefghijklmnopqrstuvwxyz.-{[\n '  # a text that follows it first to last stays short
-)
+# A JSON text made of the first of these that may come is soon at its end: outside and inside of a string.
+OUTSIDE = '}],:"0123456789abcdefghijklmnopqrstuvwxyz.-{[\n '
+INSIDE = '"' + OUTSIDE
 
 
 def babble(prompt: str, seed: int) -> str:
@@ -106,14 +106,15 @@ class FakeRunner:
         ids = sampler.allowed_ids(row.allowed, self._tokenizer.vocab_size).tolist()
         if follows and token in ids:
             return token
-        return min(ids, key=self._rank, default=None)
+        inside = self._tokenizer.token_id("#") in ids  # of a string, where a brace closes nothing
+        return min(ids, key=lambda id: self._rank(id, INSIDE if inside else OUTSIDE), default=None)
 
-    def _rank(self, token: int) -> tuple[int, int]:
+    def _rank(self, token: int, closing: str) -> tuple[int, int]:
         """End tokens first, then what closes, then what may stand anywhere; opening and white space last."""
         if token in self._tokenizer.stop_ids:
             return 0, token
         text = self._tokenizer.token_bytes(token).decode("latin-1")
-        place = CLOSING.find(text) if len(text) == 1 else -1
+        place = closing.find(text) if len(text) == 1 else -1
         return (1 + place if place >= 0 else 99), token
 
     def _logprobs(self, token: int, count: int, logprob: float = -0.5) -> TokenLogprob:

@@ -122,9 +122,8 @@ def _choose(logits_N: Floats, row: Row, best: int | None) -> int | None:
         kept, scaled_N = _keep(scaled_N, last, kept)
     weight_N = _blocks(len(scaled_N))  # probabilities up to a factor; that of the best is 1
     np.exp(scaled_N, out=weight_N[: len(scaled_N)])
-    total = float(_column_sums(weight_N).sum())
     if params.top_p < 1:
-        kept, weights = _keep(weight_N, _lightest_kept(weight_N, total, params.top_p), kept)
+        kept, weights = _keep(weight_N, _lightest_kept(weight_N, params.top_p), kept)
         weight_N = _blocks(len(weights))
         weight_N[: len(weights)] = weights
     place = _draw(weight_N, uniform(row.seed, len(row.ids)))
@@ -167,9 +166,9 @@ def _adjusted(logits_V: Floats, row: Row) -> Floats:
     return logits_V
 
 
-def _lightest_kept(weight_N: Floats, total: float, top_p: float) -> np.float32:
+def _lightest_kept(weight_N: Floats, top_p: float) -> np.float32:
     """The smallest weight in the smallest set of tokens that holds `top_p` of all weight."""
-    heavy = weight_N
+    total = float(_block_sums(weight_N).sum())
     for share in (1024, len(weight_N)):
         # All tokens below the bound for len(weight_N) hold less than 1 - top_p together, so that only the
         # others need sorting; mostly a bound that is stricter is low enough as well.

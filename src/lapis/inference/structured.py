@@ -119,7 +119,7 @@ def has(mask_W: Words, token: int) -> bool:
 
 def one_line(text: str, limit: int = 300) -> str:
     """A compiler's message without its line breaks, cut where it gets long."""
-    line = " ".join(text.split()).rstrip(".")
+    line = " ".join(text.replace("<non-verbose/>", "").split()).rstrip(".")
     return line if len(line) <= limit else line[:limit] + "…"
 
 
@@ -131,9 +131,11 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
         if not reason:  # some faults show with the first mask only
             first = matcher.deep_copy()
             some = any(first.compute_bitmask())
-            reason = first.get_error() or ("" if some else "no text satisfies it")
+            reason = first.get_error() or ("" if some else "NoExtension")
     except (ValueError, RuntimeError) as error:
         reason = str(error)
+    if "NoExtension" in reason:
+        reason = "no text satisfies it"
     if reason:
         raise InputError(f"The {what} cannot be enforced: {one_line(reason)}.", param=grammar.param)
     return matcher
