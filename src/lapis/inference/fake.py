@@ -100,14 +100,14 @@ class FakeRunner:
         count = sequence.request.params.logprobs
         return Sample(token) if count is None else Sample(token, self._logprobs(token, count))
 
-    def _allowed(self, token: int, follows: bool, row: sampler.Row) -> int | None:
+    def _allowed(self, token: int, follows: bool, row: sampler.Row) -> int:
         """The reply's token while the grammar allows the reply, else what ends the text soonest."""
         assert row.allowed is not None
         ids = sampler.allowed_ids(row.allowed, self._tokenizer.vocab_size).tolist()
         if follows and token in ids:
             return token
         inside = self._tokenizer.token_id("#") in ids  # of a string, where a brace closes nothing
-        return min(ids, key=lambda id: self._rank(id, INSIDE if inside else OUTSIDE), default=None)
+        return min(ids, key=lambda id: self._rank(id, INSIDE if inside else OUTSIDE))
 
     def _rank(self, token: int, closing: str) -> tuple[int, int]:
         """End tokens first, then what closes, then what may stand anywhere; opening and white space last."""

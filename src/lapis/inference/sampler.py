@@ -197,7 +197,8 @@ def _draw(weight_N: Floats, number: float) -> int:
 
 
 def _column_sums(weight_N: Floats) -> NDArray[np.float64]:
-    return np.add.reduce(weight_N.reshape(BLOCK, -1), axis=0).astype(np.float64)
+    sums_B: NDArray[np.float64] = np.add.reduce(weight_N.reshape(BLOCK, -1), axis=0).astype(np.float64)
+    return sums_B
 
 
 def _place(weights: Floats, goal: float) -> int:
