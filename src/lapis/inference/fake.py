@@ -103,7 +103,7 @@ class FakeRunner:
     def _allowed(self, token: int, follows: bool, row: sampler.Row) -> int:
         """The reply's token while the grammar allows the reply, else what ends the text soonest."""
         assert row.allowed is not None
-        ids = sampler.allowed_ids(row.allowed, self._tokenizer.vocab_size).tolist()
+        ids: list[int] = sampler.allowed_ids(row.allowed, self._tokenizer.vocab_size).tolist()
         if follows and token in ids:
             return token
         inside = self._tokenizer.token_id("#") in ids  # of a string, where a brace closes nothing
