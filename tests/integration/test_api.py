@@ -171,6 +171,43 @@ def test_a_completion_streams(server: RunningServer, client: openai.OpenAI) -> N
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_an_echo_has_the_prompt_and_its_logprobs(client: openai.OpenAI, server: RunningServer) -> None:
+    ask = {"model": "tiny", "prompt": "the river", "echo": True, "seed": 3, "logprobs": 1}
+    whole = client.completions.create(**ask, max_tokens=4).choices[0]
+    assert whole.text.startswith("the river")
+    logprobs = whole.logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == whole.text
+    for token, offset in zip(logprobs.tokens or [], logprobs.text_offset or [], strict=True):
+        assert whole.text[offset : offset + len(token)] == token
+    assert all(logprob is not None for logprob in logprobs.token_logprobs or [])  # the start token is before
+    read = client.completions.create(**ask, max_tokens=0).choices[0]
+    assert read.text == "the river"
+    assert read.finish_reason == "length"
+    with openai.OpenAI(base_url=server.url, api_key="unused") as lenient:
+        chunks = list(lenient.completions.create(**ask, max_tokens=4, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
+    tokens = [token for chunk in chunks for token in (chunk.choices[0].logprobs.tokens or [])]  # type: ignore[union-attr]
+    assert tokens == logprobs.tokens
+    http = httpx.post(f"{server.url}/completions", json={**ask, "prompt": [5, 6, 7], "max_tokens": 1})
+    of_ids = http.json()["choices"][0]["logprobs"]  # the first token of bare ids has no logprob
+    assert [logprob is None for logprob in of_ids["token_logprobs"]] == [True, False, False, False]
+    plain = client.completions.create(model="tiny", prompt="the river", echo=True, max_tokens=4, seed=3)
+    assert plain.choices[0].text == whole.text
+
+
+def test_the_best_of_several_answers_is_given(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "prompt": "the river", "max_tokens": 5, "seed": 1}
+    best = client.completions.create(**ask, best_of=4, n=2)
+    assert len(best.choices) == 2
+    assert best.usage is not None
+    assert best.usage.completion_tokens == 20
+    tried = {choice.text for choice in client.completions.create(**ask, n=4).choices}
+    assert {choice.text for choice in best.choices} < tried
+    with pytest.raises(openai.BadRequestError, match="streamed"):
+        client.completions.create(**ask, best_of=2, stream=True)
+
+
 def test_models_are_listed_and_retrieved_with_their_facts(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["other", "tiny"]
     model = client.models.retrieve("tiny")
@@ -259,7 +296,7 @@ def test_the_api_describes_itself(server: RunningServer) -> None:
         "schema"
     ]
     assert set(body["required"]) == {"model", "prompt"}
-    assert "echo" not in body["properties"]
+    assert "suffix" not in body["properties"]
 
 
 def test_health_tells_nothing_but_health(server: RunningServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from lapis.api.protocol.chat import ChatLogprob, ChatLogprobs, TopLogprob
@@ -30,19 +30,28 @@ class TextLogprobsWriter:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
-    def write(self, tokens: Iterable[TokenLogprob]) -> TextLogprobs:
-        """The next tokens. `text_offset` counts whole characters before each token."""
-        tokens = list(tokens)
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(token.token))
-        return TextLogprobs(
-            tokens=[_text(token) for token in tokens],
-            token_logprobs=[_logprob(token) for token in tokens],
-            top_logprobs=[{_text(other): _logprob(other) for other in token.top} for token in tokens],
-            text_offset=offsets,
-        )
+    def write(
+        self, tokens: Sequence[TokenLogprob], before: Sequence[TokenLogprob | bytes] = ()
+    ) -> TextLogprobs:
+        """The next tokens; `before` are those of an echoed prompt, bytes where one has no logprob.
+
+        `text_offset` counts whole characters before each token.
+        """
+        written = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        tops: list[dict[str, float] | None] = []
+        for token in (*before, *tokens):
+            raw = token if isinstance(token, bytes) else token.token
+            written.text_offset.append(self._offset)
+            self._offset += len(self._decoder.decode(raw))
+            written.tokens.append(raw.decode("utf-8", errors="replace"))
+            if isinstance(token, bytes):
+                written.token_logprobs.append(None)
+                tops.append(None)
+            else:
+                written.token_logprobs.append(_logprob(token))
+                tops.append({_text(other): _logprob(other) for other in token.top})
+        written.top_logprobs = tops
+        return written
 
 
 class _Facts(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -10,8 +11,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from lapis.api.protocol.formats import read_structure
 from lapis.api.protocol.generation import CHOICES, SEED, GenerationRequest, Usage
 from lapis.errors import InputError
-from lapis.inference.request import MAX_TOP_LOGPROBS
+from lapis.inference.request import MAX_TOP_LOGPROBS, SamplingParams
 from lapis.tokenizer.grammar import Grammar
+
+BEST_OF = 20
 
 
 def _prompts(value: object) -> object:
@@ -47,21 +50,43 @@ class CompletionRequest(GenerationRequest):
 
     NOT_OFFERED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "suffix": ("",),
-        "best_of": (1,),
-        "echo": (False,),
     }
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=SEED)] | None = 16
+    echo: bool | None = False
+    best_of: Annotated[int, Field(ge=1, le=BEST_OF)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
-        if len(self.prompt) * self.choices > CHOICES:
-            raise InputError(
-                f"prompts x n is {len(self.prompt) * self.choices}; at most {CHOICES}.", param="n"
-            )
+        if self.best_of is not None and self.best_of < self.choices:
+            raise InputError(f"best_of = {self.best_of} is less than n = {self.choices}.", param="best_of")
+        if self.tried > self.choices and self.stream:
+            raise InputError("best_of cannot be streamed: it is known at the end.", param="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InputError("max_tokens = 0 is only allowed with 'echo': true.", param="max_tokens")
+        if len(self.prompt) * self.tried > CHOICES:
+            raise InputError(f"prompts x n is {len(self.prompt) * self.tried}; at most {CHOICES}.", param="n")
         return self
+
+    @property
+    def tried(self) -> int:
+        """How many answers are made for each prompt; the best `n` are given."""
+        return self.best_of or self.choices
+
+    @property
+    def chosen_logprobs(self) -> int | None:
+        """How many logprobs beside the chosen token's the answers need; None for no logprobs at all."""
+        return 0 if self.logprobs is None and self.tried > self.choices else self.logprobs
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """As for chats; an echo has its prompt's logprobs too."""
+        params = super().sampling(max_tokens or 1, logprobs)
+        if not self.echo:
+            return params
+        prompt = self.logprobs if self.logprobs is not None or max_tokens else 0
+        return replace(params, max_tokens=max_tokens, prompt_logprobs=prompt)
 
     @property
     def form(self) -> Grammar | None:
@@ -79,7 +104,7 @@ class TextLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
