@@ -30,15 +30,16 @@ UNITS = (
     "cpu_replay.c",
     "cpu_train.c",
     "cpu_muon.c",
+    "cpu_quantized.c",
 )
 # as in kernels/variants.py: all text that goes into a library, in this order
-SOURCES = (*UNITS, "cpu_vector.h", "cpu_attention.h")
+SOURCES = (*UNITS, "cpu_vector.h", "cpu_product.h", "cpu_attention.h")
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {
         "avx2": ("-march=x86-64-v3",),
         "avx512": ("-march=x86-64-v4",),
-        "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+        "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
     }
 # sums must keep the order in which the contract writes them: no contraction, no fast math
 FLAGS = (

@@ -18,6 +18,7 @@ from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes
 from lapis.kernels.cpu_library import CAdamW, CMuon
 from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.quantized import NO_GRADIENT, Quantized
 
 # about how many logits exist at a time in the chunked losses, and the fewest rows of a chunk
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 22, 256
@@ -53,13 +54,17 @@ class CpuOps:
     def linear(
         self,
         x_TK: Tensor,
-        w_NK: Tensor,
+        w_NK: Tensor | Quantized,
         residual_TN: Tensor | None = None,
         *,
         bias_N: Tensor | None = None,
         fp32: bool = False,
     ) -> Tensor:
         """One chain of products over K per output; bias, then residual, are added before the one rounding."""
+        if isinstance(w_NK, Quantized):
+            inputs = (x_TK, residual_TN, bias_N)
+            assert not (torch.is_grad_enabled() and any(map(_wants_grad, inputs))), NO_GRADIENT
+            return self.kernels.linear_quantized(x_TK, w_NK, residual_TN, fp32, bias_N)
         if torch.is_grad_enabled() and (x_TK.requires_grad or w_NK.requires_grad or _wants_grad(bias_N)):
             apply = _Linear.apply
             return cast(Tensor, apply(self.kernels, x_TK, w_NK, residual_TN, bias_N, fp32))  # type: ignore[no-untyped-call]

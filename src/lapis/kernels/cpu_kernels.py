@@ -19,6 +19,7 @@ from torch import Tensor
 from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, CMuon, bind
 from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.quantized import GROUP, Quantized
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Sizes = tuple[int, int, int]  # query heads, key/value heads, head size
@@ -73,6 +74,37 @@ class Kernels:
         bias, residual = _addend(bias_N, (columns,)), _addend(residual_TN, y_TN.shape)
         packed = self._pack(w_NK)
         self._c.linear(x_TK.data_ptr(), tokens, inner, packed, columns, bias, residual, y_TN.data_ptr(), fp32)
+        return y_TN
+
+    def linear_quantized(
+        self,
+        x_TK: Tensor,
+        w_NK: Quantized,
+        residual_TN: Tensor | None,
+        fp32: bool,
+        bias_N: Tensor | None = None,
+    ) -> Tensor:
+        """As linear, the weight in 8 or 4 bits, each group of inputs rounded to 8."""
+        (tokens, inner), (columns, width) = x_TK.shape, w_NK.shape
+        assert x_TK.dtype is BF16 and x_TK.is_contiguous() and inner == width
+        y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
+        bias, residual = _addend(bias_N, (columns,)), _addend(residual_TN, y_TN.shape)
+        work = torch.empty(tokens, -(-inner // GROUP), GROUP + 8, dtype=torch.uint8)
+        minimums = None if w_NK.minimums is None else w_NK.minimums.data_ptr()
+        self._c.linear_quantized(
+            x_TK.data_ptr(),
+            tokens,
+            inner,
+            w_NK.values.data_ptr(),
+            w_NK.scales.data_ptr(),
+            minimums,
+            columns,
+            bias,
+            residual,
+            y_TN.data_ptr(),
+            fp32,
+            work.data_ptr(),
+        )
         return y_TN
 
     def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:

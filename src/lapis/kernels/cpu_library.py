@@ -13,6 +13,7 @@ _P, _I = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pack": (None, [_P, _P, _I, _I]),
     "linear": (None, [_P, _I, _I, _P, _I, _P, _P, _P, c_int]),
+    "linear_quantized": (None, [_P, _I, _I, _P, _P, _P, _I, _P, _P, _P, c_int, _P]),
     "rms_norm": (None, [_P, _P, _P, _I, _I, c_float]),
     "silu_mul": (None, [_P, _P, _I, _I]),
     "layer_norm": (None, [_P, _P, _P, _P, _I, _I, c_float]),

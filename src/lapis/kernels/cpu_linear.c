@@ -1,10 +1,7 @@
 // Products with weights: y = x w^T under the numerical contract (contract.md), and their gradients.
 // Rows never share a sum and threads never split one, so tiles, blocks and threads cannot be seen in the bits.
-#include "cpu_vector.h"
+#include "cpu_product.h"
 
-#define COLUMNS 32               // output columns of a packed weight tile
-#define TILE_VECTORS (COLUMNS / WIDE)
-#define BLOCK_BYTES (512 << 10)  // rows of x that stay in the second-level cache while weight tiles pass
 #define PACK_PAIRS 64            // pairs of rows that are packed at a time
 #define PACK_PANELS 8             // panels that are packed at a time
 #if defined(__AVX512F__)
@@ -18,10 +15,9 @@
 // ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ bias) (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
 
 struct linear {
-    const bf16 *x, *packed, *bias, *residual;
-    void *y;
-    int64_t rows, K, N;
-    int fp32;
+    const bf16 *x, *packed;
+    int64_t rows, K;
+    struct output out;
 };
 
 EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
@@ -34,36 +30,6 @@ EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
             const uint32_t *row = (const uint32_t *)w + column * pairs;
             for (int64_t k = 0; k < pairs; k++) out[k * COLUMNS + n] = column < N ? row[k] : 0;
         }
-    }
-}
-
-// Adds bias and residual to 16 finished sums, rounds, stores those that lie inside the matrix.
-INLINE void finish(const struct linear *op, int64_t row, int64_t column, f32x16 sum) {
-    if (column >= op->N) return;
-    const int64_t at = row * op->N + column, left = op->N - column;
-    if (left >= LANES) {
-        if (op->bias) sum = sum + load_bf16(op->bias + column);
-        if (op->residual) sum = sum + load_bf16(op->residual + at);
-        if (op->fp32) store((float *)op->y + at, sum);
-        else store_bf16((bf16 *)op->y + at, sum);
-        return;
-    }
-    for (int64_t i = 0; i < left; i++) {
-        float value = op->bias ? sum[i] + widen_one(op->bias[column + i]) : sum[i];
-        if (op->residual) value = value + widen_one(op->residual[at + i]);
-        if (op->fp32) ((float *)op->y)[at + i] = value;
-        else ((bf16 *)op->y)[at + i] = round_one(value);
-    }
-}
-
-// Asks for the output lines before the sums start: with many rows, waiting for them costs a sixth of the time.
-INLINE void claim_output(const int rows, const struct linear *op, int64_t row, int64_t tile) {
-    const int64_t size = op->fp32 ? 4 : 2;
-    const char *line = (const char *)op->y + (row * op->N + tile * COLUMNS) * size;
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(line + r * op->N * size, 1);
-        if (op->fp32) __builtin_prefetch(line + r * op->N * size + 64, 1);
     }
 }
 
@@ -81,7 +47,7 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) sum[r][v] = (wide){0};
-    if (rows > WIDE_ROWS) claim_output(rows, op, row, tile);
+    if (rows > WIDE_ROWS) claim_output(rows, &op->out, row, tile);
     for (int64_t k = 0; k < pairs; k++, w += COLUMNS) {
         wide_pairs weight[2 * TILE_VECTORS];
 #pragma GCC unroll 16
@@ -98,7 +64,7 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) store_wide(out[r] + v * WIDE, sum[r][v]);
     for (int r = 0; r < rows && (!panels || row + r < op->rows); r++)
-        for (int c = 0; c < tiles * COLUMNS; c += LANES) finish(op, row + r, tile * COLUMNS + c, load(out[r] + c));
+        for (int c = 0; c < tiles * COLUMNS; c += LANES) finish(&op->out, row + r, tile * COLUMNS + c, load(out[r] + c));
 }
 
 #define DEFINE_TILE(rows, tiles)                                                                            \
@@ -139,12 +105,6 @@ static const tile_function tiles_by_rows[] = {
 #endif
 };
 
-// Rows of the next register tile: a full one, or the rest in equal parts.
-INLINE int64_t tile_rows(int64_t left) {
-    if (left <= TILE_ROWS) return left;
-    return left < 2 * TILE_ROWS ? (left + 1) / 2 : TILE_ROWS;
-}
-
 static void linear_few_rows(const struct linear *op, int64_t tiles) {
     const int64_t pairs_of_tiles = (tiles + 1) / 2;
 #pragma omp for schedule(static)
@@ -168,7 +128,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
             const int64_t start = block * block_rows;
             const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
             for (int64_t row = start; row < end;) {
-                const int64_t n = tile_rows(end - row);
+                const int64_t n = tile_rows(end - row, TILE_ROWS);
                 tiles_by_rows[n](op, row, tile);
                 row += n;
             }
@@ -177,7 +137,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
 
 EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N,
                               const bf16 *bias, const bf16 *residual, void *y, int fp32) {
-    const struct linear op = {x, packed, bias, residual, y, rows, K, N, fp32};
+    const struct linear op = {x, packed, rows, K, {y, bias, residual, N, fp32}};
     const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
     if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
     else linear_blocks(&op, tiles);
@@ -242,7 +202,7 @@ static void pack_panels(const bf16 *g, bf16 *panels, int64_t rows, int64_t N) {
 }
 
 static void linear_panels(const struct linear *op) {
-    const int64_t tiles = (op->N + COLUMNS - 1) / COLUMNS, block_rows = rows_of_block(op->K);
+    const int64_t tiles = (op->out.N + COLUMNS - 1) / COLUMNS, block_rows = rows_of_block(op->K);
 #pragma omp parallel
     {
         const uint64_t mode = flush_subnormals();
@@ -260,7 +220,7 @@ EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw,
                                          int64_t K) {
     const int64_t inner = (rows + 1) / 2 * 2;
     bf16 *packed = work + (N + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * inner;
-    const struct linear op = {work, packed, NULL, dw, dw, N, inner, K, 0};
+    const struct linear op = {work, packed, N, inner, {dw, NULL, dw, K, 0}};
     pack_panels(g, work, rows, N);
     lapis_pack_rows(x, packed, rows, K);
     linear_panels(&op);

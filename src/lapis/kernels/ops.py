@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lapis.kernels import variants
 from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.quantized import Quantized
 from lapis.kernels.variants import KernelStatus, status
 
 __all__ = ["KernelStatus", "Matrix", "Ops", "Rope", "select", "status"]
@@ -78,13 +79,16 @@ class Ops(Protocol):
     def linear(
         self,
         x_TK: Tensor,
-        w_NK: Tensor,
+        w_NK: Tensor | Quantized,
         residual_TN: Tensor | None = None,
         *,
         bias_N: Tensor | None = None,
         fp32: bool = False,
     ) -> Tensor:
-        """x Wᵀ (+ bias) (+ residual), rounded once; `fp32` keeps the unrounded sums (logits)."""
+        """x Wᵀ (+ bias) (+ residual), rounded once; `fp32` keeps the unrounded sums (logits).
+
+        A quantised weight (`quantized.quantize`) has no gradient, nor do the inputs of its product.
+        """
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · w (Zhang & Sennrich 2019)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.quantized import Quantized
 
 CHUNK = 1024  # tokens whose logits exist at a time
 NORM_BLOCK = 1 << 14  # elements that torch sums in one thread
@@ -42,13 +43,15 @@ class StockOps:
     def linear(
         self,
         x_TK: Tensor,
-        w_NK: Tensor,
+        w_NK: Tensor | Quantized,
         residual_TN: Tensor | None = None,
         *,
         bias_N: Tensor | None = None,
         fp32: bool = False,
     ) -> Tensor:
         """x Wᵀ (+ bias) (+ residual). `fp32` without gradients is computed in fp32: rounded logits would tie."""
+        if isinstance(w_NK, Quantized):
+            w_NK = w_NK.dequantize().to(x_TK.dtype)
         if fp32 and not torch.is_grad_enabled():
             x_TK, w_NK = x_TK.float(), w_NK.float()
             bias_N = None if bias_N is None else bias_N.float()

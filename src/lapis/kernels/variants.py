@@ -24,7 +24,9 @@ SOURCES = (
     "cpu_replay.c",
     "cpu_train.c",
     "cpu_muon.c",
+    "cpu_quantized.c",
     "cpu_vector.h",
+    "cpu_product.h",
     "cpu_attention.h",
 )
 HEAD_SIZES = range(16, 257, 16)
@@ -39,7 +41,7 @@ _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # fastest first: name -> CPU flags it needs, as Linux names them
 VARIANTS: dict[str, frozenset[str]] = {
-    "avx512bf16": _V4 | {"avx512_bf16"},
+    "avx512bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
     "avx512": _V4,
     "avx2": _V3,
     "portable": frozenset(),

@@ -1,0 +1,54 @@
+// What every product with weights shares: tiles of 32 output columns, and what happens to finished sums.
+#ifndef LAPIS_CPU_PRODUCT_H
+#define LAPIS_CPU_PRODUCT_H
+
+#include "cpu_vector.h"
+
+#define COLUMNS 32               // output columns of a weight tile
+#define TILE_VECTORS (COLUMNS / WIDE)
+#define BLOCK_BYTES (512 << 10)  // rows of x that stay in the second-level cache while weight tiles pass
+
+struct output {
+    void *y;  // [rows][N], bf16 or fp32
+    const bf16 *bias, *residual;
+    int64_t N;
+    int fp32;
+};
+
+// Adds bias and residual to 16 finished sums, rounds, stores those that lie inside the matrix.
+INLINE void finish(const struct output *out, int64_t row, int64_t column, f32x16 sum) {
+    if (column >= out->N) return;
+    const int64_t at = row * out->N + column, left = out->N - column;
+    if (left >= LANES) {
+        if (out->bias) sum = sum + load_bf16(out->bias + column);
+        if (out->residual) sum = sum + load_bf16(out->residual + at);
+        if (out->fp32) store((float *)out->y + at, sum);
+        else store_bf16((bf16 *)out->y + at, sum);
+        return;
+    }
+    for (int64_t i = 0; i < left; i++) {
+        float value = out->bias ? sum[i] + widen_one(out->bias[column + i]) : sum[i];
+        if (out->residual) value = value + widen_one(out->residual[at + i]);
+        if (out->fp32) ((float *)out->y)[at + i] = value;
+        else ((bf16 *)out->y)[at + i] = round_one(value);
+    }
+}
+
+// Asks for the output lines before the sums start: with many rows, waiting for them costs a sixth of the time.
+INLINE void claim_output(const int rows, const struct output *out, int64_t row, int64_t tile) {
+    const int64_t size = out->fp32 ? 4 : 2;
+    const char *line = (const char *)out->y + (row * out->N + tile * COLUMNS) * size;
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(line + r * out->N * size, 1);
+        if (out->fp32) __builtin_prefetch(line + r * out->N * size + 64, 1);
+    }
+}
+
+// Rows of the next register tile of at most `most`: a full one, or the rest in equal parts.
+INLINE int64_t tile_rows(int64_t left, int64_t most) {
+    if (left <= most) return left;
+    return left < 2 * most ? (left + 1) / 2 : most;
+}
+
+#endif

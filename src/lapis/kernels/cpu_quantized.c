@@ -1,0 +1,291 @@
+// Products with quantised weights under the numerical contract (contract.md). Inputs become int8 row by row, sums of
+// products inside a group are integers, so they are exact; fp32 enters once per group, in the order of K.
+#include "cpu_product.h"
+
+#define GROUP 64          // inputs with one scale; inner widths are padded to it
+#define HALF (GROUP / 2)  // 4-bit weights with one scale and minimum
+#define LOCAL_BYTES 16384  // inputs up to this size are quantised by every thread for itself: no barrier
+#define TINY 1e-30f       // a group of inputs below it counts as zero
+#if defined(__AVX512F__)
+#define TILE_ROWS 12
+#else
+#define TILE_ROWS 2
+#endif
+
+typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
+typedef int16_t wide_short __attribute__((vector_size(4 * WIDE)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+struct quantized {
+    int64_t rows, groups;    // groups of K
+    const uint8_t *weights;  // 8 bits: w + 128 as [tile][K/4][32][4]; 4 bits: [tile][K/4][16][4], column + 16 in the high half
+    const bf16 *scales;      // [tile][K/64 or K/32][32]
+    const bf16 *minimums;    // 4 bits only: [tile][K/64][32][2]
+    int8_t *inputs;          // [rows][K]
+    float *input_scales;     // [rows][groups]
+    int32_t *extras;         // [rows][groups]: -128 times the sum of a group; 4 bits: its two half sums, scaled, a pair of bf16
+    struct output out;
+};
+
+// ---- the primitive: four products of an unsigned and a signed byte per lane, added to an int32
+
+#if defined(__AVX512VNNI__)
+typedef wide_pairs weight_quads, input_quads;
+INLINE weight_quads split_weights(wide_pairs w) { return w; }
+INLINE input_quads split_input(uint32_t x) { return x - (wide_pairs){0}; }
+INLINE wide_int dot4(wide_int sum, weight_quads w, input_quads x) {
+    return (wide_int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+#elif defined(__x86_64__)
+typedef struct { wide_short even, odd; } weight_quads, input_quads;  // bytes 0, 2 and bytes 1, 3 as 16-bit numbers
+INLINE weight_quads split_weights(wide_pairs w) {
+    return (weight_quads){(wide_short)(w & 0x00ff00ffu), (wide_short)((w >> 8) & 0x00ff00ffu)};
+}
+INLINE input_quads split_input(uint32_t x) {
+    const wide_short bytes = (wide_short)(x - (wide_pairs){0});
+    return (input_quads){(bytes << 8) >> 8, bytes >> 8};
+}
+INLINE wide_int multiply_pairs(wide_short a, wide_short b) {
+#if WIDE == 16
+    return (wide_int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif WIDE == 8
+    return (wide_int)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return (wide_int)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+INLINE wide_int dot4(wide_int sum, weight_quads w, input_quads x) {
+    return sum + multiply_pairs(w.even, x.even) + multiply_pairs(w.odd, x.odd);
+}
+#else
+typedef wide_pairs weight_quads;
+typedef uint32_t input_quads;
+INLINE weight_quads split_weights(wide_pairs w) { return w; }
+INLINE input_quads split_input(uint32_t x) { return x; }
+INLINE wide_int dot4(wide_int sum, weight_quads w, input_quads x) {
+    for (int i = 0; i < 4; i++) sum += (wide_int)((w >> (8 * i)) & 0xffu) * (int32_t)(int8_t)(x >> (8 * i));
+    return sum;
+}
+#endif
+
+// ---- inputs
+
+INLINE int32_t sum_ints(i32x16 v) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+static void quantize_row(const struct quantized *op, const bf16 *x, int64_t K, int64_t row) {
+    for (int64_t g = 0; g < op->groups; g++) {
+        bf16 part[GROUP] = {0};
+        const int64_t at = row * op->groups + g, left = K - g * GROUP;
+        const bf16 *in = x + row * K + g * GROUP;
+        if (left < GROUP) in = memcpy(part, in, (size_t)left * 2);
+        f32x16 largest = all(0), spoiled = all(0);
+        for (int i = 0; i < GROUP; i += LANES) {
+            const f32x16 v = load_bf16(in + i);
+            largest = larger(largest, larger(v, -v));
+            spoiled = spoiled + v * 0.0f;
+        }
+        const float most = max_lanes(largest), inverse = most > TINY ? 127.0f / most : 0;
+        const float scale = (most > TINY ? most / 127.0f : 0) + sum_lanes(spoiled);
+        int32_t sums[2];
+        for (int half = 0; half < 2; half++) {
+            i32x16 total = (i32x16){0};
+            for (int i = half * HALF; i < (half + 1) * HALF; i += LANES) {
+                const i32x16 q = (i32x16)(load_bf16(in + i) * inverse + 12582912.0f) - 0x4b400000;  // to nearest even
+                const i8x16 bytes = __builtin_convertvector(q, i8x16);
+                memcpy(op->inputs + at * GROUP + i, &bytes, 16);
+                total += q;
+            }
+            sums[half] = sum_ints(total);
+        }
+        op->input_scales[at] = scale;
+        if (op->minimums)
+            op->extras[at] = (int32_t)(round_one((float)sums[0] * scale) | (uint32_t)round_one((float)sums[1] * scale) << 16);
+        else op->extras[at] = -128 * (sums[0] + sums[1]);
+    }
+}
+
+// ---- tiles
+
+INLINE void load_scales(const bf16 *scales, wide *out) {
+    const f32x16 both[2] = {load_bf16(scales), load_bf16(scales + LANES)};
+    memcpy(out, both, sizeof both);
+}
+
+// Integer sums of `rows` rows times 32 columns over `quads` steps of four.
+INLINE void integer_sums(const int rows, const int four, const int quads, const uint8_t *w, const int8_t *x, int64_t stride,
+                         wide_int sum[TILE_ROWS][TILE_VECTORS]) {
+    for (int q = 0; q < quads; q++) {
+        weight_quads weight[TILE_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS / (four ? 2 : 1); v++) {
+            const wide_pairs bytes = load_wide_pairs(w + (q * (four ? LANES : COLUMNS) + v * WIDE) * 4);
+            if (four) {
+                weight[v] = split_weights(bytes & 0x0f0f0f0fu);
+                weight[v + TILE_VECTORS / 2] = split_weights((bytes >> 4) & 0x0f0f0f0fu);
+            } else weight[v] = split_weights(bytes);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            uint32_t four_bytes;
+            memcpy(&four_bytes, x + r * stride + 4 * q, 4);
+            const input_quads input = split_input(four_bytes);
+#pragma GCC unroll 8
+            for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = dot4(sum[r][v], weight[v], input);
+        }
+    }
+}
+
+// 4 bits: the minimums' part of each output, one chain of dp over the pairs of half groups.
+INLINE void minimum_chains(const int rows, const struct quantized *op, int64_t row, int64_t tile,
+                           wide sum[TILE_ROWS][TILE_VECTORS]) {
+    const bf16 *minimums = op->minimums + tile * op->groups * COLUMNS * 2;
+    for (int64_t g = 0; g < op->groups; g++)
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            const wide_pairs pairs = load_wide_pairs(minimums + (g * COLUMNS + v * WIDE) * 2);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++)
+                sum[r][v] = dp(sum[r][v], (uint32_t)op->extras[(row + r) * op->groups + g], pairs);
+        }
+}
+
+INLINE void quantized_tile(const int rows, const int four, const struct quantized *op, int64_t row, int64_t tile) {
+    const int64_t groups = op->groups, stride = groups * GROUP;
+    const int8_t *x = op->inputs + row * stride;
+    const uint8_t *w = op->weights + tile * stride * (four ? LANES : COLUMNS);
+    const bf16 *scales = op->scales + tile * groups * COLUMNS * (four ? 2 : 1);
+    wide sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = (wide){0};
+    claim_output(rows, &op->out, row, tile);
+    if (four) minimum_chains(rows, op, row, tile, sum);
+    for (int64_t g = 0; g < groups; g++, x += GROUP) {
+        wide part[TILE_ROWS][TILE_VECTORS], scale[TILE_VECTORS];
+        for (int half = 0; half <= four; half++) {
+            wide_int dots[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    dots[r][v] = (four ? 0 : op->extras[(row + r) * groups + g]) - (wide_int){0};
+            integer_sums(rows, four, four ? HALF / 4 : GROUP / 4, w, x + half * HALF, stride, dots);
+            w += four ? HALF * LANES : GROUP * COLUMNS;
+            load_scales(scales, scale);
+            scales += COLUMNS;
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+                for (int v = 0; v < TILE_VECTORS; v++) {  // 4 bits: 16 bits times 8, an exact product
+                    const wide dot = __builtin_convertvector(dots[r][v], wide);
+                    part[r][v] = half ? fused(part[r][v], dot, scale[v]) : dot * scale[v];
+                }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < TILE_VECTORS; v++)
+                sum[r][v] = sum[r][v] + part[r][v] * op->input_scales[(row + r) * groups + g];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < COLUMNS; c += LANES)
+            finish(&op->out, row + r, tile * COLUMNS + c, join(sum[r] + c / WIDE));
+}
+
+#define DEFINE_TILE(rows)                                                                                         \
+    static __attribute__((noinline)) void tile8_##rows(const struct quantized *op, int64_t row, int64_t tile) {    \
+        quantized_tile(rows, 0, op, row, tile);                                                                    \
+    }                                                                                                              \
+    static __attribute__((noinline)) void tile4_##rows(const struct quantized *op, int64_t row, int64_t tile) {    \
+        quantized_tile(rows, 1, op, row, tile);                                                                    \
+    }
+DEFINE_TILE(1)
+DEFINE_TILE(2)
+#if TILE_ROWS == 12
+DEFINE_TILE(3)
+DEFINE_TILE(4)
+DEFINE_TILE(5)
+DEFINE_TILE(6)
+DEFINE_TILE(7)
+DEFINE_TILE(8)
+DEFINE_TILE(9)
+DEFINE_TILE(10)
+DEFINE_TILE(11)
+DEFINE_TILE(12)
+#define TILES(n) {NULL, n##1, n##2, n##3, n##4, n##5, n##6, n##7, n##8, n##9, n##10, n##11, n##12}
+#else
+#define TILES(n) {NULL, n##1, n##2}
+#endif
+typedef void (*tile_function)(const struct quantized *, int64_t, int64_t);
+static const tile_function tiles[2][TILE_ROWS + 1] = {TILES(tile8_), TILES(tile4_)};
+
+// ---- the whole product
+
+static void quantized_blocks(const struct quantized *op, int64_t block_rows) {
+    const int64_t blocks = (op->rows + block_rows - 1) / block_rows, count = (op->out.N + COLUMNS - 1) / COLUMNS;
+    const tile_function *by_rows = tiles[op->minimums != NULL];
+#pragma omp for collapse(2) schedule(dynamic, 4)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t tile = 0; tile < count; tile++) {
+            const int64_t start = block * block_rows;
+            const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
+            for (int64_t row = start, n; row < end; row += n) {
+                n = tile_rows(end - row, TILE_ROWS);
+                by_rows[n](op, row, tile);
+            }
+        }
+}
+
+static void quantized_few_rows(const struct quantized *op) {
+    const int64_t count = (op->out.N + COLUMNS - 1) / COLUMNS;
+    const tile_function *by_rows = tiles[op->minimums != NULL];
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < count; tile++)
+        for (int64_t row = 0, n; row < op->rows; row += n) {
+            n = tile_rows(op->rows - row, TILE_ROWS);
+            by_rows[n](op, row, tile);
+        }
+}
+
+static void place_inputs(struct quantized *op, char *memory) {
+    op->inputs = (int8_t *)memory;
+    op->input_scales = (float *)(op->inputs + op->rows * op->groups * GROUP);
+    op->extras = (int32_t *)(op->input_scales + op->rows * op->groups);
+}
+
+// y[rows][N] = x[rows][K] w^T (+ bias) (+ residual). work: rows * ceil(K/64) * 72 bytes.
+EXPORT void lapis_linear_quantized_team(const bf16 *x, int64_t rows, int64_t K, const uint8_t *weights, const bf16 *scales,
+                                        const bf16 *minimums, int64_t N, const bf16 *bias, const bf16 *residual, void *y,
+                                        int fp32, char *work) {
+    const int64_t groups = (K + GROUP - 1) / GROUP, bytes = rows * groups * (GROUP + 8);
+    struct quantized op = {rows, groups, weights, scales, minimums, NULL, NULL, NULL, {y, bias, residual, N, fp32}};
+    char local[LOCAL_BYTES] __attribute__((aligned(64)));
+    if (bytes <= LOCAL_BYTES) {
+        place_inputs(&op, local);
+        for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
+    } else {
+        place_inputs(&op, work);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
+    }
+    if (rows <= 2 * TILE_ROWS) quantized_few_rows(&op);
+    else {
+        const int64_t fitting = BLOCK_BYTES / (groups * (GROUP + 8)) / TILE_ROWS;
+        quantized_blocks(&op, (fitting < 8 ? 8 : fitting) * TILE_ROWS);
+    }
+}
+
+EXPORT void lapis_linear_quantized(const bf16 *x, int64_t rows, int64_t K, const uint8_t *weights, const bf16 *scales,
+                                   const bf16 *minimums, int64_t N, const bf16 *bias, const bf16 *residual, void *y, int fp32,
+                                   char *work) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+        lapis_linear_quantized_team(x, rows, K, weights, scales, minimums, N, bias, residual, y, fp32, work);
+        restore_mode(mode);
+    }
+}

@@ -1,0 +1,78 @@
+"""The slow judge of products beside the plain linear: quantised weights. Order of every sum: contract.md.
+
+Dims as in ops.py and quantized.py; I a group of K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapis.kernels.quantized import GROUP, HALF, TILE, Quantized
+from lapis.kernels.reference import Array
+
+Levels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def linear_quantized(
+    x_TK: Tensor,
+    w_NK: Quantized,
+    residual_TN: Tensor | None = None,
+    *,
+    bias_N: Tensor | None = None,
+    fp32: bool = False,
+) -> Tensor:
+    """Exact integer sums, one scale of weights and one of inputs per group, the fp32 sum over groups in order of K."""
+    levels_TGI, scales_TG = quantized_inputs(_array(x_TK))
+    columns, groups = w_NK.shape[0], scales_TG.shape[1]
+    weights_NK = w_NK.levels().numpy()[:columns].astype(np.int64)
+    weight_scales_NG = _array(w_NK.scales).transpose(0, 2, 1).reshape(-1, w_NK.scales.shape[1])[:columns]
+    sums_TN = np.zeros((len(scales_TG), columns), np.float32)
+    if w_NK.minimums is not None:
+        sums_TN = _minimum_chain(levels_TGI, scales_TG, _array(w_NK.minimums))[:, :columns]
+    step = GROUP if w_NK.kind == "int8" else HALF
+    for g in range(groups):
+        part_TN = np.zeros_like(sums_TN)
+        for i in range(0, GROUP, step):
+            at = (g * GROUP + i) // step
+            dots_TN = levels_TGI[:, g, i : i + step] @ weights_NK[:, at * step : (at + 1) * step].T
+            part_TN = part_TN + dots_TN.astype(np.float32) * weight_scales_NG[None, :, at]
+        sums_TN = sums_TN + part_TN * scales_TG[:, g, None]
+    if bias_N is not None:
+        sums_TN = sums_TN + _array(bias_N)
+    if residual_TN is not None:
+        sums_TN = sums_TN + _array(residual_TN)
+    return torch.from_numpy(sums_TN) if fp32 else _bf16(sums_TN)
+
+
+def quantized_inputs(x_TK: Array) -> tuple[Levels, Array]:
+    """Levels (T, G, I) in -127 … 127 and scales (T, G): most / 127; a group that nearly vanishes counts as zero."""
+    c = np.float32
+    x_TGI = np.pad(x_TK, ((0, 0), (0, -x_TK.shape[1] % GROUP))).reshape(len(x_TK), -1, GROUP)
+    most_TG = np.abs(x_TGI).max(2)
+    there_TG = most_TG > c(1e-30)
+    divisor_TG = np.where(there_TG, most_TG, c(1))
+    inverse_TG = np.where(there_TG, c(127) / divisor_TG, c(0))
+    levels_TGI = (x_TGI * inverse_TG[:, :, None] + c(12582912)) - c(12582912)
+    return levels_TGI.astype(np.int64), np.where(there_TG, divisor_TG / c(127), c(0))
+
+
+def _minimum_chain(levels_TGI: Levels, scales_TG: Array, minimums_XGCP: Array) -> Array:
+    """One chain over the half groups, the odd one of each pair first: bf16(scale · sum of levels) · minimum."""
+    halves_TGP = levels_TGI.reshape(*scales_TG.shape, 2, HALF).sum(3).astype(np.float32)
+    inputs_TGP = _array(_bf16(halves_TGP * scales_TG[:, :, None]))
+    minimums_NGP = minimums_XGCP.transpose(0, 2, 1, 3).reshape(len(minimums_XGCP) * TILE, -1, 2)
+    sums_TN = np.zeros((len(scales_TG), len(minimums_NGP)), np.float32)
+    for g in range(scales_TG.shape[1]):
+        for odd in (1, 0):
+            sums_TN = sums_TN + inputs_TGP[:, g, odd, None] * minimums_NGP[None, :, g, odd]
+    return sums_TN
+
+
+def _array(x: Tensor) -> Array:
+    return x.detach().float().numpy()
+
+
+def _bf16(x: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16()
