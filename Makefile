@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/kernels/*.c src/lapis/kernels/*.h)
 export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 
-.PHONY: help install quickstart test test-long lint bench clean
+# Cheap ones first; `serving` starts every peer that bench-peers has installed.
+BENCHMARKS ?= data kernels train_step serving
+
+.PHONY: help install quickstart test test-long lint bench bench-peers clean
 
 help:
 	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
 	@echo "make test         install what tests need, then run all tests"
 	@echo "make test-long    the long campaigns as well"
 	@echo "make bench        speed, side by side with named peers"
+	@echo "make bench-peers  install the peers that make bench measures too, in .peers (up to 30 minutes, 6 GB)"
 	@echo "make lint         format and type checks"
 
 install: $(VENV)/.installed
@@ -44,7 +48,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 bench: $(VENV)/.installed-dev
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+bench-peers: $(VENV)/.installed-dev
+	@$(BIN)/python benchmarks/peers.py $(PEERS)
 
 clean:
 	rm -rf $(VENV) build src/lapis.egg-info

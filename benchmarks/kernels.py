@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from harness.limits import Limits
 from torch import Tensor
 
 from lapis.kernels.batch import packed
@@ -45,14 +46,6 @@ def in_turn(candidates: dict[str, Callable[[], object]], repeat: int, clock: Tim
             if round_ >= 2:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def machine(repeat: int, clock: Timer) -> None:
-    """What no kernel can beat: reading memory, and torch's best bf16 product."""
-    big, a, b = torch.ones(CACHE), rows(1536, 1536), rows(1536, 1536)
-    took = in_turn({"read": lambda: big.sum(), "product": lambda: a @ b}, repeat, clock)
-    print(f"read bandwidth {big.numel() * 4 / took['read'] / 1e9:.1f} GB/s, ", end="")
-    print(f"bf16 product 1536^3 {2 * 1536**3 / took['product'] / 1e9:.0f} GFLOP/s")
 
 
 def linears(ops: Ops, model: str, tokens: int, repeat: int, clock: Timer) -> None:
@@ -132,7 +125,10 @@ def main() -> None:
     clock: Timer = time.thread_time if options.cpu_time else time.perf_counter
     ops = select(64)
     print(f"kernels {ops.name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    machine(options.repeat, clock)
+    limits = Limits.measure()
+    print(
+        f"read bandwidth {limits.bandwidth / 1e9:.1f} GB/s, bf16 product {limits.product / 1e9:.0f} GFLOP/s"
+    )
     for model in SHAPES:
         for tokens in (1, 16, 1024):
             linears(ops, model, tokens, options.repeat, clock)
