@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lapis.kernels.rope import RopeScaling
 from lapis.kernels.stock import StockOps
 from lapis.model.config import ModelConfig
-from lapis.model.families import Llama
+from lapis.model.config_hf import to_hf
+from lapis.model.families import build
 from lapis.tokenizer.bpe import Tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog 1234567890\n", "def f(x):\n    return x + 1\n"] * 20
@@ -39,6 +41,24 @@ def config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def families() -> dict[str, ModelConfig]:
+    """A small model of every kind, by the name that its feature or its origin has."""
+    gpt2 = {"family": "gpt2", "kv_heads": 4, "rope_base": 0.0}
+    biases = {"qkv_bias": True, "out_bias": True, "ffn_bias": True}
+    return {
+        "llama": config(tied=False),
+        "biases": config(**biases),
+        "linear": config(rope_scaling=RopeScaling("linear", 4.0)),
+        "llama3": config(rope_base=5e5, rope_scaling=RopeScaling("llama3", 8.0, 64)),
+        "yarn": config(rope_scaling=RopeScaling("yarn", 4.0, 64, attention=1.1386)),
+        "mistral": config(window=40),
+        "qwen2": config(layers=3, qkv_bias=True, window=33, full_layers=(0, 1)),
+        "qwen3": config(head_size=64, head_norm="head"),
+        "gpt2": config(**gpt2, **biases),
+        "gpt2 untied": config(**gpt2, **biases, tied=False, ffn=192),
+    }
+
+
 def tokenizer(size: int = 300) -> Tokenizer:
     """A byte-level BPE of a few sentences."""
     return Tokenizer.train(TEXT, size)
@@ -46,12 +66,14 @@ def tokenizer(size: int = 300) -> Tokenizer:
 
 def random_state(shape: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Weights of lively size, so that every one of them shows in the logits."""
-    model = Llama(shape, StockOps())
+    model = build(shape, StockOps())
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, weight in model.state_dict().items():
         noise = torch.randn(weight.shape, generator=generator)
-        state[name] = (1 + noise * 0.1 if weight.ndim == 1 else noise * 0.08).to(torch.bfloat16)
+        state[name] = (1 + noise * 0.1 if weight.ndim == 1 and "bias" not in name else noise * 0.08).to(
+            torch.bfloat16
+        )
     return state
 
 
@@ -63,7 +85,7 @@ def write_hf_folder(
     made = tokenizer()
     made.save(folder / "tokenizer.json")
     ends = {"eos_token_id": made.end_id}
-    (folder / "config.json").write_text(json.dumps({**shape.to_hf(), **ends, **config_changes}))
+    (folder / "config.json").write_text(json.dumps({**to_hf(shape), **ends, **config_changes}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     if shards == 1:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from lapis.errors import ConfigError, InputError
 from lapis.model.config import ModelConfig
 from lapis.model.gguf import read_gguf
-from lapis.model.weights import to_hf_state
+from lapis.model.hf_state import to_hf_state
 from tests import small_models
 
 SHAPE = small_models.config(width=256, heads=4, kv_heads=2, head_size=64, ffn=512)

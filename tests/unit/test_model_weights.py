@@ -15,13 +15,13 @@ from lapis.kernels.batch import packed
 from lapis.kernels.stock import StockOps
 from lapis.model import manifest
 from lapis.model.config import ModelConfig
+from lapis.model.config_hf import to_hf
+from lapis.model.hf_state import from_hf_state, to_hf_state
 from lapis.model.huggingface import read_folder
 from lapis.model.manifest import Source
 from lapis.model.weights import (
     LoadedModel,
-    from_hf_state,
     read_model,
-    to_hf_state,
     write_imported,
     write_model,
 )
@@ -131,7 +131,7 @@ def test_a_tokenizer_with_more_entries_than_the_model_is_refused(
 def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(small_models.config().to_hf()))
+    (folder / "config.json").write_text(json.dumps(to_hf(small_models.config())))
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(InputError, match="pytorch_model.bin"):
         read_model(folder)
@@ -221,9 +221,9 @@ def test_damaged_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="secret"):
         read_folder(folder)
     folder = small_models.write_hf_folder(
-        tmp_path / "scaled", shape, tensors, rope_scaling={"type": "linear"}
+        tmp_path / "scaled", shape, tensors, rope_scaling={"type": "dynamic"}
     )
-    with pytest.raises(ConfigError, match="linear"):
+    with pytest.raises(ConfigError, match="dynamic"):
         read_folder(folder)
     folder = small_models.write_hf_folder(tmp_path / "mute", shape, tensors)
     (folder / "tokenizer.json").unlink()

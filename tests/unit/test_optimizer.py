@@ -55,7 +55,9 @@ def test_query_key_value_and_gate_up_are_matrices_of_their_own() -> None:
     config = NAMED["tiny"]
     flat = FlatParameters(tiny())
     assert len(flat.blocks) == config.layers * (3 + 1 + 2 + 1)
-    assert sum(block.rows * block.columns for block in flat.blocks) == config.layers * config.layer_parameters
+    assert sum(
+        block.rows * block.columns for block in flat.blocks
+    ) == config.layers * config.layer_parameters(0)
 
 
 def test_adamw_is_torchs_adamw() -> None:

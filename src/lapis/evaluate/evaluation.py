@@ -15,12 +15,12 @@ from lapis.evaluate.ngram import KneserNey
 from lapis.evaluate.report import FIVE_GRAM, XZ, EvalReport
 from lapis.evaluate.scorer import batched_scorer
 from lapis.log import Progress, silent
-from lapis.model.families import Llama
+from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
 
 
 def evaluate(
-    model: Llama,
+    model: Decoder,
     dataset: Dataset,
     *,
     train_tokens: NDArray[np.integer],

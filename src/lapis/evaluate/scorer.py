@@ -12,13 +12,13 @@ import torch
 
 from lapis.evaluate.loss import ScoreMany
 from lapis.kernels.batch import packed
-from lapis.model.families import Llama
+from lapis.model.families import Decoder
 
 CHUNK_TOKENS = 4096
 LOGITS_AT_ONCE = 1 << 24  # values of the widest tensor: 64 MiB in float32
 
 
-def batched_scorer(model: Llama, chunk_tokens: int = CHUNK_TOKENS) -> ScoreMany:
+def batched_scorer(model: Decoder, chunk_tokens: int = CHUNK_TOKENS) -> ScoreMany:
     """A ScoreMany that lays whole sequences one after the other, about `chunk_tokens` in a forward pass.
 
     Rows of a result do not depend on the rest of their batch, so with bit-exact kernels these are the numbers
@@ -46,7 +46,7 @@ def _chunks(sequences: Sequence[Sequence[int]], chunk_tokens: int) -> Iterator[l
 
 
 @torch.no_grad()
-def _score(model: Llama, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+def _score(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
     lengths = [len(ids) for ids in sequences]
     ids_T = torch.tensor([token for ids in sequences for token in ids])
     x_TH = model.hidden(ids_T, packed(lengths))

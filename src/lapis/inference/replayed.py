@@ -20,7 +20,7 @@ from lapis.inference.kv_cache import PAGE, pages_for
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.replay import Replay, Unrecordable
 from lapis.log import logger
-from lapis.model.families import Llama
+from lapis.model.families import Decoder
 
 MOST_ROWS = 64  # of a replayed step: in a larger one Python's share is too small to matter
 EXACT_ROWS = 16  # up to here each number of rows has its recording, since a dead row costs as much as any
@@ -46,7 +46,7 @@ class ReplayedSteps:
     `active` is false where they cannot be recorded; `reason` then says why.
     """
 
-    def __init__(self, model: Llama, caches: Sequence[LayerCache], scratch: int, vocabulary: int) -> None:
+    def __init__(self, model: Decoder, caches: Sequence[LayerCache], scratch: int, vocabulary: int) -> None:
         self.reason = ""
         self._model, self._caches, self._vocabulary = model, caches, vocabulary
         self._ids_T = np.zeros(MOST_ROWS, np.int64)

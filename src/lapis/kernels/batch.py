@@ -60,6 +60,11 @@ class Batch:
         return self.sequence_T.shape[0]
 
     @cached_property
+    def positions(self) -> int:
+        """One more than the last position of any token."""
+        return int(self.position_T.max()) + 1 if self.tokens else 0
+
+    @cached_property
     def private_pages(self) -> int:
         """Pages that the page table counts on when there are no caches."""
         return int(self.page_table_SP.max()) + 1 if self.page_table_SP.numel() else 0

@@ -17,26 +17,55 @@ from torch import Tensor
 from lapis.kernels import variants
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.quantized import Quantized
+from lapis.kernels.rope import RopeScaling, frequencies
 from lapis.kernels.variants import KernelStatus, status
 
 __all__ = ["KernelStatus", "Matrix", "Ops", "Rope", "select", "status"]
 
 logger = logging.getLogger("lapis")
 
+ROPE_BLOCK = 4096  # rotary rows computed at a time
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class Rope:
-    """Tables of the rotary position embedding (Su et al. 2021), rotate-half form, fp32."""
+    """Tables of the rotary position embedding (Su et al. 2021), rotate-half form, fp32.
+
+    The first `filled` rows are computed; `reach` computes more of them, where they lie.
+    """
 
     cos_PD2: Tensor
     sin_PD2: Tensor
+    frequency_D2: Tensor  # fp64
+    attention: float  # multiplies sines and cosines (YaRN)
+    filled: int = 0
 
     @staticmethod
-    def make(head_size: int, base: float, positions: int) -> Rope:
-        """Angles, sines and cosines in fp64, then one rounding to fp32."""
-        exponent_D2 = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-        angle_PD2 = torch.arange(positions, dtype=torch.float64)[:, None] * base**-exponent_D2
-        return Rope(angle_PD2.cos().float().contiguous(), angle_PD2.sin().float().contiguous())
+    def make(
+        head_size: int,
+        base: float,
+        positions: int,
+        scaling: RopeScaling | None = None,
+        filled: int | None = None,
+    ) -> Rope:
+        """Tables for so many positions, all or the first `filled` computed: in fp64, then one rounding to fp32.
+
+        Rows that are not computed take no memory yet.
+        """
+        frequency_D2 = torch.tensor(frequencies(head_size, base, scaling), dtype=torch.float64)
+        cos_PD2, sin_PD2 = (torch.empty(positions, head_size // 2) for _ in range(2))
+        rope = Rope(cos_PD2, sin_PD2, frequency_D2, scaling.attention if scaling else 1.0)
+        rope.reach(positions if filled is None else filled)
+        return rope
+
+    def reach(self, positions: int) -> None:
+        """Compute the rows of all positions below this number."""
+        for start in range(self.filled, min(positions, len(self.cos_PD2)), ROPE_BLOCK):
+            end = min(start + ROPE_BLOCK, len(self.cos_PD2))
+            angle_PD2 = torch.arange(start, end, dtype=torch.float64)[:, None] * self.frequency_D2
+            self.cos_PD2[start:end] = angle_PD2.cos() * self.attention
+            self.sin_PD2[start:end] = angle_PD2.sin() * self.attention
+            self.filled = end
 
 
 class Matrix(NamedTuple):

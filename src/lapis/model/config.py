@@ -7,35 +7,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lapis.errors import ConfigError
+from lapis.kernels.rope import RopeScaling
 
-SUPPORTED = (
-    "Llama-like models: Llama without rope scaling, SmolLM and SmolLM2, Mistral without sliding window"
-)
+SUPPORTED = "GPT-2; Llama-like models: Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3"
 BYTES_PER_VALUE = 2  # weights and KV cache are stored as bfloat16
 MAX_CONTEXT = 1 << 20  # the rotary tables hold a row for every position
-
-# model_type of a Hugging Face config.json -> family here
-FAMILIES = {"llama": "llama", "mistral": "llama"}
-
-# Keys of a config.json that change the computation; each must have one of these values, or be left out.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0, 1),
-    "quantization_config": (None,),
-    "no_rope_layers": (None,),
-    "use_qk_norm": (None, False),
-    "logit_scale": (None, 1, 1.0),
-    "embedding_multiplier": (None, 1, 1.0),
-}
+FAMILIES = ("llama", "gpt2")
+HEAD_NORMS = ("", "head", "whole")
+COUNTS = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "ffn", "context")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer. Raises ConfigError when the values do not fit together."""
+    """The shape of a decoder-only transformer. Raises ConfigError when the values do not fit together.
+
+    `llama` has rotary positions, RMS norms and SwiGLU; `moe` is the same with experts in its layers; `gpt2` has
+    learned positions, layer norms, GELU and biases everywhere.
+    """
 
     family: str
     vocab_size: int
@@ -49,18 +37,40 @@ class ModelConfig:
     rope_base: float
     norm_eps: float
     tied: bool
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False  # of gate, up and down
+    head_norm: str = ""  # RMS norm of queries and keys: "head" one by one, "whole" across all heads
+    window: int | None = None  # a query sees so many keys, its own counted
+    full_layers: tuple[int, ...] = ()  # layers without the window
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    normalise_experts: bool = False  # the weights of the chosen experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers of a mixture that have a plain feed-forward part
 
     def __post_init__(self) -> None:
-        if self.family not in set(FAMILIES.values()):
+        # a configuration that went through JSON comes back with lists and objects
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        for name in ("full_layers", "dense_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.family not in FAMILIES:
             raise ConfigError(
                 f"The model family {self.family!r} is not supported.", hint=f"Supported: {SUPPORTED}."
             )
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "ffn", "context"):
+        experts = ("experts", "experts_per_token", "expert_ffn") if self.family == "moe" else ()
+        for name in (*COUNTS, *experts, *(("window",) if self.window is not None else ())):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
                     f"model: {name} = {value!r}: a positive whole number was expected.", param=name
                 )
+        self._check_sizes()
+        self._check_layers()
+
+    def _check_sizes(self) -> None:
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"model: {self.heads} heads cannot share {self.kv_heads} kv_heads evenly.", param="kv_heads"
@@ -74,29 +84,103 @@ class ModelConfig:
             raise ConfigError(
                 f"model: context = {self.context}: at most {MAX_CONTEXT} is offered.", param="context"
             )
-        if not (self.rope_base > 0 and self.norm_eps > 0):
+        if not ((self.rope_base > 0 or not self.rotary) and self.norm_eps > 0):
             raise ConfigError("model: rope_base and norm_eps must be greater than zero.")
+        if self.head_norm not in HEAD_NORMS:
+            raise ConfigError(
+                f"model: head_norm = {self.head_norm!r}: known: head, whole.", param="head_norm"
+            )
+        if self.experts_per_token > self.experts:
+            raise ConfigError(
+                f"model: {self.experts_per_token} of {self.experts} experts cannot be chosen.",
+                param="experts_per_token",
+            )
+
+    def _check_layers(self) -> None:
+        for name in ("full_layers", "dense_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(self.layers)):
+                raise ConfigError(
+                    f"model: {name} = {layers}: not layers of a model of {self.layers}.", param=name
+                )
+        if self.family == "gpt2" and (
+            not (self.qkv_bias and self.out_bias and self.ffn_bias) or self.head_norm or self.window
+        ):
+            raise ConfigError(
+                "model: GPT-2 has biases everywhere, no norm of queries and keys, and no window."
+            )
+        if self.family == "moe" and self.ffn_bias:
+            raise ConfigError("model: experts have no biases.", param="ffn_bias")
 
     @property
-    def layer_parameters(self) -> int:
-        """Weights of the linear maps of one layer, norms not counted."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.width * self.ffn
+    def rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys; else each position has a learned vector."""
+        return self.family != "gpt2"
+
+    def window_of(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees, its own counted; None: all."""
+        return None if layer in self.full_layers else self.window
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether this layer has experts."""
+        return self.family == "moe" and layer not in self.dense_layers
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of the linear maps of one layer's attention, biases and norms not counted."""
+        return self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.width * self.expert_ffn
+
+    def layer_parameters(self, layer: int, *, active: bool = False) -> int:
+        """Weights of the linear maps of a layer; `active`: of the experts only those that a token uses."""
+        if self.is_mixture(layer):
+            experts = self.experts_per_token if active else self.experts
+            return self.attention_parameters + experts * self.expert_parameters + self.experts * self.width
+        maps = 2 if self.family == "gpt2" else 3
+        return self.attention_parameters + maps * self.width * self.ffn
+
+    def _vectors(self, layer: int) -> int:
+        """Norms and biases of a layer."""
+        query, key = self.heads * self.head_size, self.kv_heads * self.head_size
+        count = 2 * self.width * self._norm_vectors
+        count += (query + 2 * key) * self.qkv_bias + self.width * self.out_bias
+        count += {"": 0, "head": 2 * self.head_size, "whole": query + key}[self.head_norm]
+        if self.ffn_bias and not self.is_mixture(layer):
+            count += self.width + self.ffn * (1 if self.family == "gpt2" else 2)
+        return count
+
+    @property
+    def _norm_vectors(self) -> int:
+        return 2 if self.family == "gpt2" else 1  # a layer norm has a bias too
 
     @property
     def parameters(self) -> int:
         """All weights; a tied embedding counts once."""
         embeddings = self.vocab_size * self.width * (1 if self.tied else 2)
-        return embeddings + self.layers * (self.layer_parameters + 2 * self.width) + self.width
+        positions = 0 if self.rotary else self.context * self.width
+        layers = sum(self.layer_parameters(layer) + self._vectors(layer) for layer in range(self.layers))
+        return embeddings + positions + layers + self.width * self._norm_vectors
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that one token uses: all of them without experts."""
+        idle = (self.experts - self.experts_per_token) * self.expert_parameters
+        return self.parameters - idle * sum(self.is_mixture(layer) for layer in range(self.layers))
 
     @property
     def matmul_parameters(self) -> int:
         """Weights that are multiplied for every token: the linear maps of the layers and the head."""
-        return self.layers * self.layer_parameters + self.vocab_size * self.width
+        layers = sum(self.layer_parameters(layer, active=True) for layer in range(self.layers))
+        return layers + self.vocab_size * self.width
 
     def flops_per_token(self, context: int) -> int:
         """FLOPs of forward and backward for one token that sees `context` tokens (PaLM, appendix B)."""
-        return 6 * self.matmul_parameters + 12 * self.layers * self.heads * self.head_size * context
+        seen = sum(min(context, self.window_of(layer) or context) for layer in range(self.layers))
+        return 6 * self.matmul_parameters + 12 * self.heads * self.head_size * seen
 
     @property
     def weight_bytes(self) -> int:
@@ -108,113 +192,17 @@ class ModelConfig:
         """Bytes of keys and values that one token keeps in the cache, all layers."""
         return BYTES_PER_VALUE * 2 * self.layers * self.kv_heads * self.head_size
 
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json of Hugging Face's `LlamaForCausalLM` (both the old and the new rope keys)."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_size,
-            "intermediate_size": self.ffn,
-            "max_position_embeddings": self.context,
-            "rope_theta": self.rope_base,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_base},
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": "bfloat16",
-        }
-
-
-def from_hf(values: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face config.json. Raises ConfigError for a model whose computation is not ours."""
-    kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise ConfigError(f"A model of type {kind!r} is not supported.", hint=f"Supported: {SUPPORTED}.")
-    for key, allowed in NEUTRAL.items():
-        if key in values and values[key] not in allowed:
-            raise _unsupported(f"{key} = {values[key]!r}")
-    context = _whole(values, "max_position_embeddings", 2048)
-    _check_window(values, context)
-    width, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
-    tied = values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise ConfigError(f"config.json: tie_word_embeddings = {tied!r}: true or false was expected.")
-    return ModelConfig(
-        family=FAMILIES[kind],
-        vocab_size=_whole(values, "vocab_size"),
-        layers=_whole(values, "num_hidden_layers"),
-        width=width,
-        heads=heads,
-        kv_heads=_whole(values, "num_key_value_heads", heads),
-        head_size=_whole(values, "head_dim", width // heads),
-        ffn=_whole(values, "intermediate_size"),
-        context=context,
-        rope_base=_rope_base(values),
-        norm_eps=_number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
-        tied=tied,
-    )
-
 
 def as_facts(config: ModelConfig) -> dict[str, Any]:
     """The configuration with its derived numbers, as `lapis models show` prints it."""
     return {
         **asdict(config),
         "parameters": config.parameters,
+        "active_parameters": config.active_parameters,
         "weight_bytes": config.weight_bytes,
         "kv_bytes_per_token": config.kv_bytes_per_token,
         "flops_per_token": config.flops_per_token(config.context),
     }
-
-
-def _unsupported(what: str) -> ConfigError:
-    return ConfigError(f"config.json: {what} is not supported.", hint=f"Supported: {SUPPORTED}.")
-
-
-def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"config.json: {key} = {value!r}: a positive whole number was expected.")
-    return value
-
-
-def _number(key: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"config.json: {key} = {value!r}: a number was expected.")
-    return float(value)
-
-
-def _check_window(values: Mapping[str, Any], context: int) -> None:
-    """A sliding window matters only when it is in use and shorter than the context."""
-    window = values.get("sliding_window")
-    if window is None or values.get("use_sliding_window") is False:
-        return
-    if not isinstance(window, int) or window < context:
-        raise _unsupported(f"sliding_window = {window!r} with a context of {context}")
-
-
-def _rope_base(values: Mapping[str, Any]) -> float:
-    """The rotary base, from `rope_parameters` (new) or `rope_theta` (old); refuses every kind of scaling."""
-    base = values.get("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise ConfigError(f"config.json: {key} = {rope!r}: an object was expected.")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise _unsupported(f"{key} of type {kind!r} ({rope!r})")
-        base = rope.get("rope_theta", base)
-    return _number("rope_theta", base)
 
 
 NAMED: dict[str, ModelConfig] = {

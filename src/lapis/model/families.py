@@ -1,54 +1,51 @@
-"""The model definition: one forward for training, scoring, prefill and decode.
+"""The model definitions: one forward for training, scoring, prefill and decode.
 
-Dims: T tokens of a batch, H width, W joined query/key/value rows, F ffn, V vocabulary, R rows with logits.
+Dims: T tokens of a batch, H width, F ffn, V vocabulary, R rows with logits, P positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.ops import Ops, Rope, select
+from lapis.model.attention import AttentionLayer
 from lapis.model.config import ModelConfig
+from lapis.model.layers import optional, weight
 
 INIT_STD = 0.02
 
 
-class LlamaLayer(nn.Module):
-    """Weights of one layer: attention with joined query/key/value, feed-forward with joined gate/up."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        width, rows = config.width, config.heads * config.head_size
-        joined = (config.heads + 2 * config.kv_heads) * config.head_size
-        self.attn_norm = _weight(dtype, width)
-        self.qkv = _weight(dtype, joined, width)
-        self.out = _weight(dtype, width, rows)
-        self.ffn_norm = _weight(dtype, width)
-        self.gate_up = _weight(dtype, 2 * config.ffn, width)
-        self.down = _weight(dtype, width, config.ffn)
+def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """The model of a configuration; its weights are not set until `init_weights` or a load fills them."""
+    return (GPT2 if config.family == "gpt2" else Llama)(config, ops, dtype)
 
 
-class Llama(nn.Module):
-    """A Llama-like decoder over `Ops`; its weights are not set until `init_weights` or a load fills them."""
+class Decoder(nn.Module):
+    """A decoder over `Ops`: embedding, layers, final norm, head. The families fill in what differs."""
 
     def __init__(
         self, config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         super().__init__()
         self.config = config
-        widths = (config.width, config.ffn)
+        widths = (config.width, config.ffn, *((config.expert_ffn,) if config.experts else ()))
         self.ops = ops if ops is not None else select(config.head_size, widths=widths, dtype=dtype)
-        self.rope = Rope.make(config.head_size, config.rope_base, config.context)
-        self.embed = _weight(dtype, config.vocab_size, config.width)
-        self.layers = nn.ModuleList(LlamaLayer(config, dtype) for _ in range(config.layers))
-        self.norm = _weight(dtype, config.width)
+        self.rope = (
+            Rope.make(config.head_size, config.rope_base, config.context, config.rope_scaling, filled=0)
+            if config.rotary
+            else None
+        )
+        self.embed = weight(dtype, config.vocab_size, config.width)
+        self.layers = nn.ModuleList(self.new_layer(index, dtype) for index in range(config.layers))
+        self.norm = weight(dtype, config.width)
         if not config.tied:
-            self.head = _weight(dtype, config.vocab_size, config.width)
+            self.head = weight(dtype, config.vocab_size, config.width)
+
+    def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
+        """The weights of one layer, not set yet."""
+        raise NotImplementedError
 
     @property
     def head_weight(self) -> Tensor:
@@ -66,20 +63,25 @@ class Llama(nn.Module):
 
     def hidden(self, ids_T: Tensor, batch: Batch) -> Tensor:
         """Hidden rows (T, H) after the final norm; keys and values go into the batch's caches."""
-        ops, config = self.ops, self.config
-        x_TH = ops.embedding(ids_T, self.embed)
-        for index, layer in enumerate(cast(Iterable[LlamaLayer], self.layers)):
-            qkv_TW = ops.linear(ops.rms_norm(x_TH, layer.attn_norm, config.norm_eps), layer.qkv)
-            o_T = ops.attention(
-                qkv_TW, batch, index, config.heads, config.kv_heads, config.head_size, self.rope
-            )
-            x_TH = ops.linear(o_T, layer.out, x_TH)
-            gate_up_T2F = ops.linear(ops.rms_norm(x_TH, layer.ffn_norm, config.norm_eps), layer.gate_up)
-            x_TH = ops.linear(ops.silu_mul(gate_up_T2F), layer.down, x_TH)
-        return ops.rms_norm(x_TH, self.norm, config.norm_eps)
+        if self.rope is not None:
+            self.rope.reach(batch.positions)
+        x_TH = self.embedded(ids_T, batch)
+        for layer in self.layers:
+            x_TH = layer(self.ops, x_TH, batch, self.rope)
+        return self.normed(x_TH)
+
+    def embedded(self, ids_T: Tensor, batch: Batch) -> Tensor:
+        """The rows (T, H) that enter the first layer."""
+        return self.ops.embedding(ids_T, self.embed)
+
+    def normed(self, x_TH: Tensor) -> Tensor:
+        """The final norm."""
+        return self.ops.rms_norm(x_TH, self.norm, self.config.norm_eps)
 
     def new_caches(self, pages: int) -> list[LayerCache]:
         """Empty key and value pages, one pool a layer."""
+        if self.rope is not None:
+            self.rope.reach(pages * PAGE)
         return [
             self.ops.new_cache(pages, self.config.kv_heads, self.config.head_size)
             for _ in range(self.config.layers)
@@ -90,13 +92,88 @@ class Llama(nn.Module):
         """Fill all weights from a seed: normal, std 0.02; layer outputs / √(2 · layers) (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         scale = (2 * self.config.layers) ** -0.5
-        for name, weight in self.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("_bias") else 1.0)
                 continue
-            std = INIT_STD * (scale if name.endswith((".out", ".down")) else 1.0)
-            weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+            std = INIT_STD * (scale if name.endswith((".out", "down")) else 1.0)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
-def _weight(dtype: torch.dtype, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=dtype))
+class LlamaLayer(AttentionLayer):
+    """Attention, then a feed-forward part with joined gate and up (SwiGLU), each after an RMS norm."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+        super().__init__(config, index, dtype)
+        width, ffn = config.width, config.ffn
+        self.ffn_norm = weight(dtype, width)
+        self.gate_up = weight(dtype, 2 * ffn, width)
+        self.down = weight(dtype, width, ffn)
+        self.gate_up_bias = optional(config.ffn_bias, dtype, 2 * ffn)
+        self.down_bias = optional(config.ffn_bias, dtype, width)
+
+    def forward(self, ops: Ops, x_TH: Tensor, batch: Batch, rope: Rope | None) -> Tensor:
+        """The rows after this layer."""
+        eps = self.config.norm_eps
+        x_TH = self.attend(ops, x_TH, ops.rms_norm(x_TH, self.attn_norm, eps), batch, rope)
+        n_TH = ops.rms_norm(x_TH, self.ffn_norm, eps)
+        gate_up_T2F = ops.linear(n_TH, self.gate_up, bias_N=self.gate_up_bias)
+        a_TF = ops.silu_mul(gate_up_T2F)
+        return ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+
+
+class Llama(Decoder):
+    """Llama and its kin (Mistral, Qwen; Mixtral, OLMoE, Qwen3-MoE): rotary positions, RMS norms, SwiGLU."""
+
+    def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
+        """A layer."""
+        return LlamaLayer(self.config, index, dtype)
+
+
+class GPT2Layer(AttentionLayer):
+    """Attention, then a feed-forward part with GELU, each after a layer norm; biases everywhere."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+        super().__init__(config, index, dtype)
+        width, ffn = config.width, config.ffn
+        self.attn_norm_bias = weight(dtype, width)
+        self.ffn_norm = weight(dtype, width)
+        self.ffn_norm_bias = weight(dtype, width)
+        self.up = weight(dtype, ffn, width)
+        self.up_bias = weight(dtype, ffn)
+        self.down = weight(dtype, width, ffn)
+        self.down_bias = weight(dtype, width)
+
+    def forward(self, ops: Ops, x_TH: Tensor, batch: Batch, rope: Rope | None) -> Tensor:
+        """The rows after this layer."""
+        eps = self.config.norm_eps
+        n_TH = ops.layer_norm(x_TH, self.attn_norm, self.attn_norm_bias, eps)
+        x_TH = self.attend(ops, x_TH, n_TH, batch, rope)
+        n_TH = ops.layer_norm(x_TH, self.ffn_norm, self.ffn_norm_bias, eps)
+        up_TF = ops.linear(n_TH, self.up, bias_N=self.up_bias)
+        a_TF = ops.gelu(up_TF)
+        return ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+
+
+class GPT2(Decoder):
+    """GPT-2 (Radford et al. 2019): a learned vector for each position, layer norms, GELU."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__(config, ops, dtype)
+        self.positions = weight(dtype, config.context, config.width)
+        self.norm_bias = weight(dtype, config.width)
+
+    def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
+        """A layer."""
+        return GPT2Layer(self.config, index, dtype)
+
+    def embedded(self, ids_T: Tensor, batch: Batch) -> Tensor:
+        """Token and position vector of each row, added with one rounding."""
+        x_TH = self.ops.embedding(ids_T, self.embed)
+        return x_TH + self.ops.embedding(batch.position_T.long(), self.positions)
+
+    def normed(self, x_TH: Tensor) -> Tensor:
+        """The final layer norm."""
+        return self.ops.layer_norm(x_TH, self.norm, self.norm_bias, self.config.norm_eps)

@@ -20,7 +20,8 @@ from lapis.errors import ConfigError, InputError
 from lapis.log import Progress, silent
 from lapis.model.config import SUPPORTED, ModelConfig
 from lapis.model.gguf_tokenizer import build_tokenizer
-from lapis.model.weights import EMBED, HEAD, NORM, ImportedModel, from_hf_state
+from lapis.model.hf_state import EMBED, HEAD, NORM, from_hf_state
+from lapis.model.weights import ImportedModel
 
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 ROWS_AT_ONCE = 4096  # rows dequantised together: bounds the float32 copy

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lapis.errors import InputError
 from lapis.log import Progress, silent
+from lapis.model.hf_state import from_hf_state
 from lapis.model.layout import (
     CONFIG,
     GENERATION,
@@ -21,7 +22,7 @@ from lapis.model.layout import (
     token_text,
     weight_files,
 )
-from lapis.model.weights import ImportedModel, from_hf_state, read_chat_template, read_tensors, read_tokenizer
+from lapis.model.weights import ImportedModel, read_chat_template, read_tensors, read_tokenizer
 from lapis.tokenizer.bpe import Tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import InputError
-from lapis.model import config as model_config
+from lapis.model import config_hf
 from lapis.model.config import ModelConfig
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION = (
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of config.json. Raises InputError without one, ConfigError for a foreign model."""
-    return model_config.from_hf(read_json(folder / CONFIG))
+    return config_hf.from_hf(read_json(folder / CONFIG))
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,13 +18,13 @@ from lapis.log import Progress, silent
 from lapis.model import layout
 from lapis.model import manifest as manifests
 from lapis.model.config import ModelConfig
-from lapis.model.families import Llama
+from lapis.model.config_hf import to_hf
+from lapis.model.families import Decoder, build
+from lapis.model.hf_state import from_hf_state, to_hf_state
 from lapis.model.manifest import Manifest, Source
 from lapis.storage import atomic_folder, write_text
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
-
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ImportedModel:
 class LoadedModel:
     """A model ready to run, and the manifest that its files were checked against."""
 
-    model: Llama
+    model: Decoder
     config: ModelConfig
     tokenizer: Tokenizer
     chat: ChatTemplate | None
@@ -98,7 +97,7 @@ def write_model(
         tensors = to_hf_state(config, state)
         tokenizer.save(place / layout.TOKENIZER)
         ends = {"bos_token_id": bos, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
-        _write_json(place / layout.CONFIG, {**config.to_hf(), **ends})
+        _write_json(place / layout.CONFIG, {**to_hf(config), **ends})
         _write_json(place / layout.GENERATION, ends)
         _write_json(
             place / layout.TOKENIZER_CONFIG,
@@ -144,7 +143,7 @@ def read_model(folder: Path, ops: Ops | None = None, progress: Progress = silent
     manifest = manifests.verify(folder, progress)
     config = layout.read_config(folder)
     tensors = read_tensors(folder / layout.WEIGHTS)
-    model = Llama(config, ops)
+    model = build(config, ops)
     model.load_state_dict(from_hf_state(config, tensors, where=str(folder / layout.WEIGHTS)))
     values = layout.read_tokenizer_config(folder)
     return LoadedModel(
@@ -184,98 +183,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}.") from error
-
-
-def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under Hugging Face's names, in bfloat16; joined matrices are split. Raises InputError."""
-    _check_names(config, state)
-    result = {EMBED: state["embed"], NORM: state["norm"]}
-    if not config.tied:
-        result[HEAD] = state["head"]
-    for index in range(config.layers):
-        for name, parts in _layer_map(config).items():
-            joined = state[f"layers.{index}.{name}"]
-            split = torch.split(joined, [rows for _, rows in parts]) if len(parts) > 1 else (joined,)
-            for (hf_name, _), tensor in zip(parts, split, strict=True):
-                result[f"model.layers.{index}.{hf_name}.weight"] = tensor
-    return {
-        name: tensor.detach().to(torch.bfloat16).cpu().contiguous().clone() for name, tensor in result.items()
-    }
-
-
-def from_hf_state(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names, in bfloat16, query/key/value and gate/up joined.
-
-    Raises InputError naming a tensor that is missing, of the wrong shape, or unknown.
-    """
-    rest = dict(tensors)
-
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in rest:
-            raise InputError(f"{where}: the tensor {name} is missing.")
-        tensor = rest.pop(name)
-        if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{where}: the tensor {name} has shape {tuple(tensor.shape)} instead of {shape}."
-            )
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"{where}: the tensor {name} holds {tensor.dtype}: quantised weights come as GGUF only."
-            )
-        return tensor.to(torch.bfloat16)
-
-    shapes = _layer_inputs(config)
-    state = {"embed": take(EMBED, config.vocab_size, config.width), "norm": take(NORM, config.width)}
-    for index in range(config.layers):
-        for name, parts in _layer_map(config).items():
-            inputs = shapes[name]
-            taken = [take(f"model.layers.{index}.{hf_name}.weight", rows, *inputs) for hf_name, rows in parts]
-            state[f"layers.{index}.{name}"] = torch.cat(taken) if len(taken) > 1 else taken[0]
-    if not config.tied:
-        state["head"] = take(HEAD, config.vocab_size, config.width)
-    elif HEAD in rest and not torch.equal(take(HEAD, config.vocab_size, config.width), state["embed"]):
-        raise InputError(f"{where}: config.json says that {HEAD} is tied to the embedding, but they differ.")
-    unknown = sorted(
-        name for name in rest if not name.endswith("rotary_emb.inv_freq")
-    )  # computed, not weights
-    if unknown:
-        raise InputError(f"{where}: unknown tensors: {', '.join(unknown[:3])} ({len(unknown)} in all).")
-    return state
-
-
-def _layer_map(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
-    """Our name of a layer's weight -> the Hugging Face names it joins, with their rows."""
-    query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    return {
-        "attn_norm": [("input_layernorm", config.width)],
-        "qkv": [("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)],
-        "out": [("self_attn.o_proj", config.width)],
-        "ffn_norm": [("post_attention_layernorm", config.width)],
-        "gate_up": [("mlp.gate_proj", config.ffn), ("mlp.up_proj", config.ffn)],
-        "down": [("mlp.down_proj", config.width)],
-    }
-
-
-def _layer_inputs(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our name of a layer's weight -> its trailing dims: none for a norm, else its inputs."""
-    return {
-        "attn_norm": (),
-        "qkv": (config.width,),
-        "out": (config.heads * config.head_size,),
-        "ffn_norm": (),
-        "gate_up": (config.width,),
-        "down": (config.ffn,),
-    }
-
-
-def _check_names(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    wanted = {"embed", "norm"} | (set() if config.tied else {"head"})
-    wanted |= {f"layers.{index}.{name}" for index in range(config.layers) for name in _layer_map(config)}
-    if set(state) != wanted:
-        odd = sorted(set(state) ^ wanted)
-        raise InputError(
-            f"The weights do not fit the configuration: missing or unknown: {', '.join(odd[:5])}."
-        )
 
 
 def _tokenizer_config(

@@ -16,7 +16,7 @@ from lapis.evaluate.evaluation import evaluate
 from lapis.evaluate.report import EvalReport
 from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
-from lapis.model.families import Llama
+from lapis.model.families import build
 from lapis.train.export import dataset_folder, last_checkpoint
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
@@ -45,7 +45,7 @@ def measure_run(run: Run, ground: Ground | None = None, progress: Progress = sil
     """
     checkpoint = last_checkpoint(run)
     loaded = load(checkpoint)
-    model = Llama(ModelConfig(**loaded.state["model"]))
+    model = build(ModelConfig(**loaded.state["model"]))
     model.load_state_dict(loaded.groups["model"])
     model.ops.weights_changed()
     own = ground_of_run(run, checkpoint.step) if ground is None else ground

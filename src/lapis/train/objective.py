@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lapis.data.loader import TokenBatch
 from lapis.kernels.batch import packed
-from lapis.model.families import Llama
+from lapis.model.families import Decoder
 
 
-def pretrain_loss(model: Llama, tokens: TokenBatch) -> Tensor:
+def pretrain_loss(model: Decoder, tokens: TokenBatch) -> Tensor:
     """Mean cross-entropy in nats per token, an fp32 scalar. Attention never crosses a document's border."""
     ids_T, targets_T = torch.from_numpy(tokens.ids_T), torch.from_numpy(tokens.targets_T)
     x_TH = model.hidden(ids_T, packed(tokens.lengths))

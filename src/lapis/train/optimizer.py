@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lapis.kernels.ops import Matrix, Ops
 from lapis.model.config import ModelConfig
-from lapis.model.families import Llama
+from lapis.model.families import Decoder
 
 ALIGN = 32  # elements: every parameter starts on a 64-byte line of bf16
 
@@ -28,7 +28,7 @@ ITERATIONS = 5
 class FlatParameters:
     """Moves a model's parameters into flat buffers. `matrices` elements at the front are hidden matrices."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Decoder) -> None:
         named = sorted(model.named_parameters(), key=lambda item: not is_hidden_matrix(*item))
         sizes = [-(-parameter.numel() // ALIGN) * ALIGN for _, parameter in named]
         total = sum(sizes)
@@ -131,17 +131,17 @@ class Optimizer:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is one of the linear maps of the layers."""
-    return parameter.ndim == 2 and name.startswith("layers.")
+    """Whether a parameter is one of the linear maps of the layers, or one of every expert."""
+    return parameter.ndim >= 2 and name.startswith("layers.")
 
 
 def _blocks(name: str, start: int, parameter: Tensor, config: ModelConfig) -> list[Matrix]:
     """The matrices inside one weight: joined query, key and value or gate and up are orthogonalised one by one."""
-    rows, columns = parameter.shape
+    rows, columns = parameter.shape[-2:]
     query, key = config.heads * config.head_size, config.kv_heads * config.head_size
-    joined = {"qkv": (query, key, key), "gate_up": (config.ffn, config.ffn)}
+    joined = {"qkv": (query, key, key), "gate_up": (rows // 2,) * 2, "experts_gate_up": (rows // 2,) * 2}
     blocks = []
-    for part in joined.get(name.rsplit(".", 1)[-1], (rows,)):
+    for part in joined.get(name.rsplit(".", 1)[-1], (rows,)) * (parameter.numel() // (rows * columns)):
         blocks.append(Matrix(start, part, columns))
         start += part * columns
     return blocks

@@ -26,7 +26,8 @@ from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
 from lapis.log import Progress, silent
-from lapis.model.families import Llama
+from lapis.model.config import ModelConfig
+from lapis.model.families import build
 from lapis.train import schedule
 from lapis.train.objective import pretrain_loss
 from lapis.train.optimizer import FlatParameters, Optimizer
@@ -78,7 +79,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, dataset: Dataset, run: Run) -> None:
         self.recipe, self.section, self.dataset, self.run = recipe, recipe.train, dataset, run
         self.config = recipe.model.resolve(dataset.tokenizer.vocab_size)
-        self.model = Llama(self.config)
+        self.model = build(self.config)
         self.model.init_weights(self.section.seed)
         self.flat = FlatParameters(self.model)
         self.optimizer = Optimizer(
@@ -173,7 +174,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         loaded = load(checkpoint)
         state = loaded.state
-        if state["model"] != asdict(self.config) or state["dataset_digest"] != self.dataset.digest:
+        if ModelConfig(**state["model"]) != self.config or state["dataset_digest"] != self.dataset.digest:
             raise ConflictError(
                 f"The checkpoint {checkpoint.folder} belongs to another model or dataset than this recipe.",
                 hint="Give the recipe another name, so that it becomes a run of its own.",
