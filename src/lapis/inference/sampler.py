@@ -169,7 +169,7 @@ def _adjusted(logits_V: Floats, row: Row) -> Floats:
 def _lightest_kept(weight_N: Floats, top_p: float) -> np.float32:
     """The smallest weight in the smallest set of tokens that holds `top_p` of all weight."""
     total = float(_block_sums(weight_N).sum())
-    for share in (1024, len(weight_N)):
+    for share in (16384, len(weight_N)):
         # All tokens below the bound for len(weight_N) hold less than 1 - top_p together, so that only the
         # others need sorting; mostly a bound that is stricter is low enough as well.
         heavy = weight_N.take(np.flatnonzero(weight_N >= np.float32((1 - top_p) * total / share)))
