@@ -27,7 +27,8 @@ class Conversation:
 def chat_prompt(engine: Engine, conversation: Conversation) -> ToolPrompt:
     """A conversation that waits for its answer, and how the answer is bound and read.
 
-    Raises InputError for a model without a chat template.
+    Compiles the answer's grammar, so call it in a thread. Raises InputError for a model without a chat
+    template, and for a grammar that cannot be enforced.
     """
     if engine.chat is None:
         raise InputError(
@@ -45,14 +46,15 @@ def chat_prompt(engine: Engine, conversation: Conversation) -> ToolPrompt:
     asked = prompt_with_tools(
         engine.chat, engine.tokenizer, conversation.messages, tools, choice, parallel=conversation.parallel
     )
-    return asked if conversation.form is None else replace(asked, grammar=conversation.form)
+    asked = asked if conversation.form is None else replace(asked, grammar=conversation.form)
+    if asked.grammar is not None:
+        engine.prepare(asked.grammar)
+    return asked
 
 
 def bound(params: SamplingParams, asked: ToolPrompt) -> SamplingParams:
     """How tokens are chosen for an answer that must keep to a grammar or may hold calls."""
-    if asked.grammar is not None:
-        raise InputError("The form of an answer cannot be bound yet.", param=asked.grammar.param)
-    return params
+    return replace(params, structure=asked.grammar, visible_ids=asked.visible_ids)
 
 
 def answer_tokens(engine: Engine, prompt: Sequence[int], limit: int | None, param: str = "max_tokens") -> int:

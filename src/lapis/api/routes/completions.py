@@ -108,6 +108,8 @@ class _Completion:
     def _prompts(self, engine: Engine) -> list[Prompt]:
         body = self._body
         asked = ToolPrompt([], body.form)
+        if asked.grammar is not None:
+            engine.prepare(asked.grammar)
         prompts = []
         for prompt in body.prompt:
             ids = tuple(prompt_ids(engine, prompt)) if isinstance(prompt, str) else prompt
