@@ -7,11 +7,13 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lapis.errors import InputError, LimitError, UnavailableError
+from lapis.errors import InputError, LimitError, NotFoundError, UnavailableError
 from lapis.inference import loop
 from lapis.inference.engine import prompt_ids
 from lapis.inference.fake import FakeEngine, FakeRunner
@@ -345,3 +347,70 @@ def test_stats_add_up(engine: FakeEngine) -> None:
 
 def test_the_prompt_of_a_completion_starts_as_the_model_wants(engine: FakeEngine) -> None:
     assert prompt_ids(engine, "Hi") == [engine.tokenizer.end_id, *engine.tokenizer.encode("Hi")]
+
+
+def test_an_adapter_answers_under_its_name_and_shares_no_pages_with_others(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    engine.add_adapter("pirate", tmp_path)
+    request = ask(engine, "word " * 40, max_tokens=20)
+    plain, adapted = (
+        engine.submit(request).result(),
+        engine.submit(replace(request, adapter="pirate")).result(),
+    )
+    assert adapted.text.startswith("pirate: one two")
+    assert (plain.cached_tokens, adapted.cached_tokens) == (0, 0)
+    assert engine.submit(replace(request, adapter="pirate")).result().cached_tokens > 0
+    gate = Gate(engine)
+    under_way = engine.submit(replace(request, adapter="pirate"))
+    gate.inside.acquire()
+    engine.remove_adapter("pirate")
+    gate.open()
+    assert under_way.result().text == adapted.text
+    with pytest.raises(NotFoundError, match="pirate"):
+        engine.submit(replace(request, adapter="pirate"))
+
+
+def test_texts_are_embedded_beside_running_requests(engine: FakeEngine) -> None:
+    stream = engine.submit(ask(engine, max_tokens=200))
+    one, other, same = engine.embed([[5, 6, 7], [5, 6, 8], [5, 6, 7]])
+    assert one == same != other
+    assert sum(number * number for number in one) == pytest.approx(1)
+    stream.result()
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_many_texts_to_embed_that_find_the_queue_full_leave_nothing_behind() -> None:
+    with closing(replying("yes", running=1, queued_tokens=320, step_tokens=16)) as engine:
+        with pytest.raises(LimitError):
+            engine.embed([[5] * 200] * 20)
+        engine.submit(ask(engine)).result()
+        assert engine.stats()["waiting"] == engine.stats()["pages_used"] == 0
+
+
+def test_the_prompts_logprobs_come_once_even_after_a_preemption() -> None:
+    with closing(replying("word " * 50, pages=4, context=128, step_tokens=8, running=2)) as engine:
+        plain = engine.submit(ask(engine, "one two three", prompt_logprobs=1, max_tokens=1)).result()
+        streams = [
+            engine.submit(ask(engine, "one two three", prompt_logprobs=1, max_tokens=60)) for _ in range(4)
+        ]
+        outputs = [stream.result() for stream in streams]
+        assert engine.stats()["preemptions"] > 0
+    assert len(plain.prompt_logprobs) == plain.prompt_tokens - 1
+    assert {output.prompt_logprobs for output in outputs} == {plain.prompt_logprobs}
+    assert {output.completion_tokens for output in outputs} == {60}
+
+
+def test_guessing_ahead_changes_no_text_and_no_count() -> None:
+    reply = "one and two and three, but not four. " * 3 + "So one and two and three, and it ends"
+    texts = []
+    for drafts in (0, 5):
+        with closing(replying(reply, drafts=drafts)) as engine:
+            cases: list[dict[str, Any]] = [{}, {"stop": ("r. So",)}, {"max_tokens": 50}, {"logprobs": 1}]
+            outputs = [engine.submit(ask(engine, **{"max_tokens": 150, **case})).result() for case in cases]
+            stats = engine.stats()
+            assert stats["completion_tokens"] == sum(output.completion_tokens for output in outputs)
+            assert stats["pages_used"] == 0
+            texts.append((outputs, stats["steps"]))
+    assert texts[0][0] == texts[1][0]
+    assert texts[1][1] < texts[0][1]

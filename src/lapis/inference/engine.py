@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lapis.model.weights import LoadedModel
 
 
+DRAFTS = 7  # with its own token a request fills `Limits.draft_rows`, which cost little more than one row
+
+
 class Engine(Protocol):
     """A model that continues token ids and scores them. Everything may be called from any thread."""
 
@@ -53,7 +56,10 @@ class Engine(Protocol):
         """Whether logits are those of training, bit for bit, whatever else is in the batch."""
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request. Raises InputError, LimitError (the queue is full), UnavailableError (closed)."""
+        """Queue a request.
+
+        Raises InputError, NotFoundError (no such adapter), LimitError (the queue is full), UnavailableError.
+        """
 
     def prepare(self, structure: Grammar) -> None:
         """Compile a grammar beforehand, off the thread that submits. Blocks; raises InputError."""
@@ -80,7 +86,10 @@ class Engine(Protocol):
 
 
 class LocalEngine(EngineLoop):
-    """A loaded model in this process, stepped by one thread; `cache_bytes` bounds its key/value memory."""
+    """A loaded model in this process, stepped by one thread; `cache_bytes` bounds its key/value memory.
+
+    `drafts` is how many tokens it guesses ahead for a request while few run; 0 for none.
+    """
 
     def __init__(
         self,
@@ -91,7 +100,7 @@ class LocalEngine(EngineLoop):
         step_tokens: int = Limits.step_tokens,
         running: int = Limits.running,
         queued_tokens: int = Limits.queued_tokens,
-        drafts: int = Limits.drafts,
+        drafts: int = DRAFTS,
     ) -> None:
         from lapis.inference.runner import ModelRunner  # torch is loaded here, not by whoever knows engines
 

@@ -10,8 +10,10 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 from lapis.inference import sampler
 from lapis.inference.kv_cache import KVCache, pages_for
@@ -86,7 +88,10 @@ class FakeRunner:
         if script is None:
             prompt = self._tokenizer.decode(sequence.request.prompt_ids)
             seed = 0 if sequence.request.params.greedy else sequence.seed
-            script = [*self._tokenizer.encode(self._reply(prompt, seed)), self._tokenizer.end_id]
+            reply = self._reply(prompt, seed)
+            if sequence.request.adapter is not None:
+                reply = f"{sequence.request.adapter}: {reply}"
+            script = [*self._tokenizer.encode(reply), self._tokenizer.end_id]
             self._scripts[sequence.number] = script
         row = sampler.row_of(sequence, [*sequence.ids, *chunk.drafts[:ahead]])
         completion = row.ids[row.prompt_tokens :]
@@ -131,6 +136,7 @@ class FakeEngine(EngineLoop):
 
     The seed is 0 at temperature 0, else the request's. With a grammar the reply is followed as far as it is
     allowed, then the text is ended as soon as the grammar lets it. `seconds_per_token` slows it down to a model's pace.
+    An adapter, whatever is in its folder, makes answers begin with its name.
     """
 
     bit_exact = True
@@ -156,6 +162,17 @@ class FakeEngine(EngineLoop):
         runner = FakeRunner(tokenizer, reply, seconds_per_token)
         limits = Limits(context, pages, step_tokens, running, queued_tokens, drafts=drafts)
         super().__init__(name, runner, limits, tokenizer, tokenizer.stop_ids)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Answer requests for this adapter too."""
+        self._put_adapter(name, FakeAdapter(str(folder)))
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    """An adapter that only has a name for its contents."""
+
+    digest: str
 
 
 def _embedding(ids: Sequence[int]) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lapis.errors import LapisError, UnavailableError
+from lapis.errors import LapisError, NotFoundError, UnavailableError, nearest
 from lapis.inference import scheduler as schedules
 from lapis.inference.kv_cache import PAGE, KVCache
 from lapis.inference.request import (
@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 DRAIN_SECONDS = 1.0  # what close() gives running requests to finish
 JOIN_SECONDS = 0.9  # what it then gives the step that is under way
 STEP_SECONDS = 0.15  # what a step's prompts may take while others generate; a page's worth at least
+
+
+class Adapter(Protocol):
+    """A low-rank adapter as a runner knows it."""
+
+    @property
+    def digest(self) -> str:
+        """Names its contents: equal prefixes are shared among equal digests only."""
 
 
 class Runner(Protocol):
@@ -99,13 +107,17 @@ class EngineLoop:
         self._writers: dict[int, Writer] = {}
         self._cancels: deque[schedules.Sequence] = deque()  # lock-free: filled by __del__ in any thread
         self._grammars: Compiler | None = None
+        self._adapters: dict[str, Adapter] = {}
         self._refusal = ""  # why nothing is accepted any more
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request. Raises InputError, LimitError (the queue is full), UnavailableError (closed)."""
+        """Queue a request.
+
+        Raises InputError, NotFoundError (no such adapter), LimitError (the queue is full), UnavailableError.
+        """
         check_request(request, self.context, self.tokenizer.vocab_size)
         stop_ids = self.stop_ids if request.params.stop_ids is None else request.params.stop_ids
         structure, matcher = request.params.structure, None
@@ -114,9 +126,11 @@ class EngineLoop:
             matcher = self._compiler().matcher(structure, stop_ids)
         with self._work:
             self._check_open()
+            adapter = self._adapter(request.adapter)
+            salt = b"" if adapter is None else adapter.digest.encode()
             seed = secrets.randbits(64)
-            sequence = self._scheduler.add(request, self.context, seed, self._speed)
-            sequence.stop_ids, sequence.matcher = stop_ids, matcher
+            sequence = self._scheduler.add(request, self.context, seed, self._speed, salt)
+            sequence.stop_ids, sequence.matcher, sequence.adapter = stop_ids, matcher, adapter
             writer = Writer(sequence, self.tokenizer, stop_ids)
             self._writers[sequence.number] = writer
             self._work.notify_all()
@@ -152,6 +166,18 @@ class EngineLoop:
             for number, text in enumerate(ids)
         ]
         return [list(output.embedding) for output in self._read(requests)]
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those under way keep it. Raises NotFoundError."""
+        with self._work:
+            self._adapter(name)
+            del self._adapters[name]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters, sorted."""
+        with self._work:
+            return sorted(self._adapters)
 
     def stats(self) -> dict[str, Any]:
         """What is running, waiting and cached now, and what has been done since the start."""
@@ -327,6 +353,18 @@ class EngineLoop:
 
                 self._grammars = Compiler(self.tokenizer, self.stop_ids)
             return self._grammars
+
+    def _put_adapter(self, name: str, adapter: Adapter) -> None:
+        with self._work:
+            self._adapters[name] = adapter
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if name is None:
+            return None
+        if name not in self._adapters:
+            known = nearest(name, self._adapters)
+            raise NotFoundError(f"{self.name!r} has no adapter {name!r}. {known}".strip(), param="model")
+        return self._adapters[name]
 
     def _check_open(self) -> None:
         if self._refusal:
