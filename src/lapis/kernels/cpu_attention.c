@@ -10,9 +10,6 @@
 #define KEY_VECTORS (PAGE / WIDE < 4 ? PAGE / WIDE : 4)  // keys whose scores are in registers at a time
 #define SUM_VECTORS 4                                    // dims whose sums are
 
-typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
-typedef int8_t wide_bytes __attribute__((vector_size(WIDE)));
-
 struct walk {  // some (query, head) rows of one KV head and one run on their way through the pages
     const uint32_t *q[BLOCK_ROWS];
     int64_t from[BLOCK_ROWS], position[BLOCK_ROWS];  // first and last key that the row sees
@@ -25,14 +22,18 @@ struct block {  // what a page holds of one KV head
     int64_t first;                             // position of the first key
 };
 
+INLINE wide load_bytes(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (wide)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return (wide){p[0], p[1], p[2], p[3]};
+#endif
+}
 // Pairs of bf16 from two rows of whole numbers: exact, since they have at most 8 bits.
 INLINE wide_pairs pairs_of(const int8_t *even, const int8_t *odd) {
-    wide_bytes e, o;
-    memcpy(&e, even, WIDE);
-    memcpy(&o, odd, WIDE);
-    const wide low = __builtin_convertvector(__builtin_convertvector(e, wide_int), wide);
-    const wide high = __builtin_convertvector(__builtin_convertvector(o, wide_int), wide);
-    return (wide_pairs)low >> 16 | (wide_pairs)high;
+    return (wide_pairs)load_bytes(even) >> 16 | (wide_pairs)load_bytes(odd);
 }
 INLINE wide_pairs load_keys(const struct block *b, const int int8, int64_t pair, int key) {
     const int8_t *bytes = (const int8_t *)b->keys + 2 * pair * PAGE + key;
@@ -78,7 +79,8 @@ INLINE float softmax_page(struct walk *w, int64_t row, const struct block *b, f3
 
 // Adds a page's values to the sums of some dims.
 INLINE void add_values(const int rows, const int int8, const int vectors, const struct block *b, float *sums,
-                       int64_t size, int64_t dim, uint32_t pairs[][PAGE / 2], const float *factor) {
+                       int64_t size, int64_t dim, uint32_t pairs[][PAGE / 2], const float *factor,
+                       const char *ahead) {
     wide sum[ROWS][SUM_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -89,6 +91,10 @@ INLINE void add_values(const int rows, const int int8, const int vectors, const 
         wide_pairs v[SUM_VECTORS];
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) v[i] = load_values(b, int8, size, j, dim + i * WIDE);
+        if (ahead)
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++)
+                __builtin_prefetch(ahead + (int8 ? 2 : 4) * (j * size + dim + i * WIDE));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -120,9 +126,7 @@ INLINE void tile(const int rows, const int int8, const struct attention *a, stru
             if (row == 0 && key == 0) {
                 const int64_t at = d * (int8 ? 64 : 128);
                 __builtin_prefetch(b->next_keys + at);
-                __builtin_prefetch(b->next_values + at);
                 if (!int8) __builtin_prefetch(b->next_keys + at + 64);
-                if (!int8) __builtin_prefetch(b->next_values + at + 64);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
@@ -140,15 +144,16 @@ INLINE void tile(const int rows, const int int8, const struct attention *a, stru
         factor[r] = softmax_page(w, row + r, b, s0, s1, pairs[r]);
     }
     float *sums = w->sum + row * size;
+    const char *ahead = row == 0 ? b->next_values : NULL;
     int64_t dim = 0;
     for (; dim + SUM_VECTORS * WIDE <= size; dim += SUM_VECTORS * WIDE)
-        add_values(rows, int8, SUM_VECTORS, b, sums, size, dim, pairs, factor);
+        add_values(rows, int8, SUM_VECTORS, b, sums, size, dim, pairs, factor, ahead);
     if (SUM_VECTORS * WIDE > 32 && dim + 32 <= size) {
-        add_values(rows, int8, SUM_VECTORS * WIDE > 32 ? 32 / WIDE : 1, b, sums, size, dim, pairs, factor);
+        add_values(rows, int8, SUM_VECTORS * WIDE > 32 ? 32 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
         dim += 32;
     }
     if (SUM_VECTORS * WIDE > 16 && dim < size)
-        add_values(rows, int8, SUM_VECTORS * WIDE > 16 ? 16 / WIDE : 1, b, sums, size, dim, pairs, factor);
+        add_values(rows, int8, SUM_VECTORS * WIDE > 16 ? 16 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
 }
 
 typedef void (*tile_function)(const struct attention *, struct walk *, const struct block *, int64_t);
@@ -219,7 +224,8 @@ static void attend(const struct attention *a, int64_t kv_head, int64_t first, in
     const int64_t last = w.position[0] / PAGE;
     for (int64_t page = w.from[0] / PAGE; page <= last; page++) {
         const int64_t here = block_of(a, page_of(a->batch, first, page), kv_head);
-        const int64_t next = block_of(a, page_of(a->batch, first, page < last ? page + 1 : page), kv_head);
+        const int64_t ahead = page + (a->int8 ? 2 : 1);  // by then it has come from memory
+        const int64_t next = block_of(a, page_of(a->batch, first, ahead < last ? ahead : last), kv_head);
         struct block b = {a->keys + here, a->values + here, NULL, NULL, a->keys + next, a->values + next, page * PAGE};
         if (a->int8) {
             b.key_scales = (const float *)(b.keys + scales);

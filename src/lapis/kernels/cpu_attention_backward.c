@@ -56,7 +56,7 @@ INLINE void panel_part(const int vectors, const bf16 *a, int64_t a_stride, const
 }
 
 // out[rows][width] (+)= a[rows][depth] b, where b is laid out as [depth/2][width][2]; rows a multiple of 8, width of 16.
-static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t depth, float *out, int64_t rows,
+INLINE void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t depth, float *out, int64_t rows,
                   int64_t width, int add) {
     for (int64_t c = 0; c < width; c += COLUMNS)
         for (int64_t r = 0; r < rows; r += PANEL_ROWS) {
@@ -67,28 +67,31 @@ static void panel(const bf16 *a, int64_t a_stride, const bf16 *b, int64_t depth,
         }
 }
 
-// Gradient of what was rotated, from that of the rotated.
-static void unrotate(const struct attention_backward *a, const float *x, int64_t token, bf16 *y) {
-    const int64_t half = a->size / 2, table = a->position[token] * half;
+// Gradient of what was rotated, from that of the rotated. Lanes beyond the head's half hold nothing.
+INLINE void unrotate_part(const struct attention_backward *a, const float *x, int64_t half, int64_t table, bf16 *y,
+                          const int lanes) {
     bf16 low[LANES], high[LANES];
-    for (int64_t i = 0; i < half; i += LANES) {
-        const size_t n = half - i < LANES ? LANES / 2 : LANES;
-        f32x16 first = all(0), second = all(0), c = all(1), s = all(0);
-        memcpy(&first, x + i, n * 4);
-        memcpy(&second, x + i + half, n * 4);
-        if (a->cos) {
-            memcpy(&c, a->cos + table + i, n * 4);
-            memcpy(&s, a->sin + table + i, n * 4);
-        }
-        store_bf16(low, first * c + second * s);
-        store_bf16(high, second * c - first * s);
-        memcpy(y + i, low, n * 2);
-        memcpy(y + i + half, high, n * 2);
+    f32x16 first = all(0), second = all(0), c = all(1), s = all(0);
+    memcpy(&first, x, (size_t)lanes * 4);
+    memcpy(&second, x + half, (size_t)lanes * 4);
+    if (a->cos) {
+        memcpy(&c, a->cos + table, (size_t)lanes * 4);
+        memcpy(&s, a->sin + table, (size_t)lanes * 4);
     }
+    store_bf16(low, first * c + second * s);
+    store_bf16(high, second * c - first * s);
+    memcpy(y, low, (size_t)lanes * 2);
+    memcpy(y + half, high, (size_t)lanes * 2);
+}
+INLINE void unrotate(const struct attention_backward *a, const int64_t size, const float *x, int64_t token, bf16 *y) {
+    const int64_t half = size / 2, table = a->position[token] * half;
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) unrotate_part(a, x + i, half, table + i, y + i, LANES);
+    if (i < half) unrotate_part(a, x + i, half, table + i, y + i, LANES / 2);
 }
 
 // Copies up to 32 rows into both pair layouts; missing rows are zero.
-static void pack_block(const bf16 *rows, int64_t size, int64_t stride, int64_t count, bf16 *pairs, bf16 *interleaved) {
+INLINE void pack_block(const bf16 *rows, const int64_t size, int64_t stride, int64_t count, bf16 *pairs, bf16 *interleaved) {
     static const bf16 zeros[256];
     for (int64_t r = 0; r < BLOCK; r += 2) {
         const bf16 *even = r < count ? rows + r * stride : zeros, *odd = r + 1 < count ? rows + (r + 1) * stride : zeros;
@@ -101,9 +104,9 @@ static void pack_block(const bf16 *rows, int64_t size, int64_t stride, int64_t c
     }
 }
 
-static void load_span(const struct attention_backward *a, struct workspace *w, int64_t h, int64_t first, int64_t count,
-                      int64_t padded) {
-    const int64_t size = a->size, width = (a->heads + 2 * a->kv_heads) * size;
+INLINE void load_span(const struct attention_backward *a, const int64_t size, struct workspace *w, int64_t h,
+                      int64_t first, int64_t count, int64_t padded) {
+    const int64_t width = (a->heads + 2 * a->kv_heads) * size;
     memset(w->k, 0, (size_t)(padded * size) * 2);
     memset(w->v, 0, (size_t)(padded * size) * 2);
     memset(w->dk, 0, (size_t)(padded * size) * 4);
@@ -147,9 +150,9 @@ static void score_gradient(const struct attention_backward *a, struct workspace 
 }
 
 // One block of queries of one head against all key blocks that it sees, up to its own.
-static void query_block(const struct attention_backward *a, struct workspace *w, int64_t head, int64_t first,
-                        int64_t count, int64_t padded, int64_t block) {
-    const int64_t size = a->size, start = block * BLOCK, here = count - start < BLOCK ? count - start : BLOCK;
+INLINE void query_block(const struct attention_backward *a, const int64_t size, struct workspace *w, int64_t head,
+                        int64_t first, int64_t count, int64_t padded, int64_t block) {
+    const int64_t start = block * BLOCK, here = count - start < BLOCK ? count - start : BLOCK;
     const int64_t stride = a->heads * size, at = (first + start) * stride + head * size;
     pack_block(a->q + at, size, stride, here, w->q_pairs, w->q_rows);
     pack_block(a->grad_o + at, size, stride, here, w->do_pairs, w->do_rows);
@@ -175,13 +178,13 @@ static void query_block(const struct attention_backward *a, struct workspace *w,
     for (int64_t r = 0; r < here; r++) {
         float dq[256];
         for (int64_t d = 0; d < size; d++) dq[d] = w->dq[d * BLOCK + r];
-        unrotate(a, dq, first + start + r, a->grad_qkv + (first + start + r) * width + head * size);
+        unrotate(a, size, dq, first + start + r, a->grad_qkv + (first + start + r) * width + head * size);
     }
 }
 
 // Gradients of one span for one KV head and its group of query heads.
-static void span_backward(const struct attention_backward *a, int64_t h, int64_t first, int64_t end) {
-    const int64_t size = a->size, group = a->heads / a->kv_heads, width = (a->heads + 2 * a->kv_heads) * size;
+INLINE void span(const struct attention_backward *a, const int64_t size, int64_t h, int64_t first, int64_t end) {
+    const int64_t group = a->heads / a->kv_heads, width = (a->heads + 2 * a->kv_heads) * size;
     const int64_t count = end - first, padded = (count + BLOCK - 1) / BLOCK * BLOCK, all_keys = padded * size;
     struct workspace *w = malloc(sizeof *w + (size_t)(all_keys * (2 * 4 + 3 * 2) + size * BLOCK * (4 + 4 * 2)));
     if (!w) abort();
@@ -195,16 +198,23 @@ static void span_backward(const struct attention_backward *a, int64_t h, int64_t
     w->do_pairs = w->q_pairs + size * BLOCK;
     w->q_rows = w->do_pairs + size * BLOCK;
     w->do_rows = w->q_rows + size * BLOCK;
-    load_span(a, w, h, first, count, padded);
+    load_span(a, size, w, h, first, count, padded);
     for (int64_t head = h * group; head < (h + 1) * group; head++)
-        for (int64_t block = 0; block < padded / BLOCK; block++) query_block(a, w, head, first, count, padded, block);
+        for (int64_t block = 0; block < padded / BLOCK; block++) query_block(a, size, w, head, first, count, padded, block);
     for (int64_t t = 0; t < count; t++) {
         bf16 *out = a->grad_qkv + (first + t) * width + (a->heads + h) * size;
-        unrotate(a, w->dk + t * size, first + t, out);
+        unrotate(a, size, w->dk + t * size, first + t, out);
         for (int64_t d = 0; d < size; d += LANES)
             store_bf16(out + a->kv_heads * size + d, load(w->dv + t * size + d));
     }
     free(w);
+}
+
+static void span_backward(const struct attention_backward *a, int64_t h, int64_t first, int64_t end) {
+    if (a->size == 32) span(a, 32, h, first, end);  // the compiler unrolls loops of known length
+    else if (a->size == 64) span(a, 64, h, first, end);
+    else if (a->size == 128) span(a, 128, h, first, end);
+    else span(a, a->size, h, first, end);
 }
 
 // spans: [count][2] tokens. grad_qkv is filled completely for the tokens of the spans.

@@ -3,26 +3,33 @@
 
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
-// `lanes` (16 or 8) elements of both halves of a head.
+// The head's half is a multiple of 8: where it ends with 8 elements, lanes beyond them are loaded as zero and not stored.
+INLINE f32x16 load_part(const bf16 *p, const int lanes) {
+    u16x16 h = {0};
+    memcpy(&h, p, (size_t)lanes * 2);
+    return widen(h);
+}
+INLINE void store_part(bf16 *p, f32x16 v, const int lanes) {
+    bf16 all_lanes[LANES];
+    if (lanes == LANES) store_bf16(p, v);
+    else {
+        store_bf16(all_lanes, v);
+        memcpy(p, all_lanes, (size_t)lanes * 2);
+    }
+}
 INLINE void rotate_part(const bf16 *x, const float *cos, const float *sin, bf16 *y, int64_t half, const int lanes) {
-    u16x16 low = {0}, high = {0};
+    const f32x16 a = load_part(x, lanes), b = load_part(x + half, lanes);
     f32x16 c = all(0), s = all(0);
-    memcpy(&low, x, (size_t)lanes * 2);
-    memcpy(&high, x + half, (size_t)lanes * 2);
     memcpy(&c, cos, (size_t)lanes * 4);
     memcpy(&s, sin, (size_t)lanes * 4);
-    const f32x16 a = widen(low), b = widen(high);
-    bf16 out[2 * LANES];
-    store_bf16(out, a * c - b * s);
-    store_bf16(out + LANES, b * c + a * s);
-    memcpy(y, out, (size_t)lanes * 2);
-    memcpy(y + half, out + LANES, (size_t)lanes * 2);
+    store_part(y, a * c - b * s, lanes);
+    store_part(y + half, b * c + a * s, lanes);
 }
 
-static void rotate(const struct attention *a, const bf16 *x, int64_t position, bf16 *y) {
-    const int64_t half = a->size / 2;
+INLINE void rotate(const struct attention *a, const int64_t size, const bf16 *x, int64_t position, bf16 *y) {
+    const int64_t half = size / 2;
     if (!a->cos) {
-        memcpy(y, x, (size_t)a->size * 2);
+        memcpy(y, x, (size_t)size * 2);
         return;
     }
     const float *cos = a->cos + position * half, *sin = a->sin + position * half;
@@ -47,11 +54,12 @@ static float quantize(const bf16 *x, int64_t size, int8_t *y) {
     return scale;
 }
 
-static void put_bf16(const struct attention *a, const bf16 *key, const bf16 *value, int64_t block, int64_t j) {
+INLINE void put_bf16(const struct attention *a, const int64_t size, const bf16 *key, const bf16 *value, int64_t block,
+                     int64_t j) {
     uint32_t *keys = (uint32_t *)(a->keys + block);
-    for (int64_t d = 0; d < a->size / 2; d++) memcpy(keys + d * PAGE + j, key + 2 * d, 4);
-    bf16 *values = (bf16 *)(a->values + block) + (j / 2) * a->size * 2;
-    for (int64_t d = 0; d < a->size; d += LANES) {  // one half of each pair; the other one stays
+    for (int64_t d = 0; d < size / 2; d++) memcpy(keys + d * PAGE + j, key + 2 * d, 4);
+    bf16 *values = (bf16 *)(a->values + block) + (j / 2) * size * 2;
+    for (int64_t d = 0; d < size; d += LANES) {  // one half of each pair; the other one stays
         const u32x16 high = (u32x16)load_bf16(value + d), pair = load_pairs(values + 2 * d);
         const u32x16 joined = j % 2 ? (pair & 0xffffu) | high : (pair & 0xffff0000u) | high >> 16;
         memcpy(values + 2 * d, &joined, 64);
@@ -66,12 +74,11 @@ static void put_int8(const struct attention *a, const bf16 *key, const bf16 *val
     memcpy(values + a->size * PAGE + 4 * j, &value_scale, 4);
 }
 
-// One KV head of one run: rotates its group of queries and its keys, puts keys and values into the run's page.
-void attention_write(const struct attention *a, int64_t h, int64_t first, int64_t end) {
-    const int64_t size = a->size, group = a->heads / a->kv_heads, width = (a->heads + 2 * a->kv_heads) * size;
+INLINE void write(const struct attention *a, const int64_t size, int64_t h, int64_t first, int64_t end) {
+    const int64_t group = a->heads / a->kv_heads, width = (a->heads + 2 * a->kv_heads) * size;
     const int64_t block = block_of(a, page_of(a->batch, first, a->batch->position[first] / PAGE), h);
     if (a->batch->position[first] % PAGE == 0) {  // what an earlier owner left must not matter, not even NaN
-        const size_t bytes = (size_t)(block_of(a, 0, 1));
+        const size_t bytes = (size_t)block_of(a, 0, 1);
         memset(a->keys + block, 0, bytes);
         memset(a->values + block, 0, bytes);
     }
@@ -80,9 +87,17 @@ void attention_write(const struct attention *a, int64_t h, int64_t first, int64_
         const bf16 *row = a->qkv + t * width, *value = row + (a->heads + a->kv_heads + h) * size;
         bf16 key[MAX_HEAD];
         for (int64_t i = h * group; i < (h + 1) * group; i++)
-            rotate(a, row + i * size, position, a->q + (t * a->heads + i) * size);
-        rotate(a, row + (a->heads + h) * size, position, key);
+            rotate(a, size, row + i * size, position, a->q + (t * a->heads + i) * size);
+        rotate(a, size, row + (a->heads + h) * size, position, key);
         if (a->k) memcpy(a->k + (t * a->kv_heads + h) * size, key, (size_t)size * 2);
-        (a->int8 ? put_int8 : put_bf16)(a, key, value, block, position % PAGE);
+        if (a->int8) put_int8(a, key, value, block, position % PAGE);
+        else put_bf16(a, size, key, value, block, position % PAGE);
     }
+}
+
+// One KV head of one run: rotates its group of queries and its keys, puts keys and values into the run's page.
+void attention_write(const struct attention *a, int64_t kv_head, int64_t first, int64_t end) {
+    if (a->size == 64) write(a, 64, kv_head, first, end);  // the compiler unrolls loops of known length
+    else if (a->size == 128) write(a, 128, kv_head, first, end);
+    else write(a, a->size, kv_head, first, end);
 }
