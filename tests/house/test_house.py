@@ -29,7 +29,8 @@ HEAVY = (
 TORCH_FREE = (
     "errors", "hashing", "config", "home", "log", "storage", "db", "audit", "tenants", "jobs", "release",
     "gateway", "api", "console", "cli", "inference/request.py", "inference/kv_cache.py",
-    "inference/scheduler.py", "inference/fake.py", "model/config.py", "train/recipe.py", "train/run.py",
+    "inference/scheduler.py", "inference/fake.py", "inference/structured.py", "tokenizer",
+    "model/config.py", "train/recipe.py", "train/run.py",
 )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
 
 from lapis.errors import InputError
 from lapis.inference.fake import FakeEngine
@@ -132,6 +134,28 @@ def test_a_matcher_follows_goes_back_and_follows_again(compiler: Compiler, token
     assert np.array_equal(other.allowed(()), masks[0])  # its own place
     for mask_W, token in zip(masks, ids, strict=False):
         assert has(mask_W, token)
+
+
+def test_a_vocabulary_of_the_sentencepiece_kind_with_bytes_and_holes() -> None:
+    specials = ("<unk>", "<s>", "</s>")
+    pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁yes", "y", "e", "s", "ye", "yes"]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)} | {"hole": len(pieces) + 5}
+    inner = HFTokenizer(
+        models.BPE(vocabulary, [("y", "e"), ("ye", "s"), ("▁", "yes")], byte_fallback=True, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    tokenizer = Tokenizer(inner)
+    matcher = Compiler(tokenizer, tokenizer.stop_ids).matcher(Grammar.regex("yes| yes|ß"))
+
+    def allowed(*names: str) -> set[bytes]:
+        mask_W = matcher.allowed([vocabulary[name] for name in names])
+        return {tokenizer.token_bytes(id) for id in allowed_ids(mask_W, tokenizer.vocab_size).tolist()}
+
+    assert allowed() == {b" ", b" yes", b"y", b"ye", b"yes", b"\xc3"}
+    assert allowed("<0xC3>") == {b"\x9f"}
+    assert allowed("<0xC3>", "<0x9F>") == {b"</s>"}
 
 
 def test_a_requests_own_end_tokens_end_its_text(compiler: Compiler, tokenizer: Tokenizer) -> None:

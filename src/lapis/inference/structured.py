@@ -30,7 +30,7 @@ LIMITS = LLParserLimits(
     step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_items_in_row=2000,
-    max_lexer_states=50_000,
+    max_lexer_states=10_000,  # of 1 to 2 kB
     max_grammar_size=200_000,
     verbose_errors=False,  # they would show one user's text in the log
 )
