@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lapis.kernels import replay as replays
 from lapis.kernels import variants
-from lapis.kernels.batch import PAGE, Batch
+from lapis.kernels.batch import PAGE, Batch, packed
 from lapis.kernels.cpu import CpuOps, load
 from lapis.kernels.replay import Replay, Unrecordable
 from lapis.kernels.stock import StockOps
@@ -131,3 +131,20 @@ def test_old_recordings_make_room(ops: CpuOps, monkeypatch: pytest.MonkeyPatch) 
         expected = ops.linear(x, weight)
         for key in (1, 2, 3, 1, 2, 3):
             assert torch.equal(replay.run(key, 4, lambda: (ops.linear(x, weight),))[0], expected)
+
+
+def test_a_sealed_model_has_the_same_bits_and_keeps_its_matrices_packed_only(ops: CpuOps) -> None:
+    model = Llama(CONFIG, ops).eval()
+    model.init_weights(3)
+    ids = torch.arange(40)
+    with torch.inference_mode():
+        expected = model(ids, packed([40]))
+    model.seal()
+    ops.weights_changed()
+    with torch.inference_mode():
+        assert torch.equal(model(ids, packed([40])), expected)
+    assert all(
+        layer.down.is_meta and layer.down.shape == (CONFIG.width, CONFIG.ffn) for layer in model.layers
+    )
+    with pytest.raises(TypeError, match="meta"):
+        model.layers[0].down.float().numpy()  # values that are not there are never made up

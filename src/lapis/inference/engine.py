@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
+from lapis.model import manifest
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
 from lapis.tokenizer.grammar import Grammar
@@ -118,9 +120,13 @@ class LocalEngine(EngineLoop):
     @staticmethod
     def load(folder: Path, name: str) -> LocalEngine:
         """Serve a model folder, every digest verified first. Raises what `read_model` raises."""
-        from lapis.model.weights import read_model
+        with ThreadPoolExecutor(1) as pool:
+            verified = pool.submit(manifest.verify, folder)
+            from lapis.model.weights import read_model  # loads torch, meanwhile the files are hashed
 
-        return LocalEngine(read_model(folder), name)
+            loaded = read_model(folder, manifest=verified.result())
+        loaded.model.seal()
+        return LocalEngine(loaded, name)
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""

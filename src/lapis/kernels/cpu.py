@@ -207,6 +207,10 @@ class CpuOps:
         """Steps of fixed size in fp32 lanes, then in double in order."""
         return self.kernels.squared_norm(grad)
 
+    def sealed(self, w_NK: Tensor) -> Tensor:
+        """A stand-in for a weight whose values exist packed alone; no gradient, no other use than in linear."""
+        return self.kernels.sealed(w_NK)
+
     def weights_changed(self) -> None:
         """Every packed copy is renewed, in place, when it is next used."""
         self.kernels.weights_changed()

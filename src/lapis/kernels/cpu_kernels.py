@@ -134,6 +134,17 @@ class Kernels:
         """Every packed copy is renewed, in place, when it is next used."""
         self._generation += 1
 
+    def sealed(self, w_NK: Tensor) -> Tensor:
+        """A stand-in that only linear can use, for a weight that will not change: its values exist packed alone."""
+        self._pack(w_NK)
+        packed = self._packed[id(w_NK), False]
+        stand_in = torch.nn.Parameter(torch.empty(w_NK.shape, dtype=BF16, device="meta"), requires_grad=False)
+        key = (id(stand_in), False)
+        owner: weakref.ref[Tensor] = weakref.ref(stand_in, lambda _: self._packed.pop(key, None))
+        version, source = _version(stand_in), stand_in.data_ptr()
+        self._packed[key] = _Packed(owner, packed.data, packed.pointer, version, source, self._generation)
+        return stand_in
+
     def _pack(self, w_NK: Tensor, transposed: bool = False) -> int:
         """Pointer to a weight, or its transpose, in tiles of the linear kernel; renewed if the weight changed."""
         packed = self._packed.get((id(w_NK), transposed))
@@ -153,6 +164,10 @@ class Kernels:
         columns, inner = w_NK.shape[::-1] if transposed else w_NK.shape
         size = -(-columns // COLUMNS) * COLUMNS * inner
         packed = self._packed.get(key)
+        if w_NK.is_meta:
+            assert packed is not None, "a sealed weight has no transpose"
+            packed.generation = self._generation
+            return packed.pointer
         if packed is None or packed.data.numel() != size:
             data = torch.empty(size, dtype=BF16)
             owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
@@ -306,9 +321,10 @@ class Kernels:
         """
         if int8:
             shape = (pages, kv_heads, (head_size + 4) * PAGE)
-            return LayerCache(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8))
-        keys = torch.zeros(pages, kv_heads, head_size // 2, PAGE, 2, dtype=BF16)
-        return LayerCache(keys, torch.zeros(pages, kv_heads, PAGE // 2, head_size, 2, dtype=BF16))
+            return LayerCache(torch.empty(shape, dtype=torch.int8), torch.empty(shape, dtype=torch.int8))
+        # not zeroed: a page is cleared with its first key, and takes no memory before
+        keys = torch.empty(pages, kv_heads, head_size // 2, PAGE, 2, dtype=BF16)
+        return LayerCache(keys, torch.empty(pages, kv_heads, PAGE // 2, head_size, 2, dtype=BF16))
 
     def attention(
         self,

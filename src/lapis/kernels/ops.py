@@ -228,6 +228,9 @@ class Ops(Protocol):
     def squared_norm(self, grad: Tensor) -> float:
         """Sum of squares of a flat bf16 buffer, in an order that does not depend on the number of threads."""
 
+    def sealed(self, w_NK: Tensor) -> Tensor:
+        """What `linear` takes instead of a weight that will never change, so that the weight itself can go."""
+
     def weights_changed(self) -> None:
         """Says that weights changed behind autograd's back (adamw, a flat buffer): packed copies are renewed."""
 

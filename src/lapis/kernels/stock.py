@@ -198,6 +198,10 @@ class StockOps:
         blocks = torch.split(grad.detach().flatten(), NORM_BLOCK)
         return math.fsum(float(block.double().square().sum()) for block in blocks)
 
+    def sealed(self, w_NK: Tensor) -> Tensor:
+        """The weight itself: nothing is packed."""
+        return w_NK
+
     def weights_changed(self) -> None:
         """Nothing is kept beside the weights."""
 

@@ -15,6 +15,9 @@ from lapis.model.config import ModelConfig
 from lapis.model.layers import optional, weight
 
 INIT_STD = 0.02
+LINEAR = frozenset(
+    {"qkv", "out", "gate_up", "up", "down", "router", "head"}
+)  # weights of linear and nothing else
 
 
 def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -86,6 +89,16 @@ class Decoder(nn.Module):
             self.ops.new_cache(pages, self.config.kv_heads, self.config.head_size)
             for _ in range(self.config.layers)
         ]
+
+    @torch.no_grad()
+    def seal(self) -> None:
+        """Make it a model for serving only: matrices that only `linear` uses exist in its layout alone."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                kept = parameter if parameter.ndim != 2 or name not in LINEAR else self.ops.sealed(parameter)
+                if kept is parameter:  # no longer a part of the file that it came from
+                    kept = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, kept)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

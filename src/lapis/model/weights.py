@@ -134,17 +134,20 @@ def write_imported(folder: Path, model: ImportedModel, source: Source) -> Manife
     )
 
 
-def read_model(folder: Path, ops: Ops | None = None, progress: Progress = silent) -> LoadedModel:
-    """Load a model folder after every file matched its digest.
+def read_model(
+    folder: Path, ops: Ops | None = None, progress: Progress = silent, manifest: Manifest | None = None
+) -> LoadedModel:
+    """Load a model folder after every file matched its digest; `manifest` says that this was seen just now.
 
     Raises IntegrityError naming the file that does not, InputError for a folder that is no model folder or
     holds only pickle.
     """
-    manifest = manifests.verify(folder, progress)
+    manifest = manifests.verify(folder, progress) if manifest is None else manifest
     config = layout.read_config(folder)
     tensors = read_tensors(folder / layout.WEIGHTS)
     model = build(config, ops)
-    model.load_state_dict(from_hf_state(config, tensors, where=str(folder / layout.WEIGHTS)))
+    state = from_hf_state(config, tensors, where=str(folder / layout.WEIGHTS))
+    model.load_state_dict(state, assign=True)  # no copy of what need not be joined
     values = layout.read_tokenizer_config(folder)
     return LoadedModel(
         model, config, read_tokenizer(folder, values), read_chat_template(folder, values), manifest
