@@ -16,12 +16,45 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
 from lapis.db import open_reservations, projects, snapshot, usage_entries, usage_windows, write
-from lapis.errors import ConflictError, NotFoundError
+from lapis.errors import ConflictError, LimitError, NotFoundError
 from lapis.tenants.keys import Identity
 from lapis.tenants.quota import DAY, MINUTE, Consumption, Quota, check
 
 LIFETIME = 600.0  # seconds after which a reservation that nobody renewed belongs to a dead process
 KEEP_WINDOWS = 2 * DAY  # seconds; older sums decide nothing any more
+
+
+# Statements that every request runs, made once: making one costs more than running it.
+_entries, _opened, _windows = usage_entries.c, open_reservations.c, usage_windows.c
+_STANDING = (  # a project's limits, and what it used in the two current windows
+    sa.select(projects, _windows.seconds, _windows.requests, _windows.tokens)
+    .join_from(
+        projects,
+        usage_windows,
+        (_windows.project_id == projects.c.id)
+        & (
+            ((_windows.seconds == MINUTE) & (_windows.start == sa.bindparam("minute")))
+            | ((_windows.seconds == DAY) & (_windows.start == sa.bindparam("day")))
+        ),
+        isouter=True,
+    )
+    .where(projects.c.id == sa.bindparam("project"))
+)
+_ENTER = usage_entries.insert()
+_OPEN = open_reservations.insert()
+_REMOVE = open_reservations.delete().where(_opened.id == sa.bindparam("reservation"))
+_COUNT = (
+    usage_windows.update()
+    .where(
+        _windows.project_id == sa.bindparam("project"),
+        ((_windows.seconds == MINUTE) & (_windows.start == sa.bindparam("minute")))
+        | ((_windows.seconds == DAY) & (_windows.start == sa.bindparam("day"))),
+    )
+    .values(
+        requests=_windows.requests + sa.bindparam("more_requests"),
+        tokens=_windows.tokens + sa.bindparam("more_tokens"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -83,19 +116,23 @@ class UsageLedger:
     def reserve(self, identity: Identity, model: str, tokens: int, lifetime: float = LIFETIME) -> Reservation:
         """Take `tokens` out of the project's quota before work begins; renew within `lifetime` seconds.
 
-        Raises LimitError with retry_after when the quota does not allow it. Reservations of the project that
-        outlived theirs are released first.
+        Raises LimitError with retry_after when the quota does not allow it, even after the reservations of
+        the project that outlived theirs have been released.
         """
         assert tokens >= 0
         now, project = self.clock(), identity.project_id
         made = Reservation(f"res_{secrets.token_hex(12)}", project, identity.key_id, model, tokens, now)
         with write(self.db, lock=f"usage:{project}") as connection:
-            _expire(connection, project, now)
-            check(_quota(connection, project), _consumption(connection, project, now), tokens, now)
-            connection.execute(open_reservations.insert().values(**vars(made), expires_at=now + lifetime))
-            _add(connection, made, "reserve", now, tokens)
-            for seconds in (MINUTE, DAY):
-                _count_request(connection, made, seconds)
+            try:
+                check(*_standing(connection, project, now), tokens, now)
+            except LimitError:
+                if not _expire(connection, project, now):
+                    raise
+                check(*_standing(connection, project, now), tokens, now)
+            connection.execute(_OPEN, {**vars(made), "expires_at": now + lifetime})
+            connection.execute(_ENTER, _entry(made, "reserve", now, tokens))
+            if _count(connection, made, tokens, requests=1) < 2:
+                _begin_windows(connection, made)
         return made
 
     def renew(self, reservation: Reservation, lifetime: float = LIFETIME) -> None:
@@ -111,12 +148,18 @@ class UsageLedger:
         Raises ConflictError if it was settled or released before, NotFoundError if it was never made.
         """
         with write(self.db, lock=f"usage:{reservation.project_id}") as connection:
-            if not _close(connection, reservation, "settled", self.clock()):
-                ended = _how_it_ended(connection, reservation)
-                if ended != "expired":
-                    raise ConflictError(f"The reservation {reservation.id} was {ended} already.")
-            _add(connection, reservation, "use", self.clock(), usage.total_tokens, usage)
-            _count_tokens(connection, reservation, usage.total_tokens)
+            now = self.clock()
+            used = _entry(reservation, "use", now, usage.total_tokens, usage)
+            if connection.execute(_REMOVE, {"reservation": reservation.id}).rowcount:
+                reversed = _entry(reservation, "reverse", now, -reservation.tokens, reason="settled")
+                connection.execute(_ENTER, [reversed, used])
+                _count(connection, reservation, usage.total_tokens - reservation.tokens)
+                return
+            ended = _how_it_ended(connection, reservation)
+            if ended != "expired":
+                raise ConflictError(f"The reservation {reservation.id} was {ended} already.")
+            connection.execute(_ENTER, used)
+            _count(connection, reservation, usage.total_tokens)
 
     def release(self, reservation: Reservation) -> None:
         """Give back what was reserved: nothing was used. A second release changes nothing.
@@ -144,7 +187,7 @@ class UsageLedger:
     def consumption(self, project_id: str) -> Consumption:
         """What a project used or has reserved in this minute and this day (UTC)."""
         with self.db.connect() as connection:
-            return _consumption(connection, project_id, self.clock())
+            return _standing(connection, project_id, self.clock())[1]
 
     def summary(
         self,
@@ -186,31 +229,21 @@ class UsageLedger:
             return Balance(int(total or 0), int(spent or 0), int(connection.execute(still).scalar() or 0))
 
 
-def _add(
-    connection: Connection,
-    of: Reservation,
-    kind: str,
-    at: float,
-    tokens: int,
-    usage: Usage | None = None,
-    reason: str = "",
-) -> None:
-    usage = usage or Usage(0, 0)
-    connection.execute(
-        usage_entries.insert().values(
-            reservation_id=of.id, kind=kind, at=at, project_id=of.project_id, key_id=of.key_id,
-            model=of.model, tokens=tokens, reason=reason, **vars(usage),
-        )
-    )  # fmt: skip
+def _entry(
+    of: Reservation, kind: str, at: float, tokens: int, usage: Usage | None = None, reason: str = ""
+) -> dict[str, Any]:
+    return {
+        "reservation_id": of.id, "kind": kind, "at": at, "project_id": of.project_id, "key_id": of.key_id,
+        "model": of.model, "tokens": tokens, "reason": reason, **vars(usage or Usage(0, 0)),
+    }  # fmt: skip
 
 
 def _close(connection: Connection, reservation: Reservation, reason: str, now: float) -> bool:
     """Reverse an open reservation; False if somebody else closed it before (deleting the row decides who)."""
-    gone = open_reservations.delete().where(open_reservations.c.id == reservation.id)
-    if not connection.execute(gone).rowcount:
+    if not connection.execute(_REMOVE, {"reservation": reservation.id}).rowcount:
         return False
-    _add(connection, reservation, "reverse", now, -reservation.tokens, reason=reason)
-    _count_tokens(connection, reservation, -reservation.tokens)
+    connection.execute(_ENTER, _entry(reservation, "reverse", now, -reservation.tokens, reason=reason))
+    _count(connection, reservation, -reservation.tokens)
     return True
 
 
@@ -235,48 +268,43 @@ def _reservation(row: Row[Any]) -> Reservation:
     return Reservation(row.id, row.project_id, row.key_id, row.model, row.tokens, row.at)
 
 
-def _quota(connection: Connection, project_id: str) -> Quota:
-    row = connection.execute(sa.select(projects).where(projects.c.id == project_id)).one()
-    return Quota(row.requests_per_minute, row.tokens_per_minute, row.tokens_per_day)
-
-
-def _consumption(connection: Connection, project_id: str, now: float) -> Consumption:
-    windows = usage_windows.c
-    query = sa.select(windows.seconds, windows.requests, windows.tokens).where(
-        windows.project_id == project_id
-    )
-    current = [
-        (windows.seconds == seconds) & (windows.start == _start(now, seconds)) for seconds in (MINUTE, DAY)
-    ]
-    found = {row.seconds: row for row in connection.execute(query.where(sa.or_(*current)))}
-    return Consumption(
+def _standing(connection: Connection, project_id: str, now: float) -> tuple[Quota, Consumption]:
+    """A project's limits, and what it used in this minute and this day."""
+    windows = {"project": project_id, "minute": _start(now, MINUTE), "day": _start(now, DAY)}
+    rows = connection.execute(_STANDING, windows).all()
+    if not rows:
+        raise NotFoundError(f"There is no project {project_id!r}.")
+    quota = Quota(rows[0].requests_per_minute, rows[0].tokens_per_minute, rows[0].tokens_per_day)
+    found = {row.seconds: row for row in rows}
+    return quota, Consumption(
         requests_minute=found[MINUTE].requests if MINUTE in found else 0,
         tokens_minute=found[MINUTE].tokens if MINUTE in found else 0,
         tokens_day=found[DAY].tokens if DAY in found else 0,
     )
 
 
-def _count_request(connection: Connection, reservation: Reservation, seconds: int) -> None:
-    """Add a request and its reserved tokens to the window it began in. Requests are never uncounted."""
-    windows, start = usage_windows.c, _start(reservation.at, seconds)
-    key = (windows.project_id == reservation.project_id) & (windows.seconds == seconds)
-    update = usage_windows.update().where(key, windows.start == start)
-    changed = connection.execute(
-        update.values(requests=windows.requests + 1, tokens=windows.tokens + reservation.tokens)
-    )
-    if not changed.rowcount:
+def _count(connection: Connection, reservation: Reservation, tokens: int, requests: int = 0) -> int:
+    """Correct the windows in which a request began, whenever it ends; how many of the two there are.
+
+    Requests are never uncounted.
+    """
+    at = reservation.at
+    more = {"more_requests": requests, "more_tokens": tokens}
+    where = {"project": reservation.project_id, "minute": _start(at, MINUTE), "day": _start(at, DAY)}
+    return connection.execute(_COUNT, {**where, **more}).rowcount
+
+
+def _begin_windows(connection: Connection, reservation: Reservation) -> None:
+    """Make the windows that a request is the first of, with the request in them; forget those long past."""
+    for seconds in (MINUTE, DAY):
+        start = _start(reservation.at, seconds)
+        mine = (_windows.project_id == reservation.project_id) & (_windows.seconds == seconds)
+        there = sa.select(_windows.start).where(mine, _windows.start == start)
+        if connection.execute(there).first() is not None:
+            continue
         row = {"project_id": reservation.project_id, "seconds": seconds, "start": start}
         connection.execute(usage_windows.insert().values(**row, requests=1, tokens=reservation.tokens))
-        connection.execute(usage_windows.delete().where(key, windows.start < start - KEEP_WINDOWS))
-
-
-def _count_tokens(connection: Connection, reservation: Reservation, tokens: int) -> None:
-    """Correct the windows in which the request began, whenever it ends."""
-    windows = usage_windows.c
-    for seconds in (MINUTE, DAY):
-        here = (windows.project_id == reservation.project_id) & (windows.seconds == seconds)
-        update = usage_windows.update().where(here, windows.start == _start(reservation.at, seconds))
-        connection.execute(update.values(tokens=windows.tokens + tokens))
+        connection.execute(usage_windows.delete().where(mine, _windows.start < start - KEEP_WINDOWS))
 
 
 def _start(now: float, seconds: int) -> int:
