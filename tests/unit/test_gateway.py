@@ -232,6 +232,35 @@ def test_a_quota_is_asked_before_the_engine(bench: Bench) -> None:
     assert bench.deployment.load().stats()["finished"] == 0
 
 
+def test_after_a_refusal_the_engine_waits_for_the_ledger(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Tenants(bench.ledger.db).set_quota("default", Quota(tokens_per_minute=20), "test")
+    engine = bench.deployment.load()
+    asked = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: asked.append(request) or submit(request))  # type: ignore[func-returns-value]
+
+    async def run() -> None:
+        for expected in (1, 1, 1):  # the first refusal is noticed after the engine began, the others before
+            with pytest.raises(LimitError):
+                await bench.start(max_tokens=100)
+            assert len(asked) == expected
+        generation = await bench.start()
+        assert len(await generation.whole()) == 1
+        generation.close()
+        with pytest.raises(LimitError):
+            await bench.start(max_tokens=100)
+        assert len(asked) == 3
+
+    asyncio.run(run())
+    while engine.stats()["running"] or engine.stats()["waiting"]:
+        threading.Event().wait(0.005)
+    assert engine.stats()["pages_used"] == 0
+    bench.meter.flush()
+    assert bench.ledger.summary("model")[0].usage.total_tokens == 7
+
+
 def test_a_client_that_leaves_while_tokens_are_reserved_gets_them_back(bench: Bench) -> None:
     async def run() -> None:
         await bench.deployment.engine()

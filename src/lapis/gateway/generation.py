@@ -53,13 +53,13 @@ class Generation:
     `usage` counts each prompt once it was read by the model, and every token that was given out.
     """
 
-    def __init__(self, ask: Ask, deployment: Deployment, meterage: Meterage, counters: Counters) -> None:
+    def __init__(self, ask: Ask, deployment: Deployment, counters: Counters) -> None:
         self.ask = ask
         self.created = int(time.time())
         self.digest = deployment.servable.digest
         self.finished = False
         self._deployment = deployment
-        self._meterage = meterage
+        self._meterage: Meterage | None = None
         self._counters = counters
         self._streams: list[Stream] = []
         self._first_token = counters.first_token[ask.model]
@@ -82,11 +82,20 @@ class Generation:
                 Request(ask.id, prompt.ids, prompt.params), engine.context, engine.tokenizer.vocab_size
             )
         tokens = sum(len(prompt.ids) + ask.choices * prompt.params.max_tokens for prompt in ask.prompts)
-        meterage = await meter.reserve(ask.identity, ask.model, tokens)
-        generation = Generation(ask, deployment, meterage, counters)
+        booking = asyncio.ensure_future(meter.reserve(ask.identity, ask.model, tokens))
+        generation = Generation(ask, deployment, counters)
         try:
+            if not meter.trusts(ask.identity):
+                generation._meterage = await booking
+            await asyncio.sleep(0)  # the ledger's thread begins now
+            # The engine begins while the ledger is written; nothing is given out before that is done.
             generation._submit(engine)
+            generation._meterage = await booking
         except BaseException:
+            booking.cancel()  # what it had reserved by then is given back
+            await asyncio.gather(booking, return_exceptions=True)
+            if not booking.cancelled() and booking.exception() is None:
+                generation._meterage = booking.result()
             generation.close()
             raise
         return generation
@@ -131,6 +140,8 @@ class Generation:
         for stream in self._streams:
             stream.cancel()
         self._deployment.active -= 1
+        if self._meterage is None:
+            return  # it never came to be
         usage = self.usage
         self._meterage.settle(usage)
         self._counters.generation(self.ask.model, usage, finished=self.finished)
@@ -152,6 +163,7 @@ class Generation:
         elif new := output.completion_tokens - before.completion_tokens:
             self._next_token.observe((now - self._times[index]) / new, new)
         self._times[index] = now
+        assert self._meterage is not None
         self._meterage.tick(now)
         if output.finish_reason == "error":
             raise LapisError(f"The engine ended the request: {output.error or 'no reason given'}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from lapis.errors import LimitError
 from lapis.log import logger
 from lapis.tenants.keys import Identity
 from lapis.tenants.usage import LIFETIME, Reservation, Usage, UsageLedger
@@ -19,6 +20,11 @@ class Meter:
     def __init__(self, ledger: UsageLedger) -> None:
         self._ledger = ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="meter")
+        self._refused: set[str] = set()  # projects whose last reservation their quota did not allow
+
+    def trusts(self, identity: Identity) -> bool:
+        """Whether work may begin while its reservation is still being written."""
+        return identity.project_id not in self._refused
 
     async def reserve(self, identity: Identity, model: str, tokens: int) -> Meterage:
         """Take tokens out of the project's quota. Raises LimitError when it does not allow them."""
@@ -28,6 +34,10 @@ class Meter:
         except asyncio.CancelledError:
             booking.add_done_callback(self._give_back)  # the client left while we wrote
             raise
+        except LimitError:
+            self._refused.add(identity.project_id)
+            raise
+        self._refused.discard(identity.project_id)
         return Meterage(reservation, self)
 
     def write(self, work: Callable[..., Any], *arguments: Any) -> None:
