@@ -147,6 +147,19 @@ def test_a_seed_gives_the_same_structured_text_in_any_company(loaded: LoadedMode
             assert stats["preemptions"] > 0
 
 
+def test_what_a_grammar_forces_is_guessed_right(loaded: LoadedModel) -> None:
+    text = "the same words in every answer"
+    params = SamplingParams(max_tokens=60, temperature=0, structure=Grammar.choice([text + ": yes", text]))
+    outputs = []
+    for drafts in (0, 8):
+        with closing(LocalEngine(loaded, "tiny", drafts=drafts)) as engine:
+            outputs += answers(engine, [Request("r", [9, 9, 9], params)])
+            stats = engine.stats()
+    assert outputs[0].token_ids == outputs[1].token_ids
+    assert stats["steps"] < outputs[0].completion_tokens
+    assert stats["drafted_tokens"] >= stats["accepted_tokens"] > 3
+
+
 @pytest.mark.parametrize("dialect", Dialect)
 def test_required_calls_are_calls(loaded: LoadedModel, dialect: Dialect) -> None:
     functions = {f"f{n}": random_schema(Random(n), 2) for n in range(4)}

@@ -254,6 +254,10 @@ class Scheduler:
         most = min(self.max_drafts, spare, sequence.limit - len(sequence.ids) - 1)
         if most <= 0 or sequence.completion_tokens == 0:
             return ()
+        if sequence.matcher is not None:
+            forced = sequence.matcher.forced(sequence.ids[sequence.prompt_tokens :])
+            if forced:  # sampling may cut the same characters into other tokens, but seldom does
+                return forced[:most]
         return propose(sequence.ids, sequence.pace.ready(most))
 
     def _prefill(self, bound: int) -> None:

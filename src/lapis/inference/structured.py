@@ -48,12 +48,29 @@ class Matcher:
         self._dropped = sorted(ends - stop_ids)
         self._added = sorted(stop_ids - ends)
 
+    def forced(self, completion: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that write what must follow in any case, as the tokenizer would; none if there is a fault."""
+        try:
+            self._follow(completion)
+            return tuple(self._inner.compute_ff_tokens())
+        except RuntimeError:  # `allowed` tells, where it ends this request alone
+            return ()
+
     def allowed(self, completion: Sequence[int]) -> Words:
         """The bits of the tokens that may follow these: those of last time, more of them or fewer.
 
         The array is overwritten by the next call. Raises RuntimeError when the grammar does not allow the
         completion, or following it takes more work than is allowed.
         """
+        self._follow(completion)
+        self._inner.unsafe_compute_mask_ptr(self._mask_W.ctypes.data, self._mask_W.nbytes)
+        if self._inner.is_error():
+            raise RuntimeError(f"the grammar cannot be followed any further: {self._reason()}")
+        if self._dropped or self._added:
+            self._change_ends()
+        return self._mask_W
+
+    def _follow(self, completion: Sequence[int]) -> None:
         back = self._consumed - len(completion)
         if back > 0:  # a step that failed is computed again
             self._inner.rollback(back)
@@ -62,12 +79,6 @@ class Matcher:
         if fresh and not self._inner.consume_tokens(fresh):
             raise RuntimeError(f"the grammar cannot be followed any further: {self._reason()}")
         self._consumed += len(fresh)
-        self._inner.unsafe_compute_mask_ptr(self._mask_W.ctypes.data, self._mask_W.nbytes)
-        if self._inner.is_error():
-            raise RuntimeError(f"the grammar cannot be followed any further: {self._reason()}")
-        if self._dropped or self._added:
-            self._change_ends()
-        return self._mask_W
 
     def _change_ends(self) -> None:
         """Let the request's own end tokens end the text instead of the model's."""
