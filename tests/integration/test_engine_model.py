@@ -358,3 +358,20 @@ def test_a_changed_byte_is_refused(folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(data)
     with pytest.raises(IntegrityError, match=r"model\.safetensors"):
         LocalEngine.load(copy, "tiny")
+
+
+def test_an_int8_cache_holds_more_and_is_told(exact: LoadedModel) -> None:
+    prompts = [(5, 6, 7), tuple(range(40))]
+    params = SamplingParams(max_tokens=8, temperature=0, stop_ids=frozenset())
+
+    with closing(LocalEngine(exact, "tiny", cache_dtype="int8")) as engine:
+        facts = engine.stats()
+        assert facts["cache_dtype"] == "int8"
+        assert facts["replay"]
+        assert not facts["bit_exact"]  # no longer the logits of training
+        requests = [Request(str(n), prompt, params) for n, prompt in enumerate(prompts)]
+        apart = [engine.submit(request).result().token_ids for request in requests]
+        streams = [engine.submit(request) for request in requests]
+        assert [stream.result().token_ids for stream in streams] == apart
+    pages = ModelRunner(exact, cache_bytes=99 * PAGE_BYTES).pages
+    assert ModelRunner(exact, 99 * PAGE_BYTES, "int8").pages > 1.5 * pages

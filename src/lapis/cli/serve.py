@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ from lapis.cli.output import say
 from lapis.home import Home
 
 if TYPE_CHECKING:
+    from lapis.inference.engine import CacheDtype
     from lapis.server import RunningServer
 
 
@@ -19,8 +21,15 @@ if TYPE_CHECKING:
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 = any free port."
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["bf16", "int8"]),
+    default="bf16",
+    show_default=True,
+    help="Keys and values in int8 take half the memory, and are read faster in long contexts; answers may differ.",
+)
 @click.option("--no-console", is_flag=True, help="Serve the API without the web pages at /console.")
-def command(models: tuple[str, ...], host: str, port: int, no_console: bool) -> None:
+def command(models: tuple[str, ...], host: str, port: int, kv_cache: CacheDtype, no_console: bool) -> None:
     """Serve releases and pulled models by name through the OpenAI-compatible API.
 
     With names, those models are loaded first; one line with the URL says when they answer. Without names,
@@ -30,9 +39,11 @@ def command(models: tuple[str, ...], host: str, port: int, no_console: bool) -> 
     `lapis keys create NAME` makes.
     The web pages at /console need the console extra: pip install 'lapis[console]'.
     """
+    from lapis.inference.engine import LocalEngine
     from lapis.server import serve
 
-    serve(Home.default(), models, host, port, console=not no_console, ready=_announce)
+    load = partial(LocalEngine.load, cache_dtype=kv_cache)
+    serve(Home.default(), models, host, port, console=not no_console, ready=_announce, load=load)
 
 
 def _announce(server: RunningServer) -> None:

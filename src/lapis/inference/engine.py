@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 
 DRAFTS = 7  # with its own token a request fills `Limits.draft_rows`, which cost little more than one row
+
+
+CacheDtype = Literal["bf16", "int8"]
 
 
 class Engine(Protocol):
@@ -103,10 +106,11 @@ class LocalEngine(EngineLoop):
         running: int = Limits.running,
         queued_tokens: int = Limits.queued_tokens,
         drafts: int = DRAFTS,
+        cache_dtype: CacheDtype = "bf16",
     ) -> None:
         from lapis.inference.runner import ModelRunner  # torch is loaded here, not by whoever knows engines
 
-        runner = ModelRunner(loaded, cache_bytes)
+        runner = ModelRunner(loaded, cache_bytes, cache_dtype)
         context = loaded.config.context
         limits = Limits(context, runner.pages, step_tokens, running, queued_tokens, drafts=drafts)
         self.chat = loaded.chat
@@ -115,23 +119,27 @@ class LocalEngine(EngineLoop):
         self.bit_exact = runner.bit_exact
         self.kernels = runner.kernels
         self._replayed = runner.steps
+        self._cache_dtype = cache_dtype
         super().__init__(name, runner, limits, loaded.tokenizer, loaded.stop_ids)
 
     @staticmethod
-    def load(folder: Path, name: str) -> LocalEngine:
-        """Serve a model folder, every digest verified first. Raises what `read_model` raises."""
+    def load(folder: Path, name: str, *, cache_dtype: CacheDtype = "bf16") -> LocalEngine:
+        """Serve a model folder, every digest verified first. Raises what `read_model` raises.
+
+        Keys and values in int8 take half the memory; logits then are no longer those of training.
+        """
         with ThreadPoolExecutor(1) as pool:
             verified = pool.submit(manifest.verify, folder)
             from lapis.model.weights import read_model  # loads torch, meanwhile the files are hashed
 
             loaded = read_model(folder, manifest=verified.result())
         loaded.model.seal()
-        return LocalEngine(loaded, name)
+        return LocalEngine(loaded, name, cache_dtype=cache_dtype)
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""
         facts = {"kernels": self.kernels, "bit_exact": self.bit_exact, "replay": self._replayed.active}
-        return {**super().stats(), **facts}
+        return {**super().stats(), **facts, "cache_dtype": self._cache_dtype}
 
 
 def prompt_ids(engine: Engine, text: str) -> list[int]:

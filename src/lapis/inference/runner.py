@@ -35,11 +35,16 @@ class ModelRunner:
     There is always room for one full context, even if that is more.
     """
 
-    def __init__(self, loaded: LoadedModel, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, cache_bytes: int | None = None, cache_dtype: str = "bf16"
+    ) -> None:
         self.loaded = loaded
         self.model = loaded.model.eval()
-        self.pages = _page_count(loaded, cache_bytes)
-        self._caches = self.model.new_caches(self.pages + 1)  # one for what is computed for nobody
+        self._int8_cache = cache_dtype == "int8"
+        self.pages = _page_count(loaded, cache_bytes, self._int8_cache)
+        self._caches = self.model.new_caches(
+            self.pages + 1, int8=self._int8_cache
+        )  # one for what is computed for nobody
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
         self.steps = ReplayedSteps(self.model, self._caches, self.pages, self._sampled_vocabulary)
@@ -47,7 +52,7 @@ class ModelRunner:
     @property
     def bit_exact(self) -> bool:
         """Whether a text's logits do not depend on what runs beside it, and equal those of training."""
-        return self.model.ops.bit_exact
+        return self.model.ops.bit_exact and not self._int8_cache
 
     @property
     def kernels(self) -> str:
@@ -226,8 +231,11 @@ def reads(sequence: Running) -> bool:
     return asked and sequence.computed < sequence.prompt_tokens
 
 
-def _page_count(loaded: LoadedModel, cache_bytes: int | None) -> int:
-    page_bytes = PAGE * loaded.config.kv_bytes_per_token
+def _page_count(loaded: LoadedModel, cache_bytes: int | None, int8: bool) -> int:
+    config = loaded.config
+    page_bytes = PAGE * config.kv_bytes_per_token
+    if int8:  # a byte a value, and a scale in fp32 for each token, head, and of keys and values
+        page_bytes = page_bytes // 2 + PAGE * 2 * 4 * config.layers * config.kv_heads
     context = pages_for(loaded.config.context)
     if cache_bytes is None:
         cache_bytes = min(DEFAULT_CACHE_BYTES, DEFAULT_SEQUENCES * context * page_bytes)

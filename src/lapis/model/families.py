@@ -81,12 +81,12 @@ class Decoder(nn.Module):
         """The final norm."""
         return self.ops.rms_norm(x_TH, self.norm, self.config.norm_eps)
 
-    def new_caches(self, pages: int) -> list[LayerCache]:
-        """Empty key and value pages, one pool a layer."""
+    def new_caches(self, pages: int, *, int8: bool = False) -> list[LayerCache]:
+        """Empty key and value pages, one pool a layer, in bf16 or int8."""
         if self.rope is not None:
             self.rope.reach(pages * PAGE)
         return [
-            self.ops.new_cache(pages, self.config.kv_heads, self.config.head_size)
+            self.ops.new_cache(pages, self.config.kv_heads, self.config.head_size, int8=int8)
             for _ in range(self.config.layers)
         ]
 
