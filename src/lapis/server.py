@@ -159,7 +159,10 @@ def _catalog(registry: Registry, models: Sequence[str]) -> Callable[[], list[Ser
             registry.resolve(name)  # raises, naming why
 
     def catalog() -> list[Servable]:
-        return [servable for servable in registry.servables() if not models or servable.name in models]
+        found = registry.servables()
+        bases = {servable.base for servable in found if servable.name in models}
+        wanted = {*models, *bases}
+        return [servable for servable in found if not models or servable.name in wanted]
 
     return catalog
 

@@ -130,7 +130,7 @@ def facts(model: StoredModel) -> dict[str, Any]:
     """What is told of a model in JSON: name, place, digests, source, and the numbers of its configuration."""
     from lapis.model.config import as_facts
 
-    config = model.config
+    config = None if model.base is not None else model.config
     return {
         "name": model.name,
         "folder": str(model.folder),
@@ -138,13 +138,14 @@ def facts(model: StoredModel) -> dict[str, Any]:
         "licence": model.licence,
         "parameters": model.parameters,
         "bytes": model.bytes,
-        "weight_bytes": config.weight_bytes,
-        "kv_bytes_per_token": config.kv_bytes_per_token,
+        "base": model.base,
+        "weight_bytes": model.bytes if config is None else config.weight_bytes,
+        "kv_bytes_per_token": None if config is None else config.kv_bytes_per_token,
         "add_bos": model.manifest.add_bos,
         "bos_id": model.manifest.bos_id,
         "stop_ids": list(model.manifest.stop_ids),
         "source": asdict(model.source),
-        "config": as_facts(config),
+        "config": {} if config is None else as_facts(config),
         "files": {name: asdict(entry) for name, entry in model.manifest.files.items()},
     }
 

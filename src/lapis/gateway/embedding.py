@@ -32,10 +32,10 @@ async def embed(
 
     Raises InputError for what the model cannot read, LimitError for a quota or a full queue.
     """
-    engine = await deployment.engine()
+    engine, adapter = await deployment.engine_for(model)
     params = SamplingParams(max_tokens=0)
     requests = [
-        Request(f"{id}-{number}", text, params, identity.project_id, pooling=pooling)
+        Request(f"{id}-{number}", text, params, identity.project_id, adapter=adapter, pooling=pooling)
         for number, text in enumerate(texts)
     ]
     for request in requests:

@@ -56,7 +56,7 @@ class Generation:
     def __init__(self, ask: Ask, deployment: Deployment, counters: Counters) -> None:
         self.ask = ask
         self.created = int(time.time())
-        self.digest = deployment.servable.digest
+        self.digest = deployment.adapters.get(ask.model, deployment.servable).digest
         self.finished = False
         self._deployment = deployment
         self._meterage: Meterage | None = None
@@ -76,7 +76,7 @@ class Generation:
 
         Raises InputError for what the model cannot run, LimitError for a quota or a full queue.
         """
-        engine = await deployment.engine()
+        engine, adapter = await deployment.engine_for(ask.model)
         for prompt in ask.prompts:
             check_request(
                 Request(ask.id, prompt.ids, prompt.params), engine.context, engine.tokenizer.vocab_size
@@ -89,7 +89,7 @@ class Generation:
                 generation._meterage = await booking
             await asyncio.sleep(0)  # the ledger's thread begins now
             # The engine begins while the ledger is written; nothing is given out before that is done.
-            generation._submit(engine)
+            generation._submit(engine, adapter)
             generation._meterage = await booking
         except BaseException:
             booking.cancel()  # what it had reserved by then is given back
@@ -146,12 +146,13 @@ class Generation:
         self._meterage.settle(usage)
         self._counters.generation(self.ask.model, usage, finished=self.finished)
 
-    def _submit(self, engine: Engine) -> None:
+    def _submit(self, engine: Engine, adapter: str | None) -> None:
+        tenant = self.ask.identity.project_id
         for number, prompt in enumerate(self.ask.prompts):
             for choice in range(self.ask.choices):
                 params = _seeded(prompt.params, choice)
                 name = f"{self.ask.id}-{number}-{choice}"
-                request = Request(name, prompt.ids, params, tenant=self.ask.identity.project_id)
+                request = Request(name, prompt.ids, params, tenant=tenant, adapter=adapter)
                 self._streams.append(engine.submit(request))
 
     def _note(self, index: int, output: Output) -> None:

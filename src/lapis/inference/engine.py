@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lapis.errors import ConfigError
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
@@ -83,6 +84,12 @@ class Engine(Protocol):
         Blocks; `submit` with `pooling` can be awaited and cancelled. Raises as `score`.
         """
 
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Answer requests that name this low-rank adapter of the model. Raises what reading it raises."""
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those under way keep it. Raises NotFoundError."""
+
     def stats(self) -> dict[str, Any]:
         """What is running, waiting and cached now, and what has been done since the start."""
 
@@ -135,6 +142,10 @@ class LocalEngine(EngineLoop):
             loaded = read_model(folder, manifest=verified.result())
         loaded.model.seal()
         return LocalEngine(loaded, name, cache_dtype=cache_dtype)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Raises ConfigError: models in this process have no adapters yet."""
+        raise ConfigError(f"{self.name!r} cannot be served with adapters yet, so {folder.name} is not.")
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""

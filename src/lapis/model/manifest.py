@@ -48,6 +48,7 @@ class Manifest:
     add_bos: bool
     bos_id: int | None
     stop_ids: tuple[int, ...]  # the first is the end-of-sequence token
+    base: str | None = None  # the name of the model that this is an adapter of
 
     @property
     def bytes(self) -> int:
@@ -57,6 +58,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of lapis.json; its last key seals all the others."""
         facts = {"format": FORMAT, **asdict(self)}
+        if self.base is None:
+            del facts["base"]
         return json.dumps({**facts, "seal": digest_json(facts)}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -13,7 +13,7 @@ from lapis.errors import ConflictError, InputError, NotFoundError, nearest
 from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.log import Progress, silent
-from lapis.model import catalogue, hub
+from lapis.model import catalogue, hub, peft
 from lapis.model import manifest as manifests
 from lapis.model.layout import PICKLES
 from lapis.model.manifest import Source
@@ -113,6 +113,9 @@ def _from_gguf(path: Path, store: ModelStore, name: str, progress: Progress) -> 
 
 
 def _from_folder(path: Path, store: ModelStore, name: str, progress: Progress) -> None:
+    if peft.is_adapter(path) and not (path / manifests.NAME).exists():
+        _take_adapter(path, store, name, Source("huggingface", str(path)))
+        return
     if not (path / manifests.NAME).exists():
         _convert_folder(path, store.place(name), Source("huggingface", str(path)), progress)
         return
@@ -125,6 +128,10 @@ def _from_hub(repository: hub.HubRepository, store: ModelStore, name: str, progr
         reference = f"hf:{repository.name}@{repository.commit or repository.revision}"
         source = Source("hub", f"{reference} from {repository.endpoint}", digest=repository.commit)
         _convert_folder(work, store.place(name), source, progress)
+
+
+def _take_adapter(path: Path, store: ModelStore, name: str, source: Source) -> None:
+    peft.write_adapter_folder(path, store.place(name), peft.base_of(path, store), source)
 
 
 def _convert_gguf(path: Path, folder: Path, source: Source, progress: Progress) -> None:

@@ -46,6 +46,11 @@ class StoredModel:
         return self.manifest.source
 
     @property
+    def base(self) -> str | None:
+        """The name of the model that this is an adapter of; None for a whole model."""
+        return self.manifest.base
+
+    @property
     def licence(self) -> str:
         """The licence as its source states it, or "unknown"."""
         return self.manifest.source.licence

@@ -36,6 +36,7 @@ class Servable:
     digest: str
     kind: Literal["release", "pulled"]
     licence: str
+    base: str | None = None  # the name of the model that it is an adapter of
 
 
 class Registry:
@@ -68,6 +69,11 @@ class Registry:
         with lock(self.folder / name / ".lock", f"The release {name}"):
             version = self._next_version(name)
             folder = self.folder / name / str(version)
+            if manifests.read_manifest(model_folder).base is not None:
+                raise InputError(
+                    f"{model_folder} holds an adapter; releases are whole models.",
+                    hint="A pulled adapter is served under its own name beside its base: lapis serve",
+                )
             manifest = manifests.copy_folder(model_folder, folder, sealed=True, progress=progress)
             facts = {"source": _source(manifest), "licence": manifest.source.licence, "run": run_id}
             way = lineage.from_facts({**facts, **(origin or {})})
@@ -152,7 +158,7 @@ class Registry:
                 for name in (release.name, release.id):  # a later version takes the bare name over
                     found[name] = _servable(release, name)
         for model in self.store.list():
-            pulled = Servable(model.name, model.folder, model.digest, "pulled", model.licence)
+            pulled = Servable(model.name, model.folder, model.digest, "pulled", model.licence, model.base)
             found.setdefault(model.name, pulled)
         return list(found.values())
 

@@ -16,6 +16,7 @@ class ModelObject(BaseModel):
     owned_by: str
     digest: str
     kind: str
+    parent: str | None  # the model that it is an adapter of
     licence: str
     loaded: bool
     context: int | None

@@ -35,6 +35,7 @@ def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
         owned_by="lapis",
         digest=servable.digest,
         kind=servable.kind,
+        parent=servable.base,
         licence=servable.licence,
         loaded=engine is not None,
         context=engine.context if engine else None,

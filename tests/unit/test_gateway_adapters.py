@@ -1,0 +1,111 @@
+"""Adapters under names of their own: pulled beside their base, answered by its one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from lapis.cli.main import lapis
+from lapis.db import open_database
+from lapis.errors import ConflictError, InputError, NotFoundError
+from lapis.gateway.counters import Counters
+from lapis.gateway.embedding import embed
+from lapis.gateway.generation import Ask, Generation, Prompt
+from lapis.gateway.metering import Meter
+from lapis.gateway.router import Router
+from lapis.home import Home
+from lapis.inference.fake import FakeEngine
+from lapis.inference.request import SamplingParams
+from lapis.model import peft
+from lapis.model.pull import pull
+from lapis.model.store import ModelStore
+from lapis.release.registry import Registry, Servable
+from lapis.tenants.keys import LOCAL
+from lapis.tenants.usage import UsageLedger
+from tests.served import fake_server, model_folder
+
+
+def peft_folder(folder: Path, base: object = "someone/Tiny", **facts: object) -> Path:
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": base, **facts}
+    (folder / peft.CONFIG).write_text(json.dumps(config))
+    save_file({"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 2), np.float32)}, folder / peft.WEIGHTS)
+    return folder
+
+
+@pytest.fixture
+def registry(home: Home, tmp_path: Path) -> Iterator[Registry]:
+    """An installation with a base and two adapters of it."""
+    model_folder(home.models / "tiny")
+    for name in ("pirate", "poet"):
+        pull(str(peft_folder(tmp_path / name, note=name)), home)
+    db = open_database(home.database_url)
+    yield Registry(home, db)
+    db.dispose()
+
+
+def test_an_adapter_is_pulled_beside_its_base(home: Home, tmp_path: Path, registry: Registry) -> None:
+    model = ModelStore(home).get("pirate")
+    assert (model.base, model.parameters) == ("tiny", 14)
+    assert pull(str(tmp_path / "pirate"), home).digest == model.digest
+    told = json.loads(CliRunner().invoke(lapis, ["models", "show", "pirate", "--json"]).output)
+    assert (told["base"], told["config"]) == ("tiny", {})
+    with pytest.raises(NotFoundError, match="other/Base") as caught:
+        pull(str(peft_folder(tmp_path / "lost", "other/Base")), home)
+    assert "lapis pull hf:other/Base --name base" in str(caught.value.hint)
+    with pytest.raises(InputError, match="does not name its base"):
+        pull(str(peft_folder(tmp_path / "nameless", None)), home)
+    with pytest.raises(InputError, match="is an adapter itself"):
+        pull(str(peft_folder(tmp_path / "second", "x/pirate")), home)
+    assert sorted(path.name for path in home.models.glob("[!.]*")) == ["pirate", "poet", "tiny"]
+    with pytest.raises((InputError, ConflictError), match="adapter"):
+        registry.create("shanty", model.folder, None, None, "me")
+
+
+def test_a_bases_engine_answers_for_all_its_adapters(registry: Registry) -> None:
+    items = [*registry.servables(), Servable("orphan", Path("nowhere"), "0" * 64, "pulled", "mit", "gone")]
+    digests = {item.name: item.digest for item in items}
+    engines: list[FakeEngine] = []
+
+    def build(item: Servable) -> FakeEngine:
+        engines.append(FakeEngine(item.name, reply=lambda prompt, seed: "plain"))
+        return engines[-1]
+
+    router, meter, counters = Router(lambda: items, build), Meter(UsageLedger(registry.db)), Counters()
+
+    async def answer(name: str) -> str:
+        ask = Ask("id", LOCAL, name, [Prompt((5, 6), SamplingParams(max_tokens=400))])
+        generation = await Generation.start(ask, router.find(name), meter, counters)
+        try:
+            assert generation.digest == digests[name]
+            return (await generation.whole())[0].text
+        finally:
+            generation.close()
+
+    texts = {name: asyncio.run(answer(name)) for name in ("pirate", "tiny", "poet")}
+    assert texts["tiny"] == "plain"
+    assert all(texts[name] == f"{digests[name]}: plain" for name in ("pirate", "poet"))
+    vectors, _ = asyncio.run(
+        embed("id", LOCAL, "pirate", [(5, 6)], "mean", router.find("pirate"), meter, counters)
+    )
+    assert len(vectors) == 1
+    assert [item.name for item, _ in router.models()] == ["pirate", "poet", "tiny"]
+    with pytest.raises(NotFoundError):
+        router.find("orphan")
+    items = [item for item in items if item.name != "poet"]
+    router._refresh(at_once=True)
+    assert [engine.adapters for engine in engines] == [[digests["pirate"]]]
+    router.close()
+
+
+def test_an_adapter_that_is_served_brings_its_base_along(home: Home, registry: Registry) -> None:
+    with fake_server(home, "pirate") as server:
+        listed = {item.name: item.base for item, _ in server.services.router.models()}
+    assert listed == {"pirate": "tiny", "tiny": None}
