@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def random_state(shape: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     state = {}
     for name, weight in model.state_dict().items():
         noise = torch.randn(weight.shape, generator=generator)
+        noise *= 4 if name.endswith("router") else 1  # so that rounding seldom decides between two experts
         state[name] = (1 + noise * 0.1 if weight.ndim == 1 and "bias" not in name else noise * 0.08).to(
             torch.bfloat16
         )
@@ -106,28 +108,58 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
 }
 
 
 def gguf_name(name: str) -> str:
-    """Hugging Face's name of a tensor as llama.cpp names it."""
-    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
-    if stem in whole:
-        return f"{whole[stem]}.weight"
+    """Hugging Face's name of a tensor as llama.cpp names it; all experts of a layer share one name."""
+    stem, _, kind = name.rpartition(".")
+    if stem in GGUF_NAMES:
+        return f"{GGUF_NAMES[stem]}.{kind}"
     _, _, index, part = stem.split(".", 3)
-    return f"blk.{index}.{GGUF_NAMES[part]}.weight"
+    return f"blk.{index}.{GGUF_NAMES[re.sub(r'experts[.][0-9]+', 'experts', part)]}.{kind}"
+
+
+def gguf_architecture(shape: ModelConfig) -> str:
+    """What llama.cpp calls such a model."""
+    if shape.family == "gpt2":
+        return "gpt2"
+    if shape.family == "moe":
+        return {"": "llama", "head": "qwen3moe", "whole": "olmoe"}[shape.head_norm]
+    return "qwen3" if shape.head_norm else "qwen2" if shape.qkv_bias and not shape.out_bias else "llama"
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """Query or key rows as llama.cpp's converter stores them: the two halves of a head woven together."""
-    rows, width = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+    rows = weight.shape[0]
+    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(
@@ -136,7 +168,7 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     raw: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
-    architecture: str = "llama",
+    architecture: str | None = None,
     pre: str = "smollm",
     extra: Mapping[str, object] | None = None,
 ) -> Path:
@@ -144,6 +176,7 @@ def write_gguf(
 
     `raw` gives tensors (GGUF's names) as they are to be stored, in place of or beside the others.
     """
+    architecture = architecture or gguf_architecture(shape)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.width)
@@ -151,22 +184,32 @@ def write_gguf(
     writer.add_feed_forward_length(shape.ffn)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_rope_freq_base(shape.rope_base)
-    writer.add_rope_dimension_count(shape.head_size)
+    (writer.add_layer_norm_rms_eps if shape.rotary else writer.add_layer_norm_eps)(shape.norm_eps)
+    writer.add_key_length(shape.head_size)
+    if shape.rotary:
+        writer.add_rope_freq_base(shape.rope_base)
+        writer.add_rope_dimension_count(shape.head_size)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(shape.expert_ffn)
     writer.add_license("apache-2.0")
     _add_tokenizer(writer, pre)
     for key, value in (extra or {}).items():
         adding = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
         adding[type(value)](key, value)  # type: ignore[operator]
     raw = dict(raw or {})
+    stacks: dict[str, list[np.ndarray]] = {}
     for name, array in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             array = interleave(array, shape.heads if "q_proj" in name else shape.kv_heads)
-        if gguf_name(name) in raw:
-            continue
+        if architecture == "gpt2" and array.ndim == 2 and ".h." in name:
+            array = np.ascontiguousarray(array.T)
+        stacks.setdefault(gguf_name(name), []).append(array)
+    for name, arrays in stacks.items():
+        array = np.stack(arrays) if "_exps" in name else arrays[0]
         stored = gguf.GGMLQuantizationType.F32 if array.ndim == 1 else kind
-        raw[gguf_name(name)] = (gguf.quants.quantize(array, stored), stored)
+        raw.setdefault(name, (gguf.quants.quantize(array, stored), stored))
     for name, (array, stored) in raw.items():
         writer.add_tensor(name, array, raw_dtype=stored)
     writer.write_header_to_file()

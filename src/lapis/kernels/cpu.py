@@ -139,11 +139,12 @@ class CpuOps:
         """Index of the first maximum of each row, -1 where the row is not finite."""
         return self.kernels.argmax(logits_TV, logits_TV.shape[1] if count is None else count)
 
-    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
+    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor | Quantized, ids_T: Tensor) -> Tensor:
         """Chunk by chunk with the bits of linear and logprobs."""
         out_T = torch.empty(ids_T.shape, dtype=FP32)
         for rows in _chunks(x_TH.shape[0], w_VH.shape[0]):
-            logits_RV = self.kernels.linear(x_TH[rows], w_VH, None, True)
+            with torch.no_grad():
+                logits_RV = self.linear(x_TH[rows], w_VH, fp32=True)
             out_T[rows] = self.kernels.logprobs(logits_RV, ids_T[rows])
         return out_T
 

@@ -173,7 +173,7 @@ class Ops(Protocol):
         -1 where the row holds a NaN or its maximum is not finite.
         """
 
-    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
+    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor | Quantized, ids_T: Tensor) -> Tensor:
         """logprobs(linear(x, w, fp32), ids), logits never whole, no gradient; 0 where the id is -1."""
 
     def linear_cross_entropy(

@@ -131,7 +131,7 @@ class StockOps:
         best = logits_TV[:, :count].max(-1)
         return torch.where(best.values.isfinite(), best.indices, -1)
 
-    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor, ids_T: Tensor) -> Tensor:
+    def linear_logprobs(self, x_TH: Tensor, w_VH: Tensor | Quantized, ids_T: Tensor) -> Tensor:
         """Chunk by chunk; 0 where the id is -1."""
         with torch.no_grad():
             picked = [

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.ops import Ops, Rope, select
+from lapis.kernels.quantized import Kind, Quantized, quantize
 from lapis.model.attention import AttentionLayer
 from lapis.model.config import ModelConfig
 from lapis.model.layers import optional, weight
@@ -18,6 +19,8 @@ INIT_STD = 0.02
 LINEAR = frozenset(
     {"qkv", "out", "gate_up", "up", "down", "router", "head"}
 )  # weights of linear and nothing else
+# the linear maps of a layer
+QUANTIZED = ("qkv", "out", "gate_up", "up", "down")
 
 
 def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -45,15 +48,27 @@ class Decoder(nn.Module):
         self.norm = weight(dtype, config.width)
         if not config.tied:
             self.head = weight(dtype, config.vocab_size, config.width)
+        self._quantized_head: Quantized | None = None
 
     def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
         """The weights of one layer, not set yet."""
         raise NotImplementedError
 
     @property
-    def head_weight(self) -> Tensor:
-        """The (V, H) matrix that makes logits: the embedding when tied."""
+    def head_weight(self) -> Tensor | Quantized:
+        """The (V, H) matrix that makes logits: the embedding when tied; a copy in 8 bits when quantised."""
+        if self._quantized_head is not None:
+            return self._quantized_head
         return self.embed if self.config.tied else self.head
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held now."""
+        quantized = [value for layer in self.layers for value in vars(layer).values()] + [
+            self._quantized_head
+        ]
+        held = sum(parameter.nbytes for parameter in self.parameters())
+        return held + sum(value.nbytes for value in quantized if isinstance(value, Quantized))
 
     def forward(self, ids_T: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Float32 logits (R, V) of the chosen rows, or of all T."""
@@ -89,6 +104,22 @@ class Decoder(nn.Module):
             self.ops.new_cache(pages, self.config.kv_heads, self.config.head_size, int8=int8)
             for _ in range(self.config.layers)
         ]
+
+    def quantize(self, kind: Kind) -> None:
+        """Keep the linear maps of the layers in 8 or 4 bits and the head in 8, for inference only.
+
+        The bf16 weights of these are dropped; embedding, norms and biases stay.
+        """
+        for layer in self.layers:
+            for name in [name for name in QUANTIZED if name in layer._parameters]:
+                small = quantize(getattr(layer, name), kind)
+                delattr(layer, name)
+                setattr(layer, name, small)
+        head = self.head_weight
+        if isinstance(head, Tensor):
+            self._quantized_head = quantize(head, "int8")
+            if not self.config.tied:
+                del self.head
 
     @torch.no_grad()
     def seal(self) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, rebuilt from its metadata as a Hugging Face byte-level BPE."""
+"""The tokenizer of a GGUF file, rebuilt from its metadata: byte-level BPE, or SentencePiece's (Llama 2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from lapis.errors import InputError
@@ -34,6 +34,7 @@ class _Split:
     steps: Callable[[], list[Any]]
     ignore_merges: bool = False
     adds_bos: bool = False  # where the file does not say
+    composed: bool = False  # characters are composed first (Unicode NFC)
 
 
 def _gpt2() -> list[Any]:
@@ -44,11 +45,15 @@ def _smollm() -> list[Any]:
     return [pre_tokenizers.Digits(individual_digits=True), *_gpt2()]
 
 
-def _llama3() -> list[Any]:
+def _llama3(pattern: str = SPLIT) -> list[Any]:
     return [
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
+
+
+def _qwen2() -> list[Any]:
+    return _llama3(SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"))  # one digit at a time
 
 
 # tokenizer.ggml.pre, the names that llama.cpp gives
@@ -56,24 +61,39 @@ SPLITS = {
     "gpt-2": _Split(_gpt2),
     "smollm": _Split(_smollm),
     "llama-bpe": _Split(_llama3, ignore_merges=True, adds_bos=True),
+    "qwen2": _Split(_qwen2, composed=True),
+    "olmo": _Split(_gpt2, composed=True),
 }
 
 
 def build_tokenizer(metadata: Mapping[str, Any], where: str) -> BuiltTokenizer:
     """Rebuild the tokenizer that a GGUF file's metadata describe. Raises InputError for an unknown kind."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise InputError(
             f"{where}: the tokenizer model {kind!r} is not supported.",
-            hint="Supported: gpt2 (byte-level BPE). The same model as a Hugging Face folder may work.",
+            hint="Supported: gpt2 (byte-level BPE) and llama (SentencePiece's BPE). The same model as a Hugging "
+            "Face folder may work.",
         )
-    if pre not in SPLITS:
+    if kind == "gpt2" and pre not in SPLITS:
         raise InputError(
             f"{where}: the pre-tokenizer {pre!r} is unknown, so texts would be cut wrongly.",
             hint=f"Known: {', '.join(SPLITS)}. The same model as a Hugging Face folder may work.",
         )
     tokens, types = _tokens(metadata, where)
-    inner = _byte_level_bpe(tokens, types, _merges(metadata, tokens, where), SPLITS[pre])
+    if kind == "gpt2":
+        inner = _byte_level_bpe(tokens, _merges(metadata, tokens, where), SPLITS[str(pre)])
+        adds_bos = SPLITS[str(pre)].adds_bos
+    else:
+        inner = _sentencepiece(tokens, types, metadata, where)
+        adds_bos = True
+    inner.add_tokens(
+        [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
     bos = _token(metadata, "bos_token_id", len(tokens), where)
     eos = _token(metadata, "eos_token_id", len(tokens), where)
     tokenizer = _wrap(inner, None if eos is None else tokens[eos])
@@ -82,25 +102,49 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> BuiltTokenizer:
     return BuiltTokenizer(
         tokenizer=tokenizer,
         chat_template=template if isinstance(template, str) else None,
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", SPLITS[pre].adds_bos)) and bos is not None,
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and bos is not None,
         bos_id=bos,
         stop_ids=tuple(dict.fromkeys(id for id in ends if id is not None)),
     )
 
 
-def _byte_level_bpe(
-    tokens: list[str], types: list[int], merges: list[tuple[str, str]], split: _Split
-) -> HFTokenizer:
+def _byte_level_bpe(tokens: list[str], merges: list[tuple[str, str]], split: _Split) -> HFTokenizer:
     vocabulary = {token: id for id, token in enumerate(tokens)}
     inner = HFTokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges))
+    if split.composed:
+        inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.Sequence(split.steps())
     inner.decoder = decoders.ByteLevel()
-    added = [
-        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    return inner
+
+
+def _sentencepiece(
+    tokens: list[str], types: list[int], metadata: Mapping[str, Any], where: str
+) -> HFTokenizer:
+    """SentencePiece's BPE: the pair that makes the piece of the best score is merged first; bytes for the rest."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise InputError(f"{where}: tokenizer.ggml.scores does not have one entry for each token.")
+    ids = {token: id for id, token in enumerate(tokens)}
+    if any(f"<0x{byte:02X}>" not in ids for byte in range(256)):
+        raise InputError(f"{where}: the vocabulary lacks the tokens of single bytes.")
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind in (NORMAL, UNUSED)}
+    ranked = [
+        (-scores[ids[piece]], ids[piece], ids[piece[:cut]], ids[piece[cut:]])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
     ]
-    inner.add_tokens(added)
+    merges = [(tokens[left], tokens[right]) for _, _, left, right in sorted(ranked)]
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
+    inner = HFTokenizer(
+        models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    inner.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return inner
 
 

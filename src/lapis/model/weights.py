@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lapis.errors import ConflictError, InputError, StorageError
 from lapis.kernels.ops import Ops
+from lapis.kernels.quantized import Kind
 from lapis.log import Progress, silent
 from lapis.model import layout
 from lapis.model import manifest as manifests
@@ -135,9 +136,15 @@ def write_imported(folder: Path, model: ImportedModel, source: Source) -> Manife
 
 
 def read_model(
-    folder: Path, ops: Ops | None = None, progress: Progress = silent, manifest: Manifest | None = None
+    folder: Path,
+    ops: Ops | None = None,
+    progress: Progress = silent,
+    manifest: Manifest | None = None,
+    quantize: Kind | None = None,
 ) -> LoadedModel:
     """Load a model folder after every file matched its digest; `manifest` says that this was seen just now.
+
+    `quantize` keeps the linear maps in fewer bits.
 
     Raises IntegrityError naming the file that does not, InputError for a folder that is no model folder or
     holds only pickle.
@@ -148,6 +155,8 @@ def read_model(
     model = build(config, ops)
     state = from_hf_state(config, tensors, where=str(folder / layout.WEIGHTS))
     model.load_state_dict(state, assign=True)  # no copy of what need not be joined
+    if quantize is not None:
+        model.quantize(quantize)
     values = layout.read_tokenizer_config(folder)
     return LoadedModel(
         model, config, read_tokenizer(folder, values), read_chat_template(folder, values), manifest
