@@ -34,7 +34,7 @@ from lapis import server
 from lapis.inference.fake import FakeEngine
 real = server.serve
 server.serve = lambda *given, **options: real(
-    *given, **options, load=lambda _, name: FakeEngine(name, seconds_per_token=0.02)
+    *given, **{**options, "load": lambda _, name: FakeEngine(name, seconds_per_token=0.02)}
 )
 sys.argv[0] = "lapis"
 main.main()
