@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -39,6 +40,7 @@ from lapis.tenants.usage import UsageLedger
 ACTOR = "server"
 DRAIN_SECONDS = 30  # what SIGTERM gives to answers under way
 INTERRUPT_SECONDS = 1  # what Ctrl-C gives to them
+HEADER_SECONDS = 10.0  # for the headers of a request; its body has a limit of its own
 PORTS_TO_TRY = 100
 # How long a thread may keep the interpreter: with Python's 5 ms the engine's thread waits for the event loop, and 16
 # streams get a third fewer tokens.
@@ -196,15 +198,21 @@ def _make_server(services: Services, console: bool) -> Server:
     if console:
         mount(app, services)
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    return Server(config)
+    return Server(config, services)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our ends: SIGTERM drains, Ctrl-C hurries, neither is raised again at the end."""
+    """uvicorn's server with our ends: SIGTERM drains, Ctrl-C hurries, neither is raised again at the end.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    A connection that does not send a whole request within HEADER_SECONDS is closed.
+    """
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
         super().__init__(config)
+        self.services = services
         self.interrupted = False
+        self.drained_at = float("inf")  # when it ends though answers are still under way
+        self.idle_since: dict[Any, tuple[int, float]] = {}  # connections without a request being answered
         self.when_started: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -212,6 +220,26 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.when_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: end once everything is drained; close connections that only linger."""
+        now = time.monotonic()
+        if self.services.draining and (not self.services.counters.active or now > self.drained_at):
+            self.should_exit = True
+        if counter % 10 == 0:
+            self._close_lingering(now)
+        return await super().on_tick(counter)
+
+    def _close_lingering(self, now: float) -> None:
+        before, self.idle_since = self.idle_since, {}
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_complete:
+                continue
+            count, since = before.get(connection, (id(cycle), now))
+            self.idle_since[connection] = (count, since) if count == id(cycle) else (id(cycle), now)
+            if now - self.idle_since[connection][1] > HEADER_SECONDS:
+                connection.transport.close()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -228,11 +256,16 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Accept nothing more and let what is under way end; a second signal ends it at once."""
+        """Begin nothing more and let what is under way end; a second signal ends it at once.
+
+        While SIGTERM's answers are finished, new requests are answered with 503.
+        """
         self.interrupted = self.interrupted or sig == signal.SIGINT
-        self.force_exit = self.should_exit
-        self.should_exit = True
-        self.config.timeout_graceful_shutdown = INTERRUPT_SECONDS if self.interrupted else DRAIN_SECONDS
+        self.force_exit = self.should_exit or self.services.draining
+        self.should_exit = self.interrupted or self.force_exit
+        self.services.draining = True
+        self.drained_at = time.monotonic() + DRAIN_SECONDS
+        self.config.timeout_graceful_shutdown = INTERRUPT_SECONDS
 
 
 def _listen(host: str, port: int) -> socket.socket:

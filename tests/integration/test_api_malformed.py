@@ -76,13 +76,46 @@ RAW = {
     "not UTF-8": (b'{"model": "tiny", "prompt": "\xff\xfe"}', 400),
     "a field twice": (b'{"model": "tiny", "prompt": "x", "prompt": "y"}', 400),
     "100,000 brackets": (b"[" * 100_000, 400),
+    "750 levels": (b'{"a": ' * 750 + b"1" + b"}" * 750, 400),
+    "750 levels and a lone surrogate": (b'{"a": ' * 750 + b'"\\ud800"' + b"}" * 750, 400),
 }
+
+
+PATHS = [
+    "/completions",
+    "/chat/completions",
+    "/responses",
+    "/responses/input_tokens",
+    "/embeddings",
+    "/../tokenize",
+]
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_broken_bytes(http: httpx.Client, name: str) -> None:
     body, status = RAW[name]
-    refused(http.post("/completions", content=body, headers=JSON), status)
+    for path in PATHS:
+        refused(http.post(path, content=body, headers=JSON), status)
+    still_answers(http)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_names_the_field(http: httpx.Client, path: str) -> None:
+    if path == "/completions":
+        good = text()
+    elif path == "/chat/completions":
+        good = chat()
+    else:
+        good = {"model": "tiny", "prompt" if path.endswith("tokenize") else "input": "Hello"}
+    first = next(name for name in good if name != "model")
+    assert http.post(path, json=good).status_code == 200
+    refused(http.post(path, json={**good, "model": "nope"}), 404, "model")
+    refused(http.post(path, json={**good, "model": None}), 400, "model")
+    refused(http.post(path, json={**good, "nonsense": 1}), 400, "nonsense")
+    refused(http.post(path, json={name: good[name] for name in good if name != first}), 400, first)
+    refused(http.post(path, json={**good, first: 5}), 400, first)
+    refused(http.put(path), 405)
+    refused(http.post(path, content=json.dumps(good)), 415)
     still_answers(http)
 
 
@@ -135,7 +168,7 @@ FIELDS = [
     (text(echo=1), "echo"),
     (text(best_of=2, n=3), "best_of"),
     (text(best_of=21), "best_of"),
-    (text(prompt=["a"] * 60, best_of=3), "n"),
+    (text(prompt=["a"] * 60, n=3), "n"),
     (chat(messages=None), "messages"),
     (chat(messages=[]), "messages"),
     (chat(messages=[{"role": "user"}]), "messages[0]"),
@@ -156,7 +189,7 @@ FIELDS = [
     (chat(max_tokens=None, max_completion_tokens=100_000), "max_completion_tokens"),
     (chat(tools=[{"type": "function"}]), "tools"),
     (chat(tool_choice="required"), "tool_choice"),
-    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(response_format={"type": "xml"}), "response_format"),
     (
         chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": 5}}}),
         "response_format",

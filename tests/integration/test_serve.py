@@ -90,6 +90,11 @@ def test_sigterm_lets_answers_end_and_takes_no_new_ones(home: Home) -> None:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
+            while (refused := httpx.get(f"{url}/models")).status_code == 200:
+                time.sleep(0.01)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "unavailable"
+            assert refused.headers["retry-after"]
             assert [text for text in lines if text][-1] == "data: [DONE]"
         assert process.wait(timeout=20) == 0
         with pytest.raises(httpx.ConnectError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ from starlette.requests import ClientDisconnect
 from lapis.errors import InputError, nearest
 
 BODY_LIMIT = 8 * 1024 * 1024  # bytes; a prompt of a million tokens fits
+BODY_SECONDS = 60.0  # from the end of the headers
+MAX_DEPTH = 700  # levels of nested objects and arrays; what walks them by recursion has room for more
 CLOSE = {"connection": "close"}  # the rest of a body that is too large is not read
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -30,27 +33,33 @@ def json_body(schema: type[Model]) -> Callable[[Request], Awaitable[Model]]:
 
 def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
     """What our OpenAPI description says of a body that `json_body` reads."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    whole = schema.model_json_schema()
+    content = {"application/json": {"schema": _inlined(whole, whole.get("$defs", {}))}}
+    described = {"requestBody": {"required": True, "content": content}}
+    if "stream" not in schema.model_fields:
+        return described
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {**described, "responses": {"200": {"content": events}}}
 
 
 async def read_body(request: Request) -> bytes:
-    """The raw body. Raises HTTPException: 415 for a content type other than JSON, 413 above the limit."""
+    """The raw body. Raises HTTPException: 415 for another type than JSON, 413 above the limit, 408 if slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"The content type must be application/json, not {kind or 'absent'}.")
     parts: list[bytes] = []
     size = 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > BODY_LIMIT:
-                raise HTTPException(
-                    413, f"The body is larger than {BODY_LIMIT:,} bytes.", {"connection": "close"}
-                )
-            parts.append(part)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > BODY_LIMIT:
+                    raise HTTPException(413, f"The body is larger than {BODY_LIMIT:,} bytes.", CLOSE)
+                parts.append(part)
     except ClientDisconnect as error:
         raise InputError("The client hung up while sending the body.") from error
+    except TimeoutError as error:
+        raise HTTPException(408, f"The body did not come within {BODY_SECONDS:.0f} s.", CLOSE) from error
     return b"".join(parts)
 
 
@@ -82,6 +91,8 @@ def read_json(raw: bytes) -> Any:
         raise InputError("The body is nested too deep.") from error
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(f"The body has a number that cannot be read: {error}.") from error
+    if _depth(value) > MAX_DEPTH:
+        raise InputError(f"The body is nested deeper than {MAX_DEPTH} levels.")
     if "\\ud" in text or "\\uD" in text:
         _refuse_surrogates(value, "")
     return value
@@ -121,6 +132,26 @@ def _refuse_surrogates(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _refuse_surrogates(item, f"{where}[{index}]")
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _inlined(schema: Any, named: dict[str, Any]) -> Any:
+    """A schema with its named parts in their places: a description has no other place for them."""
+    if isinstance(schema, list):
+        return [_inlined(part, named) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(named[schema["$ref"].removeprefix("#/$defs/")], named)
+    return {name: _inlined(part, named) for name, part in schema.items() if name != "$defs"}
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> InputError:

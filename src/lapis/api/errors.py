@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -21,12 +22,28 @@ TYPES = {
     429: "rate_limit_error",
 }
 CODES = {
+    408: "request_timeout",
     404: "not_found",
     405: "method_not_allowed",
     413: "request_too_large",
     415: "unsupported_media_type",
     501: "not_offered",
 }
+
+
+class ErrorFacts(BaseModel):
+    """What went wrong; `param` is the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorObject(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorFacts
 
 
 def error_body(

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lapis.api.errors import error_body
-from lapis.gateway.counters import Counters
+from lapis.gateway.services import Services
 from lapis.log import logger
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+Headers = Sequence[tuple[bytes, bytes]]
+ENDING: Headers = ((b"connection", b"close"), (b"retry-after", b"1"))
 
 
 class Envelope:
     """ASGI middleware: `x-request-id` on every answer, a 500 in OpenAI's shape where our code has a bug."""
 
-    def __init__(self, app: ASGIApp, counters: Counters) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self.app = app
-        self.counters = counters
+        self.services = services
+        self.counters = services.counters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its id in the scope's state."""
@@ -45,6 +49,10 @@ class Envelope:
                 message = {**message, "headers": [*message["headers"], *headers, *HEADERS]}
             await send(message)
 
+        if self.services.draining:
+            await _send(enveloped, 503, error_body("The server is ending.", 503, code="unavailable"), ENDING)
+            self.counters.request("draining", 503, time.perf_counter() - started)
+            return
         self.counters.active += 1
         try:
             await self.app(scope, receive, enveloped)
@@ -60,9 +68,13 @@ class Envelope:
 
 async def _send_bug(send: Send, request_id: str) -> None:
     text = f"The server failed; its log has the cause under {request_id}."
-    body = json.dumps(error_body(text, 500, code="internal_error")).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await _send(send, 500, error_body(text, 500, code="internal_error"))
+
+
+async def _send(send: Send, status: int, error: dict[str, Any], headers: Headers = ()) -> None:
+    body = json.dumps(error).encode()
+    kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*kind, *headers]})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -25,6 +25,7 @@ class Services:
     meter: Meter
     counters: Counters = field(default_factory=Counters)
     responses: StoredResponses = field(init=False)
+    draining: bool = False  # what is under way is finished, nothing new is begun
 
     def __post_init__(self) -> None:
         self.responses = StoredResponses(self.db)

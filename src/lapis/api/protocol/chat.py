@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -41,6 +42,24 @@ def _texts(value: object) -> object:
     return "".join(texts)
 
 
+CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": False,
+            },
+            "minItems": 1,
+        },
+        {"type": "null"},
+    ]
+}
+
+
 class CalledFunction(Body):
     """Which function a call is of; `arguments` is JSON as text."""
 
@@ -60,7 +79,7 @@ class Message(Body):
     """One message of a chat. `developer` is read as `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_texts)] = None
+    content: Annotated[str | None, BeforeValidator(_texts), WithJsonSchema(CONTENT)] = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from lapis.api.protocol.formats import read_structure
 from lapis.api.protocol.generation import CHOICES, SEED, GenerationRequest, Usage
@@ -28,7 +28,7 @@ def read_prompts(value: object, limit: int) -> object:
     """
     wanted = "must be a string, a list of strings, a list of token ids, or a list of such lists; none empty"
     prompts: list[Any] = value if isinstance(value, list) else [value]
-    if prompts and all(_is_id(item) for item in prompts):
+    if isinstance(value, list) and prompts and all(_is_id(item) for item in prompts):
         prompts = [prompts]
     if not prompts:
         raise ValueError(wanted)
@@ -39,6 +39,14 @@ def read_prompts(value: object, limit: int) -> object:
         if not prompt or not (isinstance(prompt, str) or ids):
             raise ValueError(wanted)
     return tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
+
+
+def texts_schema(limit: int) -> dict[str, Any]:
+    """What `read_prompts` takes, as JSON schema."""
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    text = {"type": "string", "minLength": 1}
+    many = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": limit}
+    return {"anyOf": [text, ids, many]}
 
 
 def _is_id(value: object) -> bool:
@@ -52,7 +60,9 @@ class CompletionRequest(GenerationRequest):
         "suffix": ("",),
     }
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts), WithJsonSchema(texts_schema(CHOICES))
+    ]
     max_tokens: Annotated[int, Field(ge=0, le=SEED)] | None = 16
     echo: bool | None = False
     best_of: Annotated[int, Field(ge=1, le=BEST_OF)] | None = None

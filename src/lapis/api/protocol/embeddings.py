@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from lapis.api.protocol.completions import read_prompts
+from lapis.api.protocol.completions import read_prompts, texts_schema
 from lapis.api.protocol.generation import IGNORED, Body
 
 MAX_TEXTS = 2048
@@ -20,7 +20,9 @@ class EmbeddingRequest(Body):
     """The body of POST /v1/embeddings."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    input: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_texts)]
+    input: Annotated[
+        tuple[str | tuple[int, ...], ...], BeforeValidator(_texts), WithJsonSchema(texts_schema(MAX_TEXTS))
+    ]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1, le=2**31)] | None = None
     pooling: Literal["mean", "last"] | None = "mean"

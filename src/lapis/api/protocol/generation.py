@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from lapis.errors import InputError
 from lapis.inference.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
@@ -67,6 +67,19 @@ def number_or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+STOP = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+            "maxItems": MAX_STOP_STRINGS,
+        },
+        {"type": "null"},
+    ]
+}
+
+
 class Body(BaseModel):
     """A JSON object of a request: no unknown fields, no conversion between types."""
 
@@ -114,7 +127,7 @@ class GenerationRequest(SampledRequest):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = 1
     max_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
-    stop: Annotated[tuple[str, ...] | None, BeforeValidator(_stops)] = None
+    stop: Annotated[tuple[str, ...] | None, BeforeValidator(_stops), WithJsonSchema(STOP)] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_bias)] = None
