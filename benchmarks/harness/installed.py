@@ -11,6 +11,8 @@ from pathlib import Path
 from harness.engines import END_TOKENS, Engine, LlamaBench, Server, Worker
 from harness.subject import NAME
 
+from lapis.inference.engine import DRAFTS
+
 PEERS = Path(__file__).parents[2] / ".peers"
 PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",)  # where Debian's libtcmalloc-minimal4 is
 
@@ -25,6 +27,7 @@ class Engines:
         self._openmp = {"OMP_NUM_THREADS": str(threads)}
         self._makers: dict[str, tuple[Callable[[], Engine], str | None]] = {
             "lapis bf16": (lambda: self._lapis("bf16"), None),
+            "lapis lookup bf16": (lambda: self._lapis("bf16", str(DRAFTS)), None),
             "lapis int8": (lambda: self._lapis("int8"), None),
             "lapis int4": (lambda: self._lapis("int4"), None),
             "lapis http bf16": (lambda: self._lapis_server("bf16"), None),
@@ -51,10 +54,10 @@ class Engines:
     def _llama(program: str) -> Path:
         return PEERS / "llama.cpp" / "build" / "bin" / program
 
-    def _lapis(self, weights: str) -> Engine:
+    def _lapis(self, weights: str, *drafts: str) -> Engine:
         # GOMP_SPINCOUNT as the command line sets it
         environment = {**self._openmp, "GOMP_SPINCOUNT": "2000"}
-        return Worker(sys.executable, "lapis_worker.py", str(self.folder), weights, environment=environment)
+        return Worker(sys.executable, "lapis_worker.py", str(self.folder), weights, *drafts, environment=environment)
 
     def _lapis_server(self, weights: str) -> Engine:
         command = [sys.executable, "-m", "lapis.cli.main", "serve", NAME, "--port", "{port}", "--no-console"]

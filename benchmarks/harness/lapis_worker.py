@@ -1,4 +1,4 @@
-"""Lapis in process: lapis_worker.py FOLDER WEIGHTS."""
+"""Lapis in process: lapis_worker.py FOLDER WEIGHTS [DRAFTS], by default without speculation, as the peers run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def main() -> None:
     """Load the model and answer."""
     folder, weights = Path(sys.argv[1]), sys.argv[2]
     sys.setswitchinterval(0.0005)  # as the server: the engine's thread must not wait for readers
-    stored = {} if weights == "bf16" else {"weights": weights}
-    engine = LocalEngine(read_model(folder), folder.name, **stored)
+    drafts = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    engine = LocalEngine(read_model(folder), folder.name, weights=weights, drafts=drafts)
     numbers = itertools.count()
 
     def generate(prompts: list[list[int]], tokens: int) -> tuple[float, int, Times]:

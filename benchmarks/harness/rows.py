@@ -125,6 +125,7 @@ def _many(ours: str, theirs: str | None, prompt: int = PROMPT) -> Duel:
 
 DECODE, THROUGHPUT = _median(Burst.decode), _median(Burst.throughput)
 FIRST_P50, FIRST_P99 = _median(lambda burst: burst.first(0.5)), _median(lambda burst: burst.first(0.99))
+LOOKUP = _one("lapis lookup bf16", "llama.cpp bf16")
 LLAMA_BF16 = _one("lapis bf16", "llama.cpp bf16")
 VLLM = _many("lapis http bf16", "vllm http bf16")
 START = Duel("lapis http bf16", "vllm http bf16", 1, 8, 1, fresh=True)
@@ -137,6 +138,7 @@ LONG_INT8 = Duel("lapis int8", "openvino int8", 1, LONG, 1)
 ROWS = (
     Row("decode-bf16", "decode, 1 stream, bf16", "tok/s", LLAMA_BF16, DECODE, Target("ratio", 1.45), _alone),
     Row("bound", "  share of the memory bound", "tok/s", LLAMA_BF16, DECODE, Target("share", 0.85), _alone),
+    Row("decode-lookup", "  with prompt lookup, as by default", "tok/s", LOOKUP, DECODE),
     Row(
         "decode-4bit", "decode, 1 stream, 4-bit", "tok/s", _one("lapis int4", "llama.cpp q4_1"),
         DECODE, Target("ratio", 2), _alone,
