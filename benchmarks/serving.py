@@ -58,7 +58,8 @@ class Ring:
         sides = [Side(name) for name in names if not self.engines.missing(name)]
         for round_ in range(self.rounds + 1):
             for side in list(sides):
-                if side.engine in self.failures:
+                once = duel.fresh and side.engine == duel.theirs  # a peer that takes a minute is started once
+                if side.engine in self.failures or (once and round_ > 0):
                     continue
                 say(f"  {side.engine}, {'warm-up' if round_ == 0 else f'round {round_} of {self.rounds}'}")
                 try:
@@ -73,9 +74,6 @@ class Ring:
         fresh = duel.fresh and side.engine == duel.ours
         if fresh:
             self.drop(side.engine)
-        elif duel.fresh and side.engine in self.running:  # a peer that takes a minute is started once
-            side.starts = self.starts[side.engine]
-            return
         engine = self._engine(side.engine)
         engine.proceed()
         burst = engine.run(self.prompts.take(duel.count, duel.prompt), duel.new)

@@ -57,7 +57,9 @@ class Engines:
     def _lapis(self, weights: str, *drafts: str) -> Engine:
         # GOMP_SPINCOUNT as the command line sets it
         environment = {**self._openmp, "GOMP_SPINCOUNT": "2000"}
-        return Worker(sys.executable, "lapis_worker.py", str(self.folder), weights, *drafts, environment=environment)
+        return Worker(
+            sys.executable, "lapis_worker.py", str(self.folder), weights, *drafts, environment=environment
+        )
 
     def _lapis_server(self, weights: str) -> Engine:
         command = [sys.executable, "-m", "lapis.cli.main", "serve", NAME, "--port", "{port}", "--no-console"]

@@ -22,7 +22,8 @@ def main() -> None:
     folder, weights = Path(sys.argv[1]), sys.argv[2]
     sys.setswitchinterval(0.0005)  # as the server: the engine's thread must not wait for readers
     drafts = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    engine = LocalEngine(read_model(folder), folder.name, weights=weights, drafts=drafts)
+    stored = {} if weights == "bf16" else {"weights": weights}
+    engine = LocalEngine(read_model(folder), folder.name, drafts=drafts, **stored)
     numbers = itertools.count()
 
     def generate(prompts: list[list[int]], tokens: int) -> tuple[float, int, Times]:
