@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,10 +27,11 @@ class Engines:
         self.bf16 = PEERS / "models" / "smollm2-bf16.gguf"
         self._openmp = {"OMP_NUM_THREADS": str(threads)}
         self._makers: dict[str, tuple[Callable[[], Engine], str | None]] = {
-            "lapis bf16": (lambda: self._lapis("bf16"), None),
-            "lapis lookup bf16": (lambda: self._lapis("bf16", str(DRAFTS)), None),
-            "lapis int8": (lambda: self._lapis("int8"), None),
-            "lapis int4": (lambda: self._lapis("int4"), None),
+            "lapis bf16": (self._lapis, None),
+            "lapis lookup bf16": (lambda: self._lapis(drafts=DRAFTS), None),
+            "lapis int8-kv bf16": (lambda: self._lapis(cache_dtype="int8"), None),
+            "lapis int8": (lambda: self._lapis(weights="int8"), None),
+            "lapis int4": (lambda: self._lapis(weights="int4"), None),
             "lapis http bf16": (lambda: self._lapis_server("bf16"), None),
             "lapis http int8": (lambda: self._lapis_server("int8"), None),
             "llama.cpp bf16": (lambda: self._llama_bench(self.bf16), "llama.cpp"),
@@ -54,12 +56,11 @@ class Engines:
     def _llama(program: str) -> Path:
         return PEERS / "llama.cpp" / "build" / "bin" / program
 
-    def _lapis(self, weights: str, *drafts: str) -> Engine:
-        # GOMP_SPINCOUNT as the command line sets it
+    def _lapis(self, drafts: int = 0, **options: str) -> Engine:
+        # without speculation, as the peers run; GOMP_SPINCOUNT as the command line sets it
         environment = {**self._openmp, "GOMP_SPINCOUNT": "2000"}
-        return Worker(
-            sys.executable, "lapis_worker.py", str(self.folder), weights, *drafts, environment=environment
-        )
+        arguments = (str(self.folder), json.dumps({"drafts": drafts, **options}))
+        return Worker(sys.executable, "lapis_worker.py", *arguments, environment=environment)
 
     def _lapis_server(self, weights: str) -> Engine:
         command = [sys.executable, "-m", "lapis.cli.main", "serve", NAME, "--port", "{port}", "--no-console"]

@@ -1,10 +1,11 @@
-"""Lapis in process: lapis_worker.py FOLDER WEIGHTS [DRAFTS], by default without speculation, as the peers run."""
+"""Lapis in process: lapis_worker.py FOLDER [OPTIONS of LocalEngine as JSON]."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
 import itertools
+import json
 import sys
 import time
 from pathlib import Path
@@ -19,11 +20,11 @@ from lapis.model.weights import read_model
 
 def main() -> None:
     """Load the model and answer."""
-    folder, weights = Path(sys.argv[1]), sys.argv[2]
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     sys.setswitchinterval(0.0005)  # as the server: the engine's thread must not wait for readers
-    drafts = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    stored = {} if weights == "bf16" else {"weights": weights}
-    engine = LocalEngine(read_model(folder), folder.name, drafts=drafts, **stored)
+    loaded = read_model(folder)
+    loaded.model.seal()  # as the server does
+    engine = LocalEngine(loaded, folder.name, **options)
     numbers = itertools.count()
 
     def generate(prompts: list[list[int]], tokens: int) -> tuple[float, int, Times]:

@@ -129,6 +129,7 @@ LOOKUP = _one("lapis lookup bf16", "llama.cpp bf16")
 LLAMA_BF16 = _one("lapis bf16", "llama.cpp bf16")
 VLLM = _many("lapis http bf16", "vllm http bf16")
 START = Duel("lapis http bf16", "vllm http bf16", 1, 8, 1, fresh=True)
+LONG_KV = _many("lapis int8-kv bf16", "openvino fp16", LONG)
 INT8 = _many("lapis http int8", "openvino int8")
 SIXTEEN_INT8 = _many("lapis int8", "openvino int8")
 SIXTEEN_BF16 = _many("lapis bf16", "openvino fp16")
@@ -158,6 +159,10 @@ ROWS = (
     Row(
         "context-1024", "decode, 16 streams of 1,024, bf16", "tok/s", _many("lapis bf16", "openvino fp16", LONG),
         DECODE, Target("figure", 600), _together_long,
+    ),
+    Row(
+        "context-1024-int8-kv", "  with int8 keys and values", "tok/s", LONG_KV,
+        DECODE,
     ),
     Row(
         "burst-transformers", "16 at once, bf16, HTTP; peer in process", "tok/s",
