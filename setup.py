@@ -31,6 +31,7 @@ UNITS = (
     "cpu_train.c",
     "cpu_muon.c",
     "cpu_quantized.c",
+    "cpu_experts.c",
 )
 # as in kernels/variants.py: all text that goes into a library, in this order
 SOURCES = (*UNITS, "cpu_vector.h", "cpu_product.h", "cpu_attention.h")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lapis.kernels import stock, variants
-from lapis.kernels.batch import Batch, LayerCache
-from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes
+from lapis.kernels.batch import AdapterPair, Batch, LayerCache
+from lapis.kernels.cpu_groups import Experts, Groups, Lora, Route
+from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes, gradient_buffer
 from lapis.kernels.cpu_library import CAdamW, CMuon
 from lapis.kernels.ops import Matrix, Rope
 from lapis.kernels.quantized import NO_GRADIENT, Quantized
@@ -40,6 +41,7 @@ class CpuOps:
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name = name
         self.kernels = kernels
+        self.groups = Groups(kernels)
 
     def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Pages in the layout of the kernels; what lies in them before they are written does not matter."""
@@ -69,6 +71,35 @@ class CpuOps:
             apply = _Linear.apply
             return cast(Tensor, apply(self.kernels, x_TK, w_NK, residual_TN, bias_N, fp32))  # type: ignore[no-untyped-call]
         return self.kernels.linear(x_TK, w_NK, residual_TN, fp32, bias_N)
+
+    def route(self, logits_TE: Tensor, top: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """Softmax, the `top` best experts, the smaller index first among equals."""
+        if torch.is_grad_enabled() and logits_TE.requires_grad:
+            apply = Route.apply
+            return cast(tuple[Tensor, Tensor], apply(self.groups, logits_TE, top, normalise))  # type: ignore[no-untyped-call]
+        return self.groups.route(logits_TE, top, normalise)
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        expert_TA: Tensor,
+        weight_TA: Tensor,
+        gate_up_ENH: Tensor,
+        down_EHF: Tensor,
+        residual_TH: Tensor,
+    ) -> Tensor:
+        """The rows of an expert in one product; the weighted sum in the order of A, the residual last."""
+        inputs = (x_TH, expert_TA, weight_TA, gate_up_ENH, down_EHF, residual_TH)
+        if torch.is_grad_enabled() and any(map(_wants_grad, inputs)):
+            return cast(Tensor, Experts.apply(self.groups, *inputs))  # type: ignore[no-untyped-call]
+        return self.groups.experts(*inputs)
+
+    def lora(self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:
+        """The rows of an adapter in one product, added to y before the one rounding."""
+        flat = [weight for pair in pairs for weight in (pair or (None, None))]
+        if torch.is_grad_enabled() and any(map(_wants_grad, (y_TN, x_TK, *flat))):
+            return cast(Tensor, Lora.apply(self.groups, y_TN, x_TK, adapter_T, *flat))  # type: ignore[no-untyped-call]
+        return self.groups.lora(y_TN, x_TK, pairs, adapter_T)[0]
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """x · (1 / sqrt(mean(x²) + eps)) · w."""
@@ -227,7 +258,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids_T,) = ctx.saved_tensors
-        dw_VH, returned = _gradient_buffer(ctx.weight)
+        dw_VH, returned = gradient_buffer(ctx.weight)
         ctx.kernels.embedding_backward(ids_T, grads[0].contiguous(), dw_VH)
         return None, None, returned
 
@@ -255,10 +286,10 @@ class _Linear(torch.autograd.Function):
             dx_TK = torch.empty_like(x_TK)
             ctx.kernels.linear_backward(g_TN, ctx.weight, dx_TK)
         if ctx.needs_input_grad[2]:
-            dw_NK, returned = _gradient_buffer(ctx.weight)
+            dw_NK, returned = gradient_buffer(ctx.weight)
             ctx.kernels.add_weight_gradient(g_TN, x_TK, dw_NK)
         if ctx.needs_input_grad[4]:
-            buffer_N, dbias_N = _gradient_buffer(ctx.bias)
+            buffer_N, dbias_N = gradient_buffer(ctx.bias)
             ctx.kernels.add_bias_gradient(g_TN, buffer_N)
         return None, dx_TK, returned, (g_TN if ctx.residual else None), dbias_N, None
 
@@ -273,7 +304,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TH,) = ctx.saved_tensors
-        dw_H, returned = _gradient_buffer(ctx.weight)
+        dw_H, returned = gradient_buffer(ctx.weight)
         dx_TH = ctx.kernels.rms_norm_backward(x_TH, ctx.weight, grads[0].contiguous(), dw_H, ctx.eps)
         return None, dx_TH, returned, None
 
@@ -300,7 +331,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TH,) = ctx.saved_tensors
-        (dw_H, dw), (db_H, db) = _gradient_buffer(ctx.weight), _gradient_buffer(ctx.bias)
+        (dw_H, dw), (db_H, db) = gradient_buffer(ctx.weight), gradient_buffer(ctx.bias)
         g_TH = grads[0].contiguous()
         dx_TH = ctx.kernels.layer_norm_backward(x_TH, ctx.weight, g_TH, dw_H, db_H, ctx.eps)
         return None, dx_TH, dw, db, None
@@ -330,7 +361,7 @@ class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = (*ctx.saved_tensors, *ctx.weights)
-        (dq, returned_q), (dk, returned_k) = (_gradient_buffer(weight) for weight in ctx.weights)
+        (dq, returned_q), (dk, returned_k) = (gradient_buffer(weight) for weight in ctx.weights)
         g_TW = grads[0].contiguous()
         dqkv_TW = ctx.kernels.head_norm_backward(saved, g_TW, dq, dk, ctx.sizes, ctx.eps)
         return None, dqkv_TW, returned_q, returned_k, None, None
@@ -419,14 +450,6 @@ def exact_sum(x_T: Tensor) -> Tensor:
 
 def _wants_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
-
-
-def _gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a weight's gradient is added: weight.grad itself, or zeros that are returned to autograd."""
-    if weight.grad is not None and weight.grad.is_contiguous():
-        return weight.grad, None
-    zeros = torch.zeros_like(weight)
-    return zeros, zeros
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:

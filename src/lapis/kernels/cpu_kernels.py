@@ -141,7 +141,7 @@ class Kernels:
         stand_in = torch.nn.Parameter(torch.empty(w_NK.shape, dtype=BF16, device="meta"), requires_grad=False)
         key = (id(stand_in), False)
         owner: weakref.ref[Tensor] = weakref.ref(stand_in, lambda _: self._packed.pop(key, None))
-        version, source = _version(stand_in), stand_in.data_ptr()
+        version, source = weight_version(stand_in), stand_in.data_ptr()
         self._packed[key] = _Packed(owner, packed.data, packed.pointer, version, source, self._generation)
         return stand_in
 
@@ -150,7 +150,7 @@ class Kernels:
         packed = self._packed.get((id(w_NK), transposed))
         if (
             packed is not None
-            and packed.version == _version(w_NK)
+            and packed.version == weight_version(w_NK)
             and packed.source == w_NK.data_ptr()
             and packed.generation == self._generation
         ):
@@ -172,7 +172,7 @@ class Kernels:
             data = torch.empty(size, dtype=BF16)
             owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
             packed = self._packed[key] = _Packed(owner, data, data.data_ptr())
-        version, source, generation = _version(w_NK), w_NK.data_ptr(), self._generation
+        version, source, generation = weight_version(w_NK), w_NK.data_ptr(), self._generation
         if transposed:
             self._c.pack_rows(source, packed.pointer, inner, columns)
         else:
@@ -430,7 +430,7 @@ def _parts(q_norm: Tensor, k_norm: Tensor, sizes: Sizes) -> tuple[int, int, int,
     return heads * head_size // query, query, kv_heads * head_size // key, key, kv_heads * head_size
 
 
-def _version(weight: Tensor) -> int:
+def weight_version(weight: Tensor) -> int:
     """How often autograd saw the weight change; weights made in inference mode have no count."""
     return 0 if weight.is_inference() else weight._version
 
@@ -457,3 +457,11 @@ def _describe(batch: Batch, rope: Rope | None) -> _Descriptor:
     spans_S2 = torch.tensor(batch.spans, dtype=torch.int64).reshape(-1, 2)
     batch.prepared["cpu"] = descriptor = _Descriptor(tokens, byref(tokens), spans_S2)
     return descriptor
+
+
+def gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a weight's gradient is added: weight.grad itself, or zeros that are returned to autograd."""
+    if weight.grad is not None and weight.grad.is_contiguous():
+        return weight.grad, None
+    zeros = torch.zeros_like(weight)
+    return zeros, zeros

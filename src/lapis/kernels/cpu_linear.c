@@ -137,7 +137,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
 
 EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N,
                               const bf16 *bias, const bf16 *residual, void *y, int fp32) {
-    const struct linear op = {x, packed, rows, K, {y, bias, residual, N, fp32}};
+    const struct linear op = {x, packed, rows, K, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
     const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
     if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
     else linear_blocks(&op, tiles);
@@ -149,6 +149,110 @@ EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *pac
     {
         const uint64_t mode = flush_subnormals();
         lapis_linear_team(x, rows, K, packed, N, bias, residual, y, fp32);
+        restore_mode(mode);
+    }
+}
+
+// ---- grouped linear: each row by the weight of its group (experts, adapters). Rows are sorted by group first.
+
+struct weight {  // of one group, packed; a row of a table that Python makes
+    const bf16 *packed;
+    int64_t N, K;  // at most the widths of y and x
+};
+struct segment {  // neighbouring sorted rows of one group
+    int64_t group, first, rows, end;  // end: of its tiles in the count of all tiles
+};
+struct grouped {
+    const struct weight *weights;
+    int64_t rows, groups, K, segments;
+    int64_t *starts;  // [groups + 1]: the first sorted row of each group
+    struct segment *segment;
+    int32_t *order;   // the row that each sorted row was
+    bf16 *sorted;
+};
+
+static struct grouped place_groups(char *work, const struct weight *weights, int64_t rows, int64_t groups, int64_t K) {
+    struct grouped op = {.weights = weights, .rows = rows, .groups = groups, .K = K};
+    op.starts = (int64_t *)work + 1;
+    op.segment = (struct segment *)(op.starts + groups + 1);
+    op.order = (int32_t *)(op.segment + rows);
+    op.sorted = (bf16 *)(op.order + (rows + 1) / 2 * 2);
+    return op;
+}
+
+// Counting sort by group, then segments of at most a block of rows. Returns how many.
+static int64_t sort_rows(const struct grouped *op, const int32_t *group) {
+    int64_t segments = 0, tiles = 0, *next = op->starts;
+    memset(next, 0, (size_t)(op->groups + 1) * 8);
+    for (int64_t row = 0; row < op->rows; row++)
+        if (group[row] >= 0) next[group[row] + 1]++;
+    for (int64_t g = 0; g < op->groups; g++) {
+        const int64_t block = rows_of_block(op->weights[g].K);
+        for (int64_t first = 0; first < next[g + 1]; first += block) {
+            const int64_t rows = next[g + 1] - first < block ? next[g + 1] - first : block;
+            tiles += (op->weights[g].N + COLUMNS - 1) / COLUMNS;
+            op->segment[segments++] = (struct segment){g, next[g] + first, rows, tiles};
+        }
+        next[g + 1] += next[g];
+    }
+    for (int64_t row = 0; row < op->rows; row++)
+        if (group[row] >= 0) op->order[next[group[row]]++] = (int32_t)row;
+    for (int64_t g = op->groups; g > 0; g--) next[g] = next[g - 1];
+    next[0] = 0;
+    return segments;
+}
+
+static void grouped_tile(const struct grouped *op, const struct output *out, int64_t item) {
+    const struct segment *s = op->segment;
+    while (s->end <= item) s++;
+    const struct weight *w = op->weights + s->group;
+    const int64_t start = op->starts[s->group];
+    struct linear one = {op->sorted + start * op->K + (s->first - start) * w->K, w->packed, s->rows, w->K, *out};
+    one.out.N = w->N;
+    one.out.order = op->order + s->first;
+    const int64_t tile = (w->N + COLUMNS - 1) / COLUMNS - (s->end - item);
+    for (int64_t row = 0, n; row < s->rows; row += n) {
+        n = tile_rows(s->rows - row, TILE_ROWS);
+        tiles_by_rows[n](&one, row, tile);
+    }
+}
+
+// Row r of y[rows][N] = row r / shared of x[..][K] times the weight of group[r] (+ residual), in its first columns. Rows of
+// group -1, or of one without columns, are the residual, or left as they are without one. work: 8 * groups + rows * (2 K + 36) + 32 bytes.
+EXPORT void lapis_linear_grouped_team(const bf16 *x, int64_t rows, int64_t shared, int64_t K, const int32_t *group,
+                                      const struct weight *weights, int64_t groups, int64_t N, const bf16 *residual, void *y,
+                                      int fp32, char *work) {
+    struct grouped op = place_groups(work, weights, rows, groups, K);
+    int64_t *segments = (int64_t *)work;
+#pragma omp single
+    *segments = sort_rows(&op, group);
+    const int64_t chosen = op.starts[groups], items = *segments ? op.segment[*segments - 1].end : 0;
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; row++)
+        if (residual && (group[row] < 0 || weights[group[row]].N == 0))
+            memcpy((bf16 *)y + row * N, residual + row * N, (size_t)N * 2);
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < chosen; at++) {
+        const int64_t row = op.order[at], g = group[row], first = op.starts[g], width = weights[g].K;
+        memcpy(op.sorted + first * K + (at - first) * width, x + row / shared * K, (size_t)width * 2);
+    }
+    const struct output out = {.y = y, .residual = residual, .fp32 = fp32, .stride = N};
+    if (rows <= TILE_ROWS) {
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
+    } else {
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
+    }
+}
+
+EXPORT void lapis_linear_grouped(const bf16 *x, int64_t rows, int64_t shared, int64_t K, const int32_t *group,
+                                 const struct weight *weights, int64_t groups, int64_t N, const bf16 *residual, void *y,
+                                 int fp32, char *work) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+        lapis_linear_grouped_team(x, rows, shared, K, group, weights, groups, N, residual, y, fp32, work);
         restore_mode(mode);
     }
 }
@@ -220,7 +324,7 @@ EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw,
                                          int64_t K) {
     const int64_t inner = (rows + 1) / 2 * 2;
     bf16 *packed = work + (N + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * inner;
-    const struct linear op = {work, packed, N, inner, {dw, NULL, dw, K, 0}};
+    const struct linear op = {work, packed, N, inner, {.y = dw, .residual = dw, .N = K}};
     pack_panels(g, work, rows, N);
     lapis_pack_rows(x, packed, rows, K);
     linear_panels(&op);

@@ -13,12 +13,18 @@ struct output {
     const bf16 *bias, *residual;
     int64_t N;
     int fp32;
+    int64_t stride;        // from row to row of y and residual; 0: N
+    const int32_t *order;  // the row of y and residual that each row is; NULL: itself
 };
+
+INLINE int64_t output_start(const struct output *out, int64_t row) {
+    return (out->order ? out->order[row] : row) * (out->stride ? out->stride : out->N);
+}
 
 // Adds bias and residual to 16 finished sums, rounds, stores those that lie inside the matrix.
 INLINE void finish(const struct output *out, int64_t row, int64_t column, f32x16 sum) {
     if (column >= out->N) return;
-    const int64_t at = row * out->N + column, left = out->N - column;
+    const int64_t at = output_start(out, row) + column, left = out->N - column;
     if (left >= LANES) {
         if (out->bias) sum = sum + load_bf16(out->bias + column);
         if (out->residual) sum = sum + load_bf16(out->residual + at);
@@ -37,11 +43,11 @@ INLINE void finish(const struct output *out, int64_t row, int64_t column, f32x16
 // Asks for the output lines before the sums start: with many rows, waiting for them costs a sixth of the time.
 INLINE void claim_output(const int rows, const struct output *out, int64_t row, int64_t tile) {
     const int64_t size = out->fp32 ? 4 : 2;
-    const char *line = (const char *)out->y + (row * out->N + tile * COLUMNS) * size;
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(line + r * out->N * size, 1);
-        if (out->fp32) __builtin_prefetch(line + r * out->N * size + 64, 1);
+        const char *line = (const char *)out->y + (output_start(out, row + r) + tile * COLUMNS) * size;
+        __builtin_prefetch(line, 1);
+        if (out->fp32) __builtin_prefetch(line + 64, 1);
     }
 }
 

@@ -262,7 +262,7 @@ EXPORT void lapis_linear_quantized_team(const bf16 *x, int64_t rows, int64_t K, 
                                         const bf16 *minimums, int64_t N, const bf16 *bias, const bf16 *residual, void *y,
                                         int fp32, char *work) {
     const int64_t groups = (K + GROUP - 1) / GROUP, bytes = rows * groups * (GROUP + 8);
-    struct quantized op = {rows, groups, weights, scales, minimums, NULL, NULL, NULL, {y, bias, residual, N, fp32}};
+    struct quantized op = {rows, groups, weights, scales, minimums, NULL, NULL, NULL, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
     char local[LOCAL_BYTES] __attribute__((aligned(64)));
     if (bytes <= LOCAL_BYTES) {
         place_inputs(&op, local);

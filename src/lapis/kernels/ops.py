@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lapis.kernels import variants
-from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.batch import AdapterPair, Batch, LayerCache
 from lapis.kernels.quantized import Quantized
 from lapis.kernels.rope import RopeScaling, frequencies
 from lapis.kernels.variants import KernelStatus, status
@@ -117,6 +117,33 @@ class Ops(Protocol):
         """x Wᵀ (+ bias) (+ residual), rounded once; `fp32` keeps the unrounded sums (logits).
 
         A quantised weight (`quantized.quantize`) has no gradient, nor do the inputs of its product.
+        """
+
+    def route(self, logits_TE: Tensor, top: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """Softmax over E experts: int32 the `top` likeliest, best first, and their fp32 probabilities, both (T, top).
+
+        The smaller index comes first among equals; `normalise` divides by the sum of the chosen.
+        """
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        expert_TA: Tensor,
+        weight_TA: Tensor,
+        gate_up_ENH: Tensor,
+        down_EHF: Tensor,
+        residual_TH: Tensor,
+    ) -> Tensor:
+        """Residual + the weighted sum of what each token's A experts, SwiGLU layers all, make of it (Shazeer 2017).
+
+        A token has an expert at most once. gate_up is (E, 2F, H), gate first; rounded once.
+        """
+
+    def lora(self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:
+        """y + (x Aᵀ) Bᵀ with the pair that adapter_T (int32) names for each row (Hu et al. 2021).
+
+        A is (R, K), B (N, R), R even; a scale belongs into B. A row of adapter -1 or of a pair that is None
+        stays as it is.
         """
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:

@@ -101,7 +101,7 @@ def logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         lanes_L = np.zeros(LANES, np.float32)
         for part_L in terms:
             lanes_L = lanes_L + part_L
-        out[t] = row[int(ids_T[t])] - _lse(highest, _butterfly_sum(lanes_L[None])[0])
+        out[t] = row[int(ids_T[t])] - _lse(highest, butterfly_sum(lanes_L[None])[0])
     return torch.from_numpy(out)
 
 
@@ -194,7 +194,7 @@ def _attend(
             factor = exp(np.array([highest - page_highest], np.float32))[0]
             highest = page_highest
         p_P = np.where(seen_P, exp(scores_P - highest), np.float32(0))
-        total = total * factor + _butterfly_sum((p_P[:LANES] + p_P[LANES:])[None])[0]
+        total = total * factor + butterfly_sum((p_P[:LANES] + p_P[LANES:])[None])[0]
         sums_D = sums_D * factor
         if value_scale_S is not None:
             p_P = p_P * _whole_page(value_scale_S[first : first + PAGE, None])[:, 0]
@@ -222,10 +222,10 @@ def _row_sums(x_TH: Array) -> Array:
     lanes_TL = np.zeros((x_TH.shape[0], LANES), np.float32)
     for i in range(0, x_TH.shape[1], LANES):
         lanes_TL = lanes_TL + x_TH[:, i : i + LANES]
-    return _butterfly_sum(lanes_TL)
+    return butterfly_sum(lanes_TL)
 
 
-def _butterfly_sum(lanes_TL: Array) -> Array:
+def butterfly_sum(lanes_TL: Array) -> Array:
     """Lane i adds lane i xor 8, then 4, 2, 1; lane 0 is the sum."""
     lane_L = np.arange(LANES)
     for distance in (8, 4, 2, 1):

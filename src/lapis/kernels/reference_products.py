@@ -1,16 +1,19 @@
-"""The slow judge of products beside the plain linear: quantised weights. Order of every sum: contract.md.
+"""The slow judge of products beside the plain linear: quantised weights, experts, adapters (contract.md).
 
 Dims as in ops.py and quantized.py; I a group of K.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from lapis.kernels.batch import AdapterPair
 from lapis.kernels.quantized import GROUP, HALF, TILE, Quantized
-from lapis.kernels.reference import Array
+from lapis.kernels.reference import LANES, Array, butterfly_sum, exp, linear, silu_mul
 
 Levels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -68,6 +71,55 @@ def _minimum_chain(levels_TGI: Levels, scales_TG: Array, minimums_XGCP: Array) -
         for odd in (1, 0):
             sums_TN = sums_TN + inputs_TGP[:, g, odd, None] * minimums_NGP[None, :, g, odd]
     return sums_TN
+
+
+def route(logits_TE: Tensor, top: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """exp(x - max) / their sum (16 lanes, butterfly); the largest first, of equals the first; / their sum in order."""
+    logits = logits_TE.numpy()
+    padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % LANES)), constant_values=-np.inf)
+    terms: Array = np.where(padded == -np.inf, np.float32(0), exp(padded - padded.max(1, keepdims=True)))
+    lanes_TL = np.zeros((len(logits), LANES), np.float32)
+    for i in range(0, terms.shape[1], LANES):
+        lanes_TL = lanes_TL + terms[:, i : i + LANES]
+    p: Array = terms / butterfly_sum(lanes_TL)[:, None]
+    expert_TA = np.argsort(-p[:, : logits.shape[1]], axis=1, kind="stable")[:, :top]
+    weight_TA: Array = np.take_along_axis(p, expert_TA, axis=1)
+    if normalise:
+        total_T: Array = np.zeros(len(logits), np.float32)
+        for a in range(top):
+            total_T = total_T + weight_TA[:, a]
+        weight_TA = weight_TA / total_T[:, None]
+    return torch.from_numpy(expert_TA.astype(np.int32)), torch.from_numpy(weight_TA)
+
+
+def experts(
+    x_TH: Tensor,
+    expert_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_ENH: Tensor,
+    down_EHF: Tensor,
+    residual_TH: Tensor,
+) -> Tensor:
+    """From +0 in the order of A: + weight · (fp32 chain of down); then the residual, then one rounding."""
+    rows = []
+    for t in range(len(x_TH)):
+        sum_H: Array = np.zeros(x_TH.shape[1], np.float32)
+        for e, weight in zip(expert_TA[t].tolist(), weight_TA[t].tolist(), strict=True):
+            h = silu_mul(linear(x_TH[t : t + 1], gate_up_ENH[e]))
+            z_H: Array = linear(h, down_EHF[e], fp32=True)[0].numpy()
+            sum_H = sum_H + z_H * np.float32(weight)
+        rows.append(sum_H + _array(residual_TH[t]))
+    return _bf16(np.stack(rows))
+
+
+def lora(y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:
+    """Two linears with a rounding between; y is the residual of the second."""
+    out_TN = y_TN.clone()
+    for t, adapter in enumerate(adapter_T.tolist()):
+        pair = pairs[adapter] if adapter >= 0 else None
+        if pair is not None:
+            out_TN[t] = linear(linear(x_TK[t : t + 1], pair[0]), pair[1], y_TN[t : t + 1])[0]
+    return out_TN
 
 
 def _array(x: Tensor) -> Array:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapis.kernels.batch import PAGE, Batch, LayerCache
+from lapis.kernels import stock_groups
+from lapis.kernels.batch import PAGE, AdapterPair, Batch, LayerCache
 from lapis.kernels.ops import Matrix, Rope
 from lapis.kernels.quantized import Quantized
 
@@ -59,6 +60,26 @@ class StockOps:
         if residual_TN is not None:
             y_TN = y_TN + residual_TN
         return y_TN.float() if fp32 else y_TN
+
+    def route(self, logits_TE: Tensor, top: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """Softmax and the `top` best experts."""
+        return stock_groups.route(logits_TE, top, normalise)
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        expert_TA: Tensor,
+        weight_TA: Tensor,
+        gate_up_ENH: Tensor,
+        down_EHF: Tensor,
+        residual_TH: Tensor,
+    ) -> Tensor:
+        """Expert by expert."""
+        return stock_groups.experts(x_TH, expert_TA, weight_TA, gate_up_ENH, down_EHF, residual_TH)
+
+    def lora(self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:
+        """Adapter by adapter."""
+        return stock_groups.lora(y_TN, x_TK, pairs, adapter_T)
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
         """RMSNorm by torch."""

@@ -25,6 +25,7 @@ SOURCES = (
     "cpu_train.c",
     "cpu_muon.c",
     "cpu_quantized.c",
+    "cpu_experts.c",
     "cpu_vector.h",
     "cpu_product.h",
     "cpu_attention.h",
