@@ -77,10 +77,11 @@ class ModelRunner:
                 return read
             done = logits_RV, self.model.ops.argmax(logits_RV, self._sampled_vocabulary).tolist()
         samples = iter(self._sample(*done, [chunk for chunk in chunks if chunk.samples]))
-        return [
-            replace(result, samples=next(samples)) if chunk.samples else result
-            for chunk, result in zip(chunks, read, strict=True)
-        ]
+        for index, chunk in enumerate(chunks):
+            if chunk.samples:
+                new, result = next(samples), read[index]
+                read[index] = Result(new) if result is NOTHING else replace(result, samples=new)
+        return read
 
     def _replayed(
         self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]

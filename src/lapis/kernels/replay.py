@@ -117,6 +117,7 @@ class Replay:
             raise Unrecordable("calls cannot be replayed on this kind of machine")
         self._kernels = kernels
         self._weights = list(weights)
+        self._counted = [weight for weight in self._weights if not weight.is_inference()]
         self._arena = Arena(rows)
         self._state = self._weights_state()
         self._recordings: dict[object, tuple[Recording, Outputs]] = {}
@@ -162,7 +163,7 @@ class Replay:
 
     def _weights_state(self) -> object:
         generation = getattr(self._kernels, "_generation", 0)
-        versions = [0 if weight.is_inference() else weight._version for weight in self._weights]
+        versions = [weight._version for weight in self._counted]
         return generation, versions, [weight.data_ptr() for weight in self._weights]
 
 
