@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapis.errors import InputError, IntegrityError
 from lapis.inference import sampler
-from lapis.inference.engine import LocalEngine
+from lapis.inference.engine import LocalEngine, Weights
 from lapis.inference.kv_cache import PAGE
 from lapis.inference.request import Output, Pooling, Request, SamplingParams
 from lapis.inference.runner import ModelRunner
@@ -375,3 +375,19 @@ def test_an_int8_cache_holds_more_and_is_told(exact: LoadedModel) -> None:
         assert [stream.result().token_ids for stream in streams] == apart
     pages = ModelRunner(exact, cache_bytes=99 * PAGE_BYTES).pages
     assert ModelRunner(exact, 99 * PAGE_BYTES, "int8").pages > 1.5 * pages
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_in_fewer_bits_answer_the_same_in_any_company(folder: Path, weights: Weights) -> None:
+    prompts = [(5, 6, 7), tuple(range(40))]
+    params = SamplingParams(max_tokens=8, temperature=0, stop_ids=frozenset())
+    with closing(LocalEngine.load(folder, "tiny", weights=weights)) as engine:
+        facts = engine.stats()
+        assert facts["weights"] == weights
+        assert not facts["bit_exact"]
+        requests = [Request(str(n), prompt, params) for n, prompt in enumerate(prompts)]
+        apart = [engine.submit(request).result().token_ids for request in requests]
+        streams = [engine.submit(request) for request in requests]
+        assert [stream.result().token_ids for stream in streams] == apart
+        assert len(engine.score(prompts[1])) == 39
+        assert engine.stats()["replay"]

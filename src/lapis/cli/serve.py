@@ -11,7 +11,7 @@ from lapis.cli.output import say
 from lapis.home import Home
 
 if TYPE_CHECKING:
-    from lapis.inference.engine import CacheDtype
+    from lapis.inference.engine import CacheDtype, Weights
     from lapis.server import RunningServer
 
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 = any free port."
 )
 @click.option(
+    "--weights",
+    type=click.Choice(["bf16", "int8", "int4"]),
+    default="bf16",
+    show_default=True,
+    help="Weights in 8 or 4 bits are smaller and faster; answers are no longer exactly those of the trained model.",
+)
+@click.option(
     "--kv-cache",
     type=click.Choice(["bf16", "int8"]),
     default="bf16",
@@ -29,7 +36,9 @@ if TYPE_CHECKING:
     help="Keys and values in int8 take half the memory, and are read faster in long contexts; answers may differ.",
 )
 @click.option("--no-console", is_flag=True, help="Serve the API without the web pages at /console.")
-def command(models: tuple[str, ...], host: str, port: int, kv_cache: CacheDtype, no_console: bool) -> None:
+def command(
+    models: tuple[str, ...], host: str, port: int, weights: Weights, kv_cache: CacheDtype, no_console: bool
+) -> None:
     """Serve releases and pulled models by name through the OpenAI-compatible API.
 
     With names, those models are loaded first; one line with the URL says when they answer. Without names,
@@ -42,7 +51,7 @@ def command(models: tuple[str, ...], host: str, port: int, kv_cache: CacheDtype,
     from lapis.inference.engine import LocalEngine
     from lapis.server import serve
 
-    load = partial(LocalEngine.load, cache_dtype=kv_cache)
+    load = partial(LocalEngine.load, weights=weights, cache_dtype=kv_cache)
     serve(Home.default(), models, host, port, console=not no_console, ready=_announce, load=load)
 
 

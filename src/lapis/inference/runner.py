@@ -42,9 +42,7 @@ class ModelRunner:
         self.model = loaded.model.eval()
         self._int8_cache = cache_dtype == "int8"
         self.pages = _page_count(loaded, cache_bytes, self._int8_cache)
-        self._caches = self.model.new_caches(
-            self.pages + 1, int8=self._int8_cache
-        )  # one for what is computed for nobody
+        self._caches = self.model.new_caches(self.pages + 1, int8=self._int8_cache)  # one is nobody's
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
         self.steps = ReplayedSteps(self.model, self._caches, self.pages, self._sampled_vocabulary)

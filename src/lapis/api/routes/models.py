@@ -29,6 +29,7 @@ async def retrieve_model(name: str, services: ServicesOf, caller: Reader) -> Mod
 
 def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
     engine = deployment.loaded
+    facts = engine.stats() if engine else {}
     return ModelObject(
         id=servable.name,
         created=deployment.since,
@@ -40,5 +41,7 @@ def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
         loaded=engine is not None,
         context=engine.context if engine else None,
         bit_exact=engine.bit_exact if engine else None,
-        kernels=engine.stats().get("kernels") if engine else None,
+        kernels=facts.get("kernels"),
+        weights=facts.get("weights"),
+        cache_dtype=facts.get("cache_dtype"),
     )
