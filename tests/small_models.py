@@ -45,6 +45,7 @@ def config(**changes: object) -> ModelConfig:
 def families() -> dict[str, ModelConfig]:
     """A small model of every kind, by the name that its feature or its origin has."""
     gpt2 = {"family": "gpt2", "kv_heads": 4, "rope_base": 0.0}
+    experts = {"family": "moe", "ffn": 64, "experts": 8, "experts_per_token": 2, "expert_ffn": 64}
     biases = {"qkv_bias": True, "out_bias": True, "ffn_bias": True}
     return {
         "llama": config(tied=False),
@@ -55,6 +56,9 @@ def families() -> dict[str, ModelConfig]:
         "mistral": config(window=40),
         "qwen2": config(layers=3, qkv_bias=True, window=33, full_layers=(0, 1)),
         "qwen3": config(head_size=64, head_norm="head"),
+        "mixtral": config(**experts, normalise_experts=True),
+        "olmoe": config(**experts, head_norm="whole", tied=False),
+        "qwen3 moe": config(**experts | {"ffn": 256}, layers=3, normalise_experts=True, head_norm="head", dense_layers=(1,)),
         "gpt2": config(**gpt2, **biases),
         "gpt2 untied": config(**gpt2, **biases, tied=False, ffn=192),
     }

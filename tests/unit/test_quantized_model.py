@@ -12,7 +12,9 @@ from lapis.model.families import Decoder, build
 from tests import small_models
 from tests.unit.test_model import serve
 
-FAMILIES = {name: small_models.families()[name] for name in ("llama", "biases", "qwen3", "gpt2")}
+FAMILIES = {
+    name: small_models.families()[name] for name in ("llama", "biases", "qwen3", "gpt2", "olmoe", "qwen3 moe")
+}
 
 
 def made(name: str) -> Decoder:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lapis.kernels.batch import Batch
 from lapis.kernels.ops import Ops, Rope
 from lapis.model.config import ModelConfig
-from lapis.model.layers import optional, weight
+from lapis.model.layers import adapted, optional, weight
 
 
 class AttentionLayer(nn.Module):
@@ -36,7 +36,9 @@ class AttentionLayer(nn.Module):
         config, index = self.config, self.index
         sizes = (config.heads, config.kv_heads, config.head_size)
         qkv_TW = ops.linear(n_TH, self.qkv, bias_N=self.qkv_bias)
+        qkv_TW = adapted(ops, "qkv", qkv_TW, n_TH, batch, index)
         if self.q_norm is not None and self.k_norm is not None:
             qkv_TW = ops.head_norm(qkv_TW, self.q_norm, self.k_norm, *sizes, config.norm_eps)
         o_TW = ops.attention(qkv_TW, batch, index, *sizes, rope, window=config.window_of(index))
-        return ops.linear(o_TW, self.out, x_TH, bias_N=self.out_bias)
+        y_TH = ops.linear(o_TW, self.out, x_TH, bias_N=self.out_bias)
+        return adapted(ops, "out", y_TH, o_TW, batch, index)

@@ -9,10 +9,13 @@ from typing import Any
 from lapis.errors import ConfigError
 from lapis.kernels.rope import RopeScaling
 
-SUPPORTED = "GPT-2; Llama-like models: Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3"
+SUPPORTED = (
+    "GPT-2; Llama-like models: Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3; mixtures of experts: Mixtral, "
+    "OLMoE, Qwen3-MoE"
+)
 BYTES_PER_VALUE = 2  # weights and KV cache are stored as bfloat16
 MAX_CONTEXT = 1 << 20  # the rotary tables hold a row for every position
-FAMILIES = ("llama", "gpt2")
+FAMILIES = ("llama", "moe", "gpt2")
 HEAD_NORMS = ("", "head", "whole")
 COUNTS = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "ffn", "context")
 

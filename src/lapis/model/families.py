@@ -13,7 +13,8 @@ from lapis.kernels.ops import Ops, Rope, select
 from lapis.kernels.quantized import Kind, Quantized, quantize
 from lapis.model.attention import AttentionLayer
 from lapis.model.config import ModelConfig
-from lapis.model.layers import optional, weight
+from lapis.model.layers import adapted, optional, weight
+from lapis.model.moe import MixtureLayer
 
 INIT_STD = 0.02
 LINEAR = frozenset(
@@ -162,16 +163,18 @@ class LlamaLayer(AttentionLayer):
         x_TH = self.attend(ops, x_TH, ops.rms_norm(x_TH, self.attn_norm, eps), batch, rope)
         n_TH = ops.rms_norm(x_TH, self.ffn_norm, eps)
         gate_up_T2F = ops.linear(n_TH, self.gate_up, bias_N=self.gate_up_bias)
-        a_TF = ops.silu_mul(gate_up_T2F)
-        return ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+        a_TF = ops.silu_mul(adapted(ops, "gate_up", gate_up_T2F, n_TH, batch, self.index))
+        y_TH = ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+        return adapted(ops, "down", y_TH, a_TF, batch, self.index)
 
 
 class Llama(Decoder):
     """Llama and its kin (Mistral, Qwen; Mixtral, OLMoE, Qwen3-MoE): rotary positions, RMS norms, SwiGLU."""
 
     def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
-        """A layer."""
-        return LlamaLayer(self.config, index, dtype)
+        """A layer, with experts where the config says so."""
+        kind = MixtureLayer if self.config.is_mixture(index) else LlamaLayer
+        return kind(self.config, index, dtype)
 
 
 class GPT2Layer(AttentionLayer):
@@ -195,8 +198,9 @@ class GPT2Layer(AttentionLayer):
         x_TH = self.attend(ops, x_TH, n_TH, batch, rope)
         n_TH = ops.layer_norm(x_TH, self.ffn_norm, self.ffn_norm_bias, eps)
         up_TF = ops.linear(n_TH, self.up, bias_N=self.up_bias)
-        a_TF = ops.gelu(up_TF)
-        return ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+        a_TF = ops.gelu(adapted(ops, "up", up_TF, n_TH, batch, self.index))
+        y_TH = ops.linear(a_TF, self.down, x_TH, bias_N=self.down_bias)
+        return adapted(ops, "down", y_TH, a_TF, batch, self.index)
 
 
 class GPT2(Decoder):
