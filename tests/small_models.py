@@ -58,7 +58,9 @@ def families() -> dict[str, ModelConfig]:
         "qwen3": config(head_size=64, head_norm="head"),
         "mixtral": config(**experts, normalise_experts=True),
         "olmoe": config(**experts, head_norm="whole", tied=False),
-        "qwen3 moe": config(**experts | {"ffn": 256}, layers=3, normalise_experts=True, head_norm="head", dense_layers=(1,)),
+        "qwen3 moe": config(
+            **experts | {"ffn": 256}, layers=3, normalise_experts=True, head_norm="head", dense_layers=(1,)
+        ),
         "gpt2": config(**gpt2, **biases),
         "gpt2 untied": config(**gpt2, **biases, tied=False, ffn=192),
     }

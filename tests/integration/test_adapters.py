@@ -69,9 +69,7 @@ def adapted(model: Decoder, adapters: list[Adapter], adapter_T: Tensor) -> Tenso
         {key: [p and (p[0].to(dtype), p[1].to(dtype)) for p in row] for key, row in layer.items()}
         for layer in pairs
     ]
-    whole = Batch(
-        batch.sequence_T, batch.position_T, batch.page_table_SP, None, batch.spans, adapter_T, cast
-    )
+    whole = Batch(batch.sequence_T, batch.position_T, batch.page_table_SP, None, batch.spans, adapter_T, cast)
     with torch.no_grad():
         return model(IDS, whole)
 

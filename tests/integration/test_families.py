@@ -19,7 +19,7 @@ from lapis.model.weights import read_model, write_model
 from tests import small_models
 
 FAMILIES = small_models.families()
-IDS = torch.randint(0, 300, (90,), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(0, 300, (90,), generator=torch.Generator().manual_seed(4))
 
 
 def exported(folder: Path, name: str) -> Path:
@@ -80,11 +80,13 @@ def test_transformers_computes_the_same_from_an_exported_folder(tmp_path: Path, 
     assert expected.std() > 0.1
     ours = made(name, StockOps(), torch.float32)
     assert torch.allclose(ours(IDS, packed([90])), expected, atol=2e-4)
-    # In bfloat16 each operation rounds: ours may be no further from float32 than theirs is, give or take.
-    their_error = (theirs(torch.bfloat16) - expected).square().mean().sqrt()
+    # In bfloat16 each operation rounds: ours may be no further from float32 than theirs is, give or take. The
+    # median, since here and there rounding decides between two experts.
     served = serve(made(name, None, torch.bfloat16), IDS, [50, 1, 1, 38], [3, 0, 2])
-    # Where rounding decides between two experts, one more or less does so here or there.
-    assert (served - expected).square().mean().sqrt() < (2 if FAMILIES[name].experts else 1.5) * their_error
+    our_error, their_error = (
+        (logits - expected).square().mean(-1).sqrt().median() for logits in (served, theirs(torch.bfloat16))
+    )
+    assert our_error < 1.5 * their_error
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,7 +105,7 @@ def test_a_folder_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_and_serving_give_the_same_bits(name: str) -> None:
     model = compiled(name)
-    other = torch.randint(0, 300, (37,), generator=torch.Generator().manual_seed(4))
+    other = torch.randint(0, 300, (37,), generator=torch.Generator().manual_seed(7))
     trained = model(torch.cat([other, IDS]), packed([37, 90]))[37:]
     assert trained.requires_grad
     with torch.inference_mode():

@@ -20,7 +20,7 @@ INIT_STD = 0.02
 LINEAR = frozenset(
     {"qkv", "out", "gate_up", "up", "down", "router", "head"}
 )  # weights of linear and nothing else
-# the linear maps of a layer
+# the linear maps of a layer that every token goes through
 QUANTIZED = ("qkv", "out", "gate_up", "up", "down")
 
 
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
     def quantize(self, kind: Kind) -> None:
         """Keep the linear maps of the layers in 8 or 4 bits and the head in 8, for inference only.
 
-        The bf16 weights of these are dropped; embedding, norms and biases stay.
+        The bf16 weights of these are dropped; embedding, experts, routers, norms and biases stay.
         """
         for layer in self.layers:
             for name in [name for name in QUANTIZED if name in layer._parameters]:
