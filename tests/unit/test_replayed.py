@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -66,7 +67,16 @@ def traffic(steps: ReplayedSteps, texts: list[Text], rng: random.Random) -> set[
     return sizes
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @compiled
+@pytest.mark.usefixtures("threads")
 def test_any_traffic_has_the_bits_of_the_training_forward() -> None:
     rng = random.Random(7)
     model = make_model()
