@@ -36,7 +36,7 @@ MISTRAL = {
 
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_a_named_size_counts_the_weights_that_its_model_has(name: str) -> None:
-    model = Llama(NAMED[name], StockOps())
+    model = build(NAMED[name], StockOps())
     assert sum(weight.numel() for weight in model.parameters()) == NAMED[name].parameters
     assert sum(weight.nbytes for weight in model.parameters()) == NAMED[name].weight_bytes
 

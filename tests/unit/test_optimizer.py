@@ -8,8 +8,9 @@ import torch
 from lapis.kernels.batch import packed
 from lapis.kernels.stock import orthogonal
 from lapis.model.config import NAMED
-from lapis.model.families import Llama
+from lapis.model.families import Llama, build
 from lapis.train.optimizer import ITERATIONS, MOMENTUM, NEWTON_SCHULZ, FlatParameters, Optimizer
+from tests import small_models
 
 
 def tiny() -> Llama:
@@ -58,6 +59,29 @@ def test_query_key_value_and_gate_up_are_matrices_of_their_own() -> None:
     assert sum(
         block.rows * block.columns for block in flat.blocks
     ) == config.layers * config.layer_parameters(0)
+
+
+@pytest.mark.parametrize("name", ["biases", "qwen3", "gpt2", "olmoe", "qwen3 moe"])
+def test_every_family_learns_its_text_by_heart(name: str) -> None:
+    config = small_models.families()[name]
+    model = build(config)
+    model.init_weights(0)
+    flat = FlatParameters(model)
+    if config.family == "moe":  # gate and up of every expert, its down, and the router
+        mixtures = [layer for layer in range(config.layers) if config.is_mixture(layer)]
+        plain = 4 * config.layers + 3 * (config.layers - len(mixtures))
+        assert len(flat.blocks) == plain + len(mixtures) * (3 * config.experts + 1)
+    optimizer = Optimizer(flat, model.ops, muon=True, clip=1.0, weight_decay=0.0)
+    ids = torch.randint(0, 300, (33,), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(25):
+        x_TH = model.hidden(ids[:-1], packed([32]))
+        assert isinstance(model.head_weight, torch.Tensor)
+        loss = model.ops.linear_cross_entropy(x_TH, model.head_weight, ids[1:]) / 32
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(lr=0.02, embed_lr=0.02)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_adamw_is_torchs_adamw() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lapis.errors import ConfigError
@@ -238,3 +238,17 @@ NAMED: dict[str, ModelConfig] = {
         tied=True,
     ),
 }
+
+# the laptop's size as GPT-2, and as a mixture with the same work for a token
+NAMED["laptop-gpt2"] = replace(
+    NAMED["laptop"], family="gpt2", ffn=1536, rope_base=0.0, qkv_bias=True, out_bias=True, ffn_bias=True
+)
+NAMED["laptop-moe"] = replace(
+    NAMED["laptop"],
+    family="moe",
+    ffn=512,
+    experts=8,
+    experts_per_token=2,
+    expert_ffn=512,
+    normalise_experts=True,
+)

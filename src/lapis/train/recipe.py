@@ -21,13 +21,13 @@ class ModelSection(Section):
     """Which model is trained: a named size, any part of which can be replaced."""
 
     name: str = "laptop"
-    """A named size: laptop, tiny (docs/model.md has the table)."""
+    """A named size: laptop, laptop-gpt2, laptop-moe, tiny (docs/model.md tells what they are)."""
     layers: Positive | None = None
     """Replaces the number of layers of the named size."""
     width: Positive | None = None
     """Replaces the width of the residual stream; heads follow as width / head_size."""
     ffn: Positive | None = None
-    """Replaces the width of the feed-forward layers."""
+    """Replaces the width of the feed-forward layers, or of each expert."""
     context: Positive | None = None
     """Replaces the longest sequence the model is built for, in tokens."""
 
@@ -50,6 +50,7 @@ class ModelSection(Section):
             heads=heads,
             kv_heads=base.kv_heads if base.kv_heads < base.heads else heads,
             ffn=self.ffn or base.ffn,
+            expert_ffn=(self.ffn or base.expert_ffn) if base.experts else 0,
             context=self.context or base.context,
         )
 
