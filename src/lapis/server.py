@@ -40,7 +40,9 @@ from lapis.tenants.usage import UsageLedger
 ACTOR = "server"
 DRAIN_SECONDS = 30  # what SIGTERM gives to answers under way
 INTERRUPT_SECONDS = 1  # what Ctrl-C gives to them
-HEADER_SECONDS = 10.0  # for the headers of a request; its body has a limit of its own
+# How long a connection may wait for the headers of a request (its body has a limit of its own). Clients take an
+# idle connection for alive for 5 s, so a shorter time would cut off requests that are just being sent.
+HEADER_SECONDS = 20.0
 PORTS_TO_TRY = 100
 # How long a thread may keep the interpreter: with Python's 5 ms the engine's thread waits for the event loop, and 16
 # streams get a third fewer tokens.
@@ -197,7 +199,9 @@ def _make_server(services: Services, console: bool) -> Server:
     app = create_app(services)
     if console:
         mount(app, services)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=int(HEADER_SECONDS)
+    )
     return Server(config, services)
 
 
@@ -212,7 +216,8 @@ class Server(uvicorn.Server):
         self.services = services
         self.interrupted = False
         self.drained_at = float("inf")  # when it ends though answers are still under way
-        self.idle_since: dict[Any, tuple[int, float]] = {}  # connections without a request being answered
+        # Connections that wait for a request: the last one that they had answered, and since when.
+        self.idle_since: dict[Any, tuple[Any, float]] = {}
         self.when_started: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -236,9 +241,10 @@ class Server(uvicorn.Server):
             cycle = getattr(connection, "cycle", None)
             if cycle is not None and not cycle.response_complete:
                 continue
-            count, since = before.get(connection, (id(cycle), now))
-            self.idle_since[connection] = (count, since) if count == id(cycle) else (id(cycle), now)
-            if now - self.idle_since[connection][1] > HEADER_SECONDS:
+            answered, since = before.get(connection, (cycle, now))
+            since = since if answered is cycle else now
+            self.idle_since[connection] = (cycle, since)
+            if now - since > HEADER_SECONDS:
                 connection.transport.close()
 
     @contextmanager

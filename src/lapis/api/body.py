@@ -38,7 +38,7 @@ def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
     described = {"requestBody": {"required": True, "content": content}}
     if "stream" not in schema.model_fields:
         return described
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events: dict[str, Any] = {"text/event-stream": {"schema": {}}}
     return {**described, "responses": {"200": {"content": events}}}
 
 
