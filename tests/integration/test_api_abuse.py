@@ -158,7 +158,7 @@ async def overload(url: str, clients: int, seconds: float) -> tuple[Counter[int]
                 took.append(time.monotonic() - started)
             else:
                 assert float(answer.headers["retry-after"]) >= 1
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
 
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
@@ -176,8 +176,8 @@ def check_overload(home: Home, warm: float, seconds: float) -> None:
         assert set(statuses) <= {200, 429, 503}
         assert statuses[200] > 20
         assert statuses[429] > statuses[200] / 10
-        # The wait is bounded by the queue: 20 requests of 16 steps, 4 at a time, even if a step takes 100 ms.
-        assert took[int(len(took) * 0.99)] < 10
+        # The wait is bounded by the queue: 20 requests of 16 steps, 4 at a time; 80 steps, each below 0.2 s.
+        assert took[int(len(took) * 0.99)] < 16
         assert after - before < 32 << 20, (before, after)
         assert httpx.post(f"{url}/completions", json={"model": "tiny", "prompt": "x"}).status_code == 200
         server.send_signal(signal.SIGTERM)

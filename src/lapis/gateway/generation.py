@@ -82,20 +82,15 @@ class Generation:
                 Request(ask.id, prompt.ids, prompt.params), engine.context, engine.tokenizer.vocab_size
             )
         tokens = sum(len(prompt.ids) + ask.choices * prompt.params.max_tokens for prompt in ask.prompts)
-        booking = asyncio.ensure_future(meter.reserve(ask.identity, ask.model, tokens))
         generation = Generation(ask, deployment, counters)
         try:
-            if not meter.trusts(ask.identity):
-                generation._meterage = await booking
-            await asyncio.sleep(0)  # the ledger's thread begins now
             # The engine begins while the ledger is written; nothing is given out before that is done.
-            generation._submit(engine, adapter)
-            generation._meterage = await booking
+            if ahead := meter.trusts(ask.identity):
+                generation._submit(engine, adapter)
+            generation._meterage = await meter.reserve(ask.identity, ask.model, tokens)
+            if not ahead:
+                generation._submit(engine, adapter)
         except BaseException:
-            booking.cancel()  # what it had reserved by then is given back
-            await asyncio.gather(booking, return_exceptions=True)
-            if not booking.cancelled() and booking.exception() is None:
-                generation._meterage = booking.result()
             generation.close()
             raise
         return generation
