@@ -69,6 +69,33 @@ class CacheMachine(RuleBasedStateMachine):
         self.computed[owner] = len(ids)
         self.cache.publish(owner, ids, len(ids))
 
+    @rule(owner=owners, count=st.integers(1, 70))
+    def guess(self, owner: int | None, count: int) -> None:
+        """Room for drafts that all turn out wrong is given back whole."""
+        if owner is None or owner not in self.ids:
+            return
+        tokens, before = len(self.ids[owner]), self.cache.available
+        held = list(self.cache.table(owner))
+        if self.cache.grow(owner, tokens + count):
+            assert len(self.cache.table(owner)) == pages_for(tokens + count)
+            for page in list(self.cache.table(owner))[len(held) :]:
+                self.memory.pop(page, None)  # written over
+            self.cache.shrink(owner, tokens)
+        assert list(self.cache.table(owner)) == held
+        assert self.cache.available == before
+
+    @rule(owner=owners)
+    def read_all(self, owner: int | None) -> None:
+        """Who needs every row takes nothing from the cache, though the same tokens are there."""
+        if owner is None or owner not in self.ids:
+            return
+        held = set(self.cache.table(owner))
+        if self.cache.open(-1, self.salts[owner], self.ids[owner], share=False) is not None:
+            assert not held & set(self.cache.table(-1))
+            for page in self.cache.table(-1):
+                self.memory.pop(page, None)
+            self.cache.close(-1)
+
     @rule(owner=consumes(owners))
     def close(self, owner: int | None) -> None:
         if owner is not None and owner in self.ids:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lapis.errors import ConfigError
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
@@ -130,6 +129,7 @@ class LocalEngine(EngineLoop):
         self.bos_id = loaded.bos_id
         self.bit_exact = runner.bit_exact and weights == "bf16"
         self.kernels = runner.kernels
+        self._read_adapter = runner.read_adapter
         self._replayed = runner.steps
         self._stored = {"weights": weights, "cache_dtype": cache_dtype}
         super().__init__(name, runner, limits, loaded.tokenizer, loaded.stop_ids)
@@ -154,8 +154,8 @@ class LocalEngine(EngineLoop):
         return LocalEngine(loaded, name, weights=weights, cache_dtype=cache_dtype)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Raises ConfigError: models in this process have no adapters yet."""
-        raise ConfigError(f"{self.name!r} cannot be served with adapters yet, so {folder.name} is not.")
+        """Answer requests that name this PEFT folder. Raises InputError for what is no adapter of the model."""
+        self._put_adapter(name, self._read_adapter(folder))
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""

@@ -6,12 +6,15 @@ Dims: T tokens of the step, R rows that logits are made of, S sequences, P pages
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lapis.hashing import digest_file, digest_json
 from lapis.inference import sampler
 from lapis.inference.kv_cache import PAGE, KVCache, pages_for
 from lapis.inference.replayed import MOST_ROWS, Part, ReplayedSteps
@@ -20,13 +23,22 @@ from lapis.inference.result import NOTHING, Result, Sample
 from lapis.inference.scheduler import Chunk
 from lapis.inference.scheduler import Sequence as Running
 from lapis.kernels.batch import PAGE as KERNEL_PAGE
-from lapis.kernels.batch import Batch
+from lapis.kernels.batch import AdapterPair, Batch
+from lapis.model.adapters import CONFIG, WEIGHTS, Adapter, for_batch, read_adapter
 from lapis.model.weights import LoadedModel
 
 assert PAGE == KERNEL_PAGE
 
 DEFAULT_CACHE_BYTES = 2 << 30
 DEFAULT_SEQUENCES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """A low-rank adapter, and the digest of the files that it was read from."""
+
+    digest: str
+    adapter: Adapter
 
 
 class ModelRunner:
@@ -45,6 +57,7 @@ class ModelRunner:
         self._caches = self.model.new_caches(self.pages + 1, int8=self._int8_cache)  # one is nobody's
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
+        self._mixed: tuple[tuple[LoadedAdapter, ...], list[dict[str, list[AdapterPair]]]] = ((), [])
         self.steps = ReplayedSteps(self.model, self._caches, self.pages, self._sampled_vocabulary)
 
     @property
@@ -56,6 +69,12 @@ class ModelRunner:
     def kernels(self) -> str:
         """The name of the kernels in use."""
         return self.model.ops.name
+
+    def read_adapter(self, folder: Path) -> LoadedAdapter:
+        """A PEFT folder for this model. Raises InputError for what is no adapter of it."""
+        adapter = read_adapter(folder, self.loaded.config)
+        digest = digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
+        return LoadedAdapter(digest, adapter)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
@@ -122,14 +141,30 @@ class ModelRunner:
         for row, (chunk, (start, end)) in enumerate(zip(chunks, spans, strict=True)):
             sequence_T[start:end] = row
             position_T[start:end] = np.arange(chunk.start, chunk.start + chunk.count)
+        adapter_T, adapters = self._adapted(chunks)
         batch = Batch(
             torch.from_numpy(sequence_T),
             torch.from_numpy(position_T),
             torch.from_numpy(table_SP),
             self._caches,
             tuple(spans),
+            adapter_T,
+            adapters,
         )
         return torch.tensor(ids, dtype=torch.int64), batch
+
+    def _adapted(self, chunks: Sequence[Chunk]) -> tuple[Tensor | None, Sequence[Any] | None]:
+        """Which adapter each token has, and the step's adapters by layer; nothing where no token has one."""
+        loaded = [chunk.sequence.adapter for chunk in chunks]
+        used = tuple(dict.fromkeys(one for one in loaded if isinstance(one, LoadedAdapter)))
+        if not used:
+            return None, None
+        if self._mixed[0] != used:  # the same few adapters run for many steps
+            self._mixed = used, for_batch([one.adapter for one in used], self.loaded.config.layers)
+        number = {one: place for place, one in enumerate(used)}
+        counts = torch.tensor([chunk.count for chunk in chunks])
+        adapter_S = torch.tensor([number.get(one, -1) for one in loaded], dtype=torch.int32)  # type: ignore[call-overload]
+        return adapter_S.repeat_interleave(counts), self._mixed[1]
 
     def _sample(
         self, logits_RV: Tensor, best_R: Sequence[int], chunks: Sequence[Chunk]
