@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ class Ring:
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the engines end too
     torch.set_num_threads(options.threads)
     model = find_model()
     if model is None:
@@ -120,7 +122,7 @@ def main() -> None:
         (Path(home) / "models" / NAME).symlink_to(model.folder)
         ring = Ring(Engines(Path(home), model.folder, options.threads), Prompts(tokenizer), options.rounds)
         try:
-            fought, limits = _fight_all(ring, rows)
+            fought, limits = _fight_all(ring, rows, model)
         finally:
             ring.keep_only(set())
     say(f"memory read {limits.bandwidth / 1e9:.1f} GB/s, bf16 product {limits.product / 1e9:.0f} GFLOP/s")
@@ -155,7 +157,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _fight_all(ring: Ring, rows: Sequence[Row]) -> tuple[dict[Duel, list[Side]], Limits]:
+def _fight_all(ring: Ring, rows: Sequence[Row], model: StoredModel) -> tuple[dict[Duel, list[Side]], Limits]:
     duels = list(dict.fromkeys(row.duel for row in rows))
     fought: dict[Duel, list[Side]] = {}
     limits = Limits.measure()
@@ -164,6 +166,9 @@ def _fight_all(ring: Ring, rows: Sequence[Row]) -> tuple[dict[Duel, list[Side]],
         say(f"{number + 1} of {len(duels)}: {keys}")
         fought[duel] = ring.fight(duel)
         limits = limits.best(Limits.measure())  # what disturbs it only lowers it
+        for row in (row for row in rows if row.duel == duel):
+            result = _result(row, fought[duel], limits, model)
+            say(f"  {row.key}: {_number(result['lapis'])}, peer {_number(result['peer_figure'])} {row.unit}")
         ring.keep_only({name for later in duels[number + 1 :] for name in (later.ours, later.theirs) if name})
     return fought, limits
 
@@ -209,17 +214,12 @@ def _result(row: Row, sides: Sequence[Side], limits: Limits, model: StoredModel)
 
 
 def _print(results: Sequence[dict[str, Any]]) -> None:
-    def number(value: float | None) -> str:
-        if value is None:
-            return "-"
-        return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-
     lines = [
         [
             result["title"],
-            f"{number(result['lapis'])} {result['unit']}",
+            f"{_number(result['lapis'])} {result['unit']}",
             result["peer"] or "-",
-            number(result["peer_figure"]),
+            _number(result["peer_figure"]),
             "-" if result["ratio"] is None else f"{result['ratio']:.2f}x",
             result["wanted"] or "-",
             "-" if result["met"] is None else ("reached" if result["met"] else "missed"),
@@ -228,6 +228,12 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
         for result in results
     ]
     print_table(["what", "lapis", "peer", "its figure", "ratio", "wanted", "", "of the limit"], lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _print_what_is_missing(ring: Ring, rows: Sequence[Row]) -> None:
