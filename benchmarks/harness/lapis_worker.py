@@ -23,6 +23,8 @@ def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     sys.setswitchinterval(0.0005)  # as the server: the engine's thread must not wait for readers
     loaded = read_model(folder)
+    if "weights" in options:
+        loaded.model.quantize(options["weights"])
     loaded.model.seal()  # as the server does
     engine = LocalEngine(loaded, folder.name, **options)
     numbers = itertools.count()
