@@ -55,7 +55,7 @@ def test_an_unknown_name_is_an_error_that_helps(monkeypatch: pytest.MonkeyPatch)
     [
         (40, (), torch.bfloat16, "head sizes"),
         (64, (384, 1000), torch.bfloat16, "1000"),
-        (64, (), torch.float32, "bf16"),
+        (64, (), torch.float16, "bf16"),
     ],
 )
 def test_a_shape_that_does_not_fit_gets_plain_torch(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lapis.kernels import stock, variants
 from lapis.kernels.batch import AdapterPair, Batch, LayerCache
-from lapis.kernels.cpu_groups import Experts, Groups, Lora, Route
+from lapis.kernels.cpu_fp32 import Fp32Kernels
+from lapis.kernels.cpu_groups import Experts, Fp32Groups, Groups, Lora, Route
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes, gradient_buffer
 from lapis.kernels.cpu_library import CAdamW, CMuon
 from lapis.kernels.ops import Matrix, Rope
@@ -27,13 +28,17 @@ MUON_STEP = 32  # both sides of a matrix are multiples of it
 
 
 @functools.cache
-def load(variant: str) -> CpuOps:
-    """The ops of one build, one object per process. Raises UnavailableError if the build cannot be used here."""
-    return CpuOps(f"cpu-{variant}", Kernels(variants.library(variant)))
+def load(variant: str, dtype: torch.dtype = BF16) -> CpuOps:
+    """The ops of one build for weights of bf16 or fp32, one object per process.
+
+    Raises UnavailableError if the build cannot be used here.
+    """
+    kind = Fp32Kernels if dtype is FP32 else Kernels
+    return CpuOps(f"cpu-{variant}", kind(variants.library(variant)))
 
 
 class CpuOps:
-    """Compiled kernels, bit-exact. Rows are contiguous bf16; widths are multiples of 16."""
+    """Compiled kernels, bit-exact. Rows are contiguous, bf16 or fp32 as the kernels; widths are multiples of 16."""
 
     bit_exact = True
     reason = ""
@@ -41,7 +46,7 @@ class CpuOps:
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name = name
         self.kernels = kernels
-        self.groups = Groups(kernels)
+        self.groups = Fp32Groups(kernels) if kernels.dtype is FP32 else Groups(kernels)
 
     def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Pages in the layout of the kernels; what lies in them before they are written does not matter."""
@@ -281,7 +286,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TK,) = ctx.saved_tensors
-        g_TN, dx_TK, returned, dbias_N = grads[0].to(BF16).contiguous(), None, None, None
+        g_TN, dx_TK, returned, dbias_N = grads[0].to(ctx.kernels.dtype).contiguous(), None, None, None
         if ctx.needs_input_grad[1]:
             dx_TK = torch.empty_like(x_TK)
             ctx.kernels.linear_backward(g_TN, ctx.weight, dx_TK)
@@ -383,7 +388,7 @@ class _Attention(torch.autograd.Function):
         assert batch.caches is None, (
             "gradients need the keys of whole sequences: a packed batch without caches"
         )
-        k_TX = torch.empty(batch.tokens, kv_heads * head_size, dtype=BF16)
+        k_TX = torch.empty(batch.tokens, kv_heads * head_size, dtype=kernels.dtype)
         lse_TQ = torch.empty(batch.tokens, heads, dtype=FP32)
         o_TX, q_TX = kernels.attention(qkv_TW, batch, layer, sizes, rope, window, k_TX, lse_TQ)
         ctx.kernels, ctx.batch, ctx.sizes, ctx.rope, ctx.window = kernels, batch, sizes, rope, window

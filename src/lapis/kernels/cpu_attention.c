@@ -252,13 +252,6 @@ static void attend_run(const struct attention *a, int64_t kv_head, int64_t first
         attend(a, kv_head, first, row, rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS);
 }
 
-// Whether no sequence has more than one run: then no KV head waits for what another item writes.
-static int runs_are_alone(const struct batch *batch) {
-    for (int64_t t = 1; t < batch->tokens; t++)
-        if (batch->sequence[t] == batch->sequence[t - 1] && starts_run(batch, t)) return 0;
-    return 1;
-}
-
 // The threads of a region share the work.
 EXPORT void lapis_attention_team(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads,
                                  int64_t size, int64_t window, const float *cos, const float *sin, char *keys,

@@ -47,6 +47,13 @@ INLINE int64_t end_of_run(const struct batch *batch, int64_t first) {
     return end;
 }
 
+// Whether no sequence has more than one run: then no KV head waits for what another item writes.
+INLINE int runs_are_alone(const struct batch *batch) {
+    for (int64_t t = 1; t < batch->tokens; t++)
+        if (batch->sequence[t] == batch->sequence[t - 1] && starts_run(batch, t)) return 0;
+    return 1;
+}
+
 void attention_write(const struct attention *a, int64_t kv_head, int64_t first, int64_t end);
 
 #endif

@@ -155,6 +155,49 @@ class Groups:
         return seen, self.kernels._generation
 
 
+class Fp32Groups(Groups):
+    """Over kernels for fp32 rows: group by group, the rows of each in one product."""
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        expert_TA: Tensor,
+        weight_TA: Tensor,
+        gate_up_ENH: Tensor,
+        down_EHF: Tensor,
+        residual_TH: Tensor,
+    ) -> Tensor:
+        """Gate and up, silu · mul and down of each token's experts, their weighted sum and the residual."""
+        assert weight_TA.dtype is residual_TH.dtype is FP32
+        assert weight_TA.is_contiguous() and residual_TH.is_contiguous()
+        (tokens, top), width = expert_TA.shape, x_TH.shape[1]
+        z_TAH, kernels = torch.empty(tokens, top, width), self.kernels
+        gate_up, down = self.slices(gate_up_ENH), self.slices(down_EHF)
+        for e in sorted(set(expert_TA.flatten().tolist())):
+            t_S, a_S = (expert_TA == e).nonzero(as_tuple=True)
+            h_SF = kernels.silu_mul(kernels.linear(x_TH[t_S], gate_up[e], None, False))
+            z_TAH[t_S, a_S] = kernels.linear(h_SF, down[e], None, False)
+        y_TH = torch.empty_like(residual_TH)
+        pointers = (tensor.data_ptr() for tensor in (z_TAH, weight_TA, residual_TH, y_TH))
+        kernels._c.weighted_sum_fp32(*pointers, tokens, top, width)
+        return y_TH
+
+    def lora(
+        self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """y + (x Aᵀ) Bᵀ of each row's adapter, and the inner rows, as wide as the largest rank."""
+        most = max((0 if pair is None else pair[0].shape[0] for pair in pairs), default=0)
+        out_TN, h_TR = y_TN.clone(), torch.zeros(len(x_TK), most)
+        for index, pair in enumerate(pairs):
+            (rows_S,) = (adapter_T == index).nonzero(as_tuple=True)
+            if pair is None or not len(rows_S):
+                continue
+            h_SR = self.kernels.linear(x_TK[rows_S], pair[0], None, False)
+            out_TN[rows_S] = self.kernels.linear(h_SR, pair[1], y_TN[rows_S], False)
+            h_TR[rows_S, : h_SR.shape[1]] = h_SR
+        return out_TN, h_TR
+
+
 class Experts(torch.autograd.Function):
     """Gradients expert by expert; what lies between the two products is computed again."""
 
@@ -191,7 +234,7 @@ class Experts(torch.autograd.Function):
             h_SN = kernels.linear(x_SH, gate_up_NH, None, False)
             s_SF = kernels.silu_mul(h_SN)
             dweight_TA[t_S, a_S] = (g_SH * kernels.linear(s_SF, down_HF, None, True)).sum(1)
-            gz_SH = (g_SH * weight_TA[t_S, a_S, None]).to(BF16)
+            gz_SH = (g_SH * weight_TA[t_S, a_S, None]).to(x_TH.dtype)
             ds_SF, dx_SH = torch.empty_like(s_SF), torch.empty_like(x_SH)
             kernels.linear_backward(gz_SH, down_HF, ds_SF)
             kernels.add_weight_gradient(gz_SH, s_SF, ddown_EHF[e])
@@ -199,7 +242,7 @@ class Experts(torch.autograd.Function):
             kernels.linear_backward(dh_SN, gate_up_NH, dx_SH)
             kernels.add_weight_gradient(dh_SN, x_SH, dgate_up_ENH[e])
             dx_TH[t_S] += dx_SH  # an expert has a token once
-        return None, dx_TH.to(BF16), None, dweight_TA, dgate_up, ddown, g_TH
+        return None, dx_TH.to(x_TH.dtype), None, dweight_TA, dgate_up, ddown, g_TH
 
 
 class Lora(torch.autograd.Function):
@@ -239,7 +282,7 @@ class Lora(torch.autograd.Function):
             kernels.add_weight_gradient(gh_SR, x_SK, da_RK)
             kernels.linear_backward(gh_SR, pair[0], dx_SK)
             dx_TK[rows_S] += dx_SK
-        return None, g_TN, dx_TK.to(BF16), None, *flat
+        return None, g_TN, dx_TK.to(x_TK.dtype), None, *flat
 
 
 class Route(torch.autograd.Function):

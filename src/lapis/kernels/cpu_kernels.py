@@ -38,7 +38,7 @@ class _Packed:
 
 
 @dataclass
-class _Descriptor:
+class Descriptor:
     """What C needs to know of a Batch, made once per batch."""
 
     tokens: CBatch
@@ -49,6 +49,9 @@ class _Descriptor:
 
 class Kernels:
     """One build's kernels. Rows are contiguous bf16, their widths multiples of 16 (inputs of linear: of 2)."""
+
+    dtype = BF16  # of rows and weights
+    _pack_name = "pack"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = bind(library)
@@ -71,7 +74,7 @@ class Kernels:
         columns = w_NK.shape[0]
         assert x_TK.dtype is BF16 and x_TK.is_contiguous() and w_NK.shape[1] == inner and inner % 2 == 0
         y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
-        bias, residual = _addend(bias_N, (columns,)), _addend(residual_TN, y_TN.shape)
+        bias, residual = addend(bias_N, (columns,)), addend(residual_TN, y_TN.shape)
         packed = self._pack(w_NK)
         self._c.linear(x_TK.data_ptr(), tokens, inner, packed, columns, bias, residual, y_TN.data_ptr(), fp32)
         return y_TN
@@ -88,7 +91,7 @@ class Kernels:
         (tokens, inner), (columns, width) = x_TK.shape, w_NK.shape
         assert x_TK.dtype is BF16 and x_TK.is_contiguous() and inner == width
         y_TN = torch.empty(tokens, columns, dtype=FP32 if fp32 else BF16)
-        bias, residual = _addend(bias_N, (columns,)), _addend(residual_TN, y_TN.shape)
+        bias, residual = addend(bias_N, (columns,)), addend(residual_TN, y_TN.shape)
         work = torch.empty(tokens, -(-inner // GROUP), GROUP + 8, dtype=torch.uint8)
         minimums = None if w_NK.minimums is None else w_NK.minimums.data_ptr()
         self._c.linear_quantized(
@@ -138,7 +141,9 @@ class Kernels:
         """A stand-in that only linear can use, for a weight that will not change: its values exist packed alone."""
         self._pack(w_NK)
         packed = self._packed[id(w_NK), False]
-        stand_in = torch.nn.Parameter(torch.empty(w_NK.shape, dtype=BF16, device="meta"), requires_grad=False)
+        stand_in = torch.nn.Parameter(
+            torch.empty(w_NK.shape, dtype=self.dtype, device="meta"), requires_grad=False
+        )
         key = (id(stand_in), False)
         owner: weakref.ref[Tensor] = weakref.ref(stand_in, lambda _: self._packed.pop(key, None))
         version, source = weight_version(stand_in), stand_in.data_ptr()
@@ -159,7 +164,7 @@ class Kernels:
             return self._repack(w_NK, transposed)
 
     def _repack(self, w_NK: Tensor, transposed: bool) -> int:
-        assert w_NK.dtype is BF16 and w_NK.is_contiguous()
+        assert w_NK.dtype is self.dtype and w_NK.is_contiguous()
         key = (id(w_NK), transposed)
         columns, inner = w_NK.shape[::-1] if transposed else w_NK.shape
         size = -(-columns // COLUMNS) * COLUMNS * inner
@@ -169,14 +174,14 @@ class Kernels:
             packed.generation = self._generation
             return packed.pointer
         if packed is None or packed.data.numel() != size:
-            data = torch.empty(size, dtype=BF16)
+            data = torch.empty(size, dtype=self.dtype)
             owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
             packed = self._packed[key] = _Packed(owner, data, data.data_ptr())
         version, source, generation = weight_version(w_NK), w_NK.data_ptr(), self._generation
         if transposed:
             self._c.pack_rows(source, packed.pointer, inner, columns)
         else:
-            self._c.pack(source, packed.pointer, columns, inner)
+            getattr(self._c, self._pack_name)(source, packed.pointer, columns, inner)
         packed.version, packed.source, packed.generation = version, source, generation
         return packed.pointer
 
@@ -260,7 +265,7 @@ class Kernels:
         assert qkv_TW.dtype is q_norm.dtype is k_norm.dtype is BF16 and qkv_TW.is_contiguous()
         y_TW = torch.empty_like(qkv_TW)
         pointers = (tensor.data_ptr() for tensor in (qkv_TW, q_norm, k_norm, y_TW))
-        self._c.head_norm(*pointers, len(qkv_TW), *_parts(q_norm, k_norm, sizes), eps)
+        self._c.head_norm(*pointers, len(qkv_TW), *parts_of(q_norm, k_norm, sizes), eps)
         return y_TW
 
     def head_norm_backward(
@@ -278,7 +283,7 @@ class Kernels:
         partial = torch.empty(-(-tokens // SUM_ROWS), q_norm.numel() + k_norm.numel(), dtype=FP32)
         tensors = (qkv_TW, q_norm, k_norm, g_TW, dqkv_TW, dq, dk, partial)
         pointers = (tensor.data_ptr() for tensor in tensors)
-        self._c.head_norm_backward(*pointers, tokens, *_parts(q_norm, k_norm, sizes), eps)
+        self._c.head_norm_backward(*pointers, tokens, *parts_of(q_norm, k_norm, sizes), eps)
         return dqkv_TW
 
     def embedding_backward(self, ids_T: Tensor, g_TH: Tensor, dw_VH: Tensor) -> None:
@@ -341,13 +346,7 @@ class Kernels:
         heads, kv_heads, head_size = sizes
         assert qkv_TW.dtype is BF16 and qkv_TW.is_contiguous()
         assert qkv_TW.shape == (batch.tokens, (heads + 2 * kv_heads) * head_size)
-        descriptor = _describe(batch, rope)
-        if batch.caches is not None:
-            cache = batch.caches[layer]
-        else:
-            if descriptor.private is None:
-                descriptor.private = self.new_cache(batch.private_pages, kv_heads, head_size)
-            cache = descriptor.private
+        descriptor, cache = describe(batch, rope), self._cache(batch, layer, sizes, rope)
         assert rope is None or rope.cos_PD2.shape[1] * 2 == head_size, "the tables cover whole heads"
         assert window is None or window > 0
         o_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
@@ -357,7 +356,7 @@ class Kernels:
             qkv_TW.data_ptr(),
             *sizes,
             window or 0,
-            *_tables(rope),
+            *tables_of(rope),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
             cache.keys.dtype is torch.int8,
@@ -367,6 +366,15 @@ class Kernels:
             None if lse_TQ is None else lse_TQ.data_ptr(),
         )
         return o_TX, q_TX
+
+    def _cache(self, batch: Batch, layer: int, sizes: Sizes, rope: Rope | None) -> LayerCache:
+        """A layer's pages: the batch's own, or private ones that all layers share."""
+        if batch.caches is not None:
+            return batch.caches[layer]
+        descriptor = describe(batch, rope)
+        if descriptor.private is None:
+            descriptor.private = self.new_cache(batch.private_pages, sizes[1], sizes[2])
+        return descriptor.private
 
     def attention_backward(
         self,
@@ -378,10 +386,10 @@ class Kernels:
         window: int | None = None,
     ) -> Tensor:
         """Gradient of the joined rows; `saved` holds q, k, qkv, o and log denominators of the forward."""
-        spans_S2 = _describe(batch, rope).spans_S2
+        spans_S2 = describe(batch, rope).spans_S2
         dqkv_TW = torch.empty_like(saved[2])
         inputs = (tensor.data_ptr() for tensor in (batch.position_T, *saved, g_TX))
-        pointers = (*inputs, *_tables(rope), dqkv_TW.data_ptr())
+        pointers = (*inputs, *tables_of(rope), dqkv_TW.data_ptr())
         self._c.attention_backward(spans_S2.data_ptr(), len(spans_S2), *pointers, *sizes, window or 0)
         return dqkv_TW
 
@@ -413,15 +421,15 @@ class Kernels:
         return float(self._c.squared_norm(grad.data_ptr(), grad.numel(), partial.data_ptr()))
 
 
-def _addend(x: Tensor | None, shape: Sequence[int]) -> int | None:
+def addend(x: Tensor | None, shape: Sequence[int], dtype: torch.dtype = BF16) -> int | None:
     """Pointer to what is added to finished sums, if anything is."""
     if x is None:
         return None
-    assert x.dtype is BF16 and x.is_contiguous() and x.shape == tuple(shape)
+    assert x.dtype is dtype and x.is_contiguous() and x.shape == tuple(shape)
     return x.data_ptr()
 
 
-def _parts(q_norm: Tensor, k_norm: Tensor, sizes: Sizes) -> tuple[int, int, int, int, int]:
+def parts_of(q_norm: Tensor, k_norm: Tensor, sizes: Sizes) -> tuple[int, int, int, int, int]:
     """Number and width of the normed query parts, of the key parts, and the width of the values."""
     heads, kv_heads, head_size = sizes
     query, key = q_norm.numel(), k_norm.numel()
@@ -435,13 +443,14 @@ def weight_version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _tables(rope: Rope | None) -> tuple[int | None, int | None]:
+def tables_of(rope: Rope | None) -> tuple[int | None, int | None]:
     """Pointers to cosines and sines, if heads are rotated."""
     return (None, None) if rope is None else (rope.cos_PD2.data_ptr(), rope.sin_PD2.data_ptr())
 
 
-def _describe(batch: Batch, rope: Rope | None) -> _Descriptor:
-    found: _Descriptor | None = batch.prepared.get("cpu")
+def describe(batch: Batch, rope: Rope | None) -> Descriptor:
+    """What C needs to know of a batch, made at its first use."""
+    found: Descriptor | None = batch.prepared.get("cpu")
     if found is not None:
         return found
     table = batch.page_table_SP
@@ -455,7 +464,7 @@ def _describe(batch: Batch, rope: Rope | None) -> _Descriptor:
     pointers = (tensor.data_ptr() for tensor in (batch.sequence_T, batch.position_T, table))
     tokens = CBatch(*pointers, batch.tokens, table.shape[1])
     spans_S2 = torch.tensor(batch.spans, dtype=torch.int64).reshape(-1, 2)
-    batch.prepared["cpu"] = descriptor = _Descriptor(tokens, byref(tokens), spans_S2)
+    batch.prepared["cpu"] = descriptor = Descriptor(tokens, byref(tokens), spans_S2)
     return descriptor
 
 

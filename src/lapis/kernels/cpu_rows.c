@@ -98,18 +98,13 @@ EXPORT void lapis_layer_norm_backward(const bf16 *x, const bf16 *w, const bf16 *
     }
 }
 
-// ---- gelu, tanh form: x (1 + tanh u) / 2 is x / (1 + exp(-2u)); 2u = x (GELU_1 + GELU_3 x²)
-
-#define GELU_1 1.5957691216057308f  // 2 sqrt(2 / pi)
-#define GELU_3 0.0713548162726009f  // that times 0.044715
+// ---- gelu
 
 struct gelu {
     const bf16 *x;
     bf16 *y;
     int64_t rows, width;
 };
-
-INLINE f32x16 gelu_gate(f32x16 x) { return 1.0f + exp16(-(x * (GELU_1 + GELU_3 * (x * x)))); }
 
 static void gelu_team(const struct gelu *n) {
 #pragma omp for schedule(static)

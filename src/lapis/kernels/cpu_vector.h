@@ -148,6 +148,10 @@ INLINE f32x16 exp16(f32x16 x) {
     p = p * (x * x) + x + 1.0f;
     return p * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
 }
+// gelu, tanh form: x (1 + tanh u) / 2 is x / (1 + exp(-2u)); 2u = x (GELU_1 + GELU_3 x²); this is the divisor
+#define GELU_1 1.5957691216057308f  // 2 sqrt(2 / pi)
+#define GELU_3 0.0713548162726009f  // that times 0.044715
+INLINE f32x16 gelu_gate(f32x16 x) { return 1.0f + exp16(-(x * (GELU_1 + GELU_3 * (x * x)))); }
 INLINE double log_double(double x) {
     int exponent;
     double m = frexp(x, &exponent);

@@ -270,12 +270,10 @@ def select(head_size: int, *, widths: Sequence[int] = (), dtype: torch.dtype = t
     """
     from lapis.kernels import stock
 
-    variant, reason = variants.choose(
-        head_size, widths, "bfloat16" if dtype == torch.bfloat16 else str(dtype)
-    )
+    variant, reason = variants.choose(head_size, widths, str(dtype).removeprefix("torch."))
     if variant is None:
         logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)
-        return stock.StockOps(reason)
+        return stock.StockOps(reason, dtype)
     from lapis.kernels import cpu
 
-    return cpu.load(variant)
+    return cpu.load(variant, dtype)

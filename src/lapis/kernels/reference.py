@@ -46,13 +46,13 @@ def rms_norm(x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:
     x, w = _array(x_TH), _array(w_H)
     mean_T = _row_sums(x * x) / np.float32(x.shape[1])
     scale_T = np.float32(1) / np.sqrt(mean_T + np.float32(eps))
-    return _bf16((x * scale_T[:, None]) * w)
+    return _stored_as(x_TH, (x * scale_T[:, None]) * w)
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:
     """(g / (1 + exp(-g))) · u."""
     gate, up = np.split(_array(x_T2F), 2, axis=1)
-    return _bf16((gate / (np.float32(1) + exp(-gate))) * up)
+    return _stored_as(x_T2F, (gate / (np.float32(1) + exp(-gate))) * up)
 
 
 def layer_norm(x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
@@ -60,14 +60,14 @@ def layer_norm(x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
     x, width = _array(x_TH), np.float32(x_TH.shape[1])
     centred = x - (_row_sums(x) / width)[:, None]
     scale_T = np.float32(1) / np.sqrt(_row_sums(centred * centred) / width + np.float32(eps))
-    return _bf16((centred * scale_T[:, None]) * _array(w_H) + _array(b_H))
+    return _stored_as(x_TH, (centred * scale_T[:, None]) * _array(w_H) + _array(b_H))
 
 
 def gelu(x_TF: Tensor) -> Tensor:
     """x / (1 + exp(-(x · (c1 + c3 · (x · x)))))."""
     x = _array(x_TF)
     c1, c3 = np.float32(1.5957691216057308), np.float32(0.0713548162726009)
-    return _bf16(x / (np.float32(1) + exp(-(x * (c1 + c3 * (x * x))))))
+    return _stored_as(x_TF, x / (np.float32(1) + exp(-(x * (c1 + c3 * (x * x))))))
 
 
 def head_norm(
@@ -101,7 +101,7 @@ def logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
         lanes_L = np.zeros(LANES, np.float32)
         for part_L in terms:
             lanes_L = lanes_L + part_L
-        out[t] = row[int(ids_T[t])] - _lse(highest, butterfly_sum(lanes_L[None])[0])
+        out[t] = row[int(ids_T[t])] - lse(highest, butterfly_sum(lanes_L[None])[0])
     return torch.from_numpy(out)
 
 
@@ -202,7 +202,7 @@ def _attend(
         for j in range(0, PAGE, 2):
             sums_D = sums_D + p_P[j + 1] * values[j + 1]
             sums_D = sums_D + p_P[j] * values[j]
-    return sums_D * (np.float32(1) / total), _lse(highest, total)
+    return sums_D * (np.float32(1) / total), lse(highest, total)
 
 
 def _rotate(x_THD: Array, rope: Rope | None) -> Array:
@@ -233,12 +233,17 @@ def butterfly_sum(lanes_TL: Array) -> Array:
     return lanes_TL[:, 0]
 
 
-def _lse(highest: np.float32, total: np.float32) -> np.float32:
+def lse(highest: np.float32, total: np.float32) -> np.float32:
+    """(float)(highest + log total), the sum in fp64."""
     return np.float32(float(highest) + log(float(total)))
 
 
 def _array(x: Tensor) -> Array:
     return x.detach().float().numpy()
+
+
+def _stored_as(like: Tensor, x: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(like.dtype)
 
 
 def _bf16(x: Array) -> Tensor:

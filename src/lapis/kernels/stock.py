@@ -28,13 +28,14 @@ class StockOps:
     name = "stock"
     bit_exact = False
 
-    def __init__(self, reason: str = "") -> None:
+    def __init__(self, reason: str = "", dtype: torch.dtype = torch.bfloat16) -> None:
         self.reason = reason
+        self.dtype = dtype  # of keys and values
 
     def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Zeroed pages; in int8 a row ends with the four bytes of its scale."""
         shape = (pages, PAGE, kv_heads, head_size + (4 if int8 else 0))
-        dtype = torch.int8 if int8 else torch.bfloat16
+        dtype = torch.int8 if int8 else self.dtype
         return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ class StockOps:
             k_SHD, v_SHD, past = k_THD[start:end], v_THD[start:end], 0
             if batch.caches is not None:
                 past = int(batch.position_T[start])
-                k_SHD, v_SHD = _read(batch.caches[layer], batch, start, past + end - start)
+                stored = _read(batch.caches[layer], batch, start, past + end - start)
+                k_SHD, v_SHD = (part.to(qkv_TW.dtype) for part in stored)
             outputs.append(_attend(q_THD[start:end], k_SHD, v_SHD, past, window))
         return torch.cat(outputs).reshape(batch.tokens, heads * head_size)
 
@@ -323,7 +325,7 @@ def _quantized(x_THD: Tensor) -> Tensor:
 
 
 def _dequantized(x_SHD: Tensor) -> Tensor:
-    return (x_SHD[..., :-4].float() * x_SHD[..., -4:].contiguous().view(torch.float32)).bfloat16()
+    return x_SHD[..., :-4].float() * x_SHD[..., -4:].contiguous().view(torch.float32)
 
 
 def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int, window: int | None) -> Tensor:

@@ -26,10 +26,14 @@ SOURCES = (
     "cpu_muon.c",
     "cpu_quantized.c",
     "cpu_experts.c",
+    "cpu_fp32.c",
+    "cpu_fp32_attention.c",
     "cpu_vector.h",
     "cpu_product.h",
     "cpu_attention.h",
+    "cpu_fp32.h",
 )
+DTYPES = ("bfloat16", "float32")
 HEAD_SIZES = range(16, 257, 16)
 WIDTH_STEP = 16  # lanes of the fp32 vector that the contract is written in
 LOST = (
@@ -159,8 +163,8 @@ def status() -> KernelStatus:
 
 def _misfit(head_size: int, widths: Sequence[int], dtype: str) -> str:
     """What of a model's shape the compiled kernels do not offer; empty if all fits."""
-    if dtype != "bfloat16":
-        return f"the compiled kernels store bf16, not {dtype.removeprefix('torch.')}"
+    if dtype not in DTYPES:
+        return f"the compiled kernels store bf16 or fp32, not {dtype}"
     if head_size not in HEAD_SIZES:
         return f"the compiled kernels have head sizes of multiples of 16 up to 256, not {head_size}"
     odd = [width for width in widths if width % WIDTH_STEP]
