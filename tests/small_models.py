@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapis.kernels.rope import RopeScaling
 from lapis.kernels.stock import StockOps
+from lapis.model.adapters import Adapter
 from lapis.model.config import ModelConfig
 from lapis.model.config_hf import to_hf
 from lapis.model.families import build
@@ -83,6 +84,26 @@ def random_state(shape: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
             torch.bfloat16
         )
     return state
+
+
+def random_adapter(shape: ModelConfig, seed: int, rank: int = 4) -> Adapter:
+    """A low-rank adapter of every linear map that one can adapt, strong enough to change texts."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, whole = shape.heads * shape.head_size, (shape.heads + 2 * shape.kv_heads) * shape.head_size
+    sizes = {"qkv": (whole, shape.width), "out": (shape.width, inner)}
+    if shape.family == "llama":
+        sizes |= {"gate_up": (2 * shape.ffn, shape.width), "down": (shape.width, shape.ffn)}
+    if shape.family == "gpt2":
+        sizes |= {"up": (shape.ffn, shape.width), "down": (shape.width, shape.ffn)}
+
+    def matrix(*size: int) -> Tensor:
+        return (torch.randn(*size, generator=generator) * 0.2).bfloat16()
+
+    pairs = [
+        {name: (matrix(rank, columns), matrix(rows, rank)) for name, (rows, columns) in sizes.items()}
+        for _ in range(shape.layers)
+    ]
+    return Adapter(tuple(pairs))
 
 
 def write_hf_folder(

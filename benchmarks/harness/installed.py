@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.engines import END_TOKENS, Engine, LlamaBench, Server, Worker
+from harness.engines import Engine, LlamaBench, Server, Worker
 from harness.subject import NAME
 
 from lapis.inference.engine import DRAFTS
@@ -65,9 +65,10 @@ class Engines:
     def _lapis_server(self, weights: str) -> Engine:
         command = [sys.executable, "-m", "lapis.cli.main", "serve", NAME, "--port", "{port}", "--no-console"]
         stored = [] if weights == "bf16" else ["--weights", weights]
-        never_end = {"logit_bias": {str(token): -100 for token in END_TOKENS}}
         environment = {**self._openmp, "LAPIS_HOME": str(self.home)}
-        return Server([*command, *stored], NAME, never_end, environment, importlib.metadata.version("lapis"))
+        return Server(
+            [*command, *stored], NAME, {"ignore_eos": True}, environment, importlib.metadata.version("lapis")
+        )
 
     def _llama_bench(self, model: Path) -> Engine:
         return LlamaBench(self._llama("llama-bench"), model, self.threads, _version("llama.cpp"))

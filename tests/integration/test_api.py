@@ -50,6 +50,20 @@ def test_an_answer_that_ends_by_itself_says_stop(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_an_answer_goes_on_where_ends_are_ignored(client: openai.OpenAI) -> None:
+    short = client.chat.completions.create(**hello(seed=2, max_tokens=200))
+    on = client.chat.completions.create(**hello(seed=2, max_tokens=200, extra_body={"ignore_eos": True}))
+    assert short.choices[0].finish_reason == "stop"
+    assert on.choices[0].finish_reason == "length"
+    assert on.usage is not None
+    assert on.usage.completion_tokens == 200
+    assert (on.choices[0].message.content or "").startswith(short.choices[0].message.content or "?")
+    text = {"model": "tiny", "prompt": "x", "seed": 2, "max_tokens": 200}
+    assert client.completions.create(**text).choices[0].finish_reason == "stop"  # type: ignore[call-overload]
+    completed = client.completions.create(**text, extra_body={"ignore_eos": True})  # type: ignore[call-overload]
+    assert completed.usage.completion_tokens == 200
+
+
 def test_a_stream_gives_the_same_text_and_the_same_usage(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**hello(seed=7))
     chunks = list(

@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
-from safetensors.numpy import save_file
 
 from lapis.cli.main import lapis
 from lapis.db import open_database
@@ -24,26 +23,34 @@ from lapis.home import Home
 from lapis.inference.fake import FakeEngine
 from lapis.inference.request import SamplingParams
 from lapis.model import peft
+from lapis.model.adapters import Adapter, write_adapter
+from lapis.model.manifest import Source
 from lapis.model.pull import pull
 from lapis.model.store import ModelStore
+from lapis.model.weights import write_model
 from lapis.release.registry import Registry, Servable
 from lapis.tenants.keys import LOCAL
 from lapis.tenants.usage import UsageLedger
-from tests.served import fake_server, model_folder
+from tests import small_models
+from tests.served import fake_server
+
+SHAPE = small_models.config(layers=1, width=32, heads=1, kv_heads=1, ffn=32)
 
 
 def peft_folder(folder: Path, base: object = "someone/Tiny", **facts: object) -> Path:
-    folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": base, **facts}
-    (folder / peft.CONFIG).write_text(json.dumps(config))
-    save_file({"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 2), np.float32)}, folder / peft.WEIGHTS)
+    """An adapter of the base that says where it comes from."""
+    pair = torch.zeros(2, 32).bfloat16(), torch.ones(32, 2).bfloat16()
+    write_adapter(folder, SHAPE, Adapter(({"out": pair},)), "")
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base, **facts}))
     return folder
 
 
 @pytest.fixture
 def registry(home: Home, tmp_path: Path) -> Iterator[Registry]:
     """An installation with a base and two adapters of it."""
-    model_folder(home.models / "tiny")
+    state = small_models.random_state(SHAPE)
+    write_model(home.models / "tiny", SHAPE, state, small_models.tokenizer(), source=Source("run", "test"))
     for name in ("pirate", "poet"):
         pull(str(peft_folder(tmp_path / name, note=name)), home)
     db = open_database(home.database_url)
@@ -53,7 +60,7 @@ def registry(home: Home, tmp_path: Path) -> Iterator[Registry]:
 
 def test_an_adapter_is_pulled_beside_its_base(home: Home, tmp_path: Path, registry: Registry) -> None:
     model = ModelStore(home).get("pirate")
-    assert (model.base, model.parameters) == ("tiny", 14)
+    assert (model.base, model.parameters) == ("tiny", 128)
     assert pull(str(tmp_path / "pirate"), home).digest == model.digest
     told = json.loads(CliRunner().invoke(lapis, ["models", "show", "pirate", "--json"]).output)
     assert (told["base"], told["config"]) == ("tiny", {})

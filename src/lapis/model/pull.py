@@ -131,7 +131,14 @@ def _from_hub(repository: hub.HubRepository, store: ModelStore, name: str, progr
 
 
 def _take_adapter(path: Path, store: ModelStore, name: str, source: Source) -> None:
-    peft.write_adapter_folder(path, store.place(name), peft.base_of(path, store), source)
+    from lapis.model.adapters import read_adapter  # torch: only once something is taken
+
+    base = peft.base_of(path, store)
+    try:
+        read_adapter(path, base.config)
+    except InputError as error:
+        raise InputError(f"No adapter of {base.name!r}: {error.message}", hint=error.hint) from error
+    peft.write_adapter_folder(path, store.place(name), base, source)
 
 
 def _convert_gguf(path: Path, folder: Path, source: Source, progress: Progress) -> None:

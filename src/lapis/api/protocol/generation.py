@@ -132,6 +132,7 @@ class GenerationRequest(SampledRequest):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = 0.0
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_bias)] = None
     structured_outputs: dict[str, Any] | None = None
+    ignore_eos: bool | None = False
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -149,6 +150,7 @@ class GenerationRequest(SampledRequest):
             min_p=self.min_p or 0.0,
             seed=self.seed,
             stop=self.stop or (),
+            stop_ids=frozenset() if self.ignore_eos else None,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.logit_bias or {},
