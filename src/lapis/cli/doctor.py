@@ -112,7 +112,9 @@ def _kernels() -> Check:
 
     found = status()
     if found.bit_exact:
-        return Check("kernels", "ok", f"{found.chosen}: what is trained is served, bit for bit")
+        return Check(
+            "kernels", "ok", f"{found.chosen}: what is trained is served, bit for bit, in bf16 and in fp32"
+        )
     return Check("kernels", "missing", f"plain torch ({found.reason}): {found.lost}", found.hint)
 
 

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    type=click.Choice(["bf16", "int8", "int4"]),
-    default="bf16",
-    show_default=True,
-    help="Weights in 8 or 4 bits are smaller and faster; answers are no longer exactly those of the trained model.",
+    type=click.Choice(["bf16", "fp32", "int8", "int4"]),
+    help="By default as the model stores them, bf16 or fp32. In 8 or 4 bits they are smaller and faster; answers "
+    "are then no longer exactly those of the trained model.",
 )
 @click.option(
     "--kv-cache",
@@ -37,7 +36,12 @@ if TYPE_CHECKING:
 )
 @click.option("--no-console", is_flag=True, help="Serve the API without the web pages at /console.")
 def command(
-    models: tuple[str, ...], host: str, port: int, weights: Weights, kv_cache: CacheDtype, no_console: bool
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    weights: Weights | None,
+    kv_cache: CacheDtype,
+    no_console: bool,
 ) -> None:
     """Serve releases and pulled models by name through the OpenAI-compatible API.
 

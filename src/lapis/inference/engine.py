@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lapis.errors import ConfigError
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 DRAFTS = 7  # with its own token a request fills `Limits.draft_rows`, which cost little more than one row
 
 
-Weights = Literal["bf16", "int8", "int4"]
+Weights = Literal["bf16", "fp32", "int8", "int4"]
 CacheDtype = Literal["bf16", "int8"]
 
 
@@ -100,8 +101,9 @@ class Engine(Protocol):
 class LocalEngine(EngineLoop):
     """A loaded model in this process, stepped by one thread; `cache_bytes` bounds its key/value memory.
 
-    `drafts` is how many tokens it guesses ahead for a request while few run; 0 for none. With `weights` in 8 or
-    4 bits the model, which is the engine's own from then on, is changed in place.
+    `drafts` is how many tokens it guesses ahead for a request while few run; 0 for none. `weights` are by default
+    as loaded; in 8 or 4 bits the model, which is the engine's own from then on, is changed in place. Raises
+    ConfigError for a model that is loaded in another type than is asked for.
     """
 
     def __init__(
@@ -114,12 +116,19 @@ class LocalEngine(EngineLoop):
         running: int = Limits.running,
         queued_tokens: int = Limits.queued_tokens,
         drafts: int = DRAFTS,
-        weights: Weights = "bf16",
+        weights: Weights | None = None,
         cache_dtype: CacheDtype = "bf16",
     ) -> None:
         from lapis.inference.runner import ModelRunner  # torch is loaded here, not by whoever knows engines
 
-        if weights != "bf16":
+        stored: Weights = "fp32" if loaded.model.dtype.itemsize == 4 else "bf16"
+        weights = stored if weights is None else weights
+        if stored != weights and "fp32" in (stored, weights):
+            raise ConfigError(
+                f"{name!r} is loaded in {stored}, not in {weights}.",
+                hint="LocalEngine.load(folder, name, weights=…) reads it as it is wanted.",
+            )
+        if weights == "int8" or weights == "int4":
             loaded.model.quantize(weights)
         runner = ModelRunner(loaded, cache_bytes, cache_dtype)
         context = loaded.config.context
@@ -127,7 +136,7 @@ class LocalEngine(EngineLoop):
         self.chat = loaded.chat
         self.add_bos = loaded.add_bos
         self.bos_id = loaded.bos_id
-        self.bit_exact = runner.bit_exact and weights == "bf16"
+        self.bit_exact = runner.bit_exact and weights == stored
         self.kernels = runner.kernels
         self._read_adapter = runner.read_adapter
         self._replayed = runner.steps
@@ -136,19 +145,22 @@ class LocalEngine(EngineLoop):
 
     @staticmethod
     def load(
-        folder: Path, name: str, *, weights: Weights = "bf16", cache_dtype: CacheDtype = "bf16"
+        folder: Path, name: str, *, weights: Weights | None = None, cache_dtype: CacheDtype = "bf16"
     ) -> LocalEngine:
         """Serve a model folder, every digest verified first. Raises what `read_model` raises.
 
-        Weights in 8 or 4 bits are faster and smaller, keys and values in int8 take half the memory; logits then
-        are no longer those of training, but still do not depend on what else runs.
+        `weights` are by default as the folder stores them, bf16 or fp32: those of training. In 8 or 4 bits they
+        are faster and smaller, keys and values in int8 take half the memory; logits then are no longer those of
+        training, but still do not depend on what else runs.
         """
         with ThreadPoolExecutor(1) as pool:
             verified = pool.submit(manifest.verify, folder)
-            from lapis.model.weights import read_model  # loads torch, meanwhile the files are hashed
+            # loads torch, meanwhile the files are hashed
+            from lapis.model.weights import DTYPES, read_model
 
-            loaded = read_model(folder, manifest=verified.result())
-        if weights != "bf16":
+            dtype = None if weights is None else DTYPES["fp32" if weights == "fp32" else "bf16"]
+            loaded = read_model(folder, manifest=verified.result(), dtype=dtype)
+        if weights == "int8" or weights == "int4":
             loaded.model.quantize(weights)
         loaded.model.seal()
         return LocalEngine(loaded, name, weights=weights, cache_dtype=cache_dtype)

@@ -63,7 +63,7 @@ class ModelRunner:
     @property
     def bit_exact(self) -> bool:
         """Whether a text's logits do not depend on what runs beside it, and equal those of training."""
-        return self.model.ops.bit_exact and not self._int8_cache
+        return self.model.ops.bit_exact and self.loaded.as_stored and not self._int8_cache
 
     @property
     def kernels(self) -> str:
@@ -72,7 +72,7 @@ class ModelRunner:
 
     def read_adapter(self, folder: Path) -> LoadedAdapter:
         """A PEFT folder for this model. Raises InputError for what is no adapter of it."""
-        adapter = read_adapter(folder, self.loaded.config)
+        adapter = read_adapter(folder, self.loaded.config, self.model.dtype)
         digest = digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
         return LoadedAdapter(digest, adapter)
 
@@ -267,7 +267,7 @@ def reads(sequence: Running) -> bool:
 
 def _page_count(loaded: LoadedModel, cache_bytes: int | None, int8: bool) -> int:
     config = loaded.config
-    page_bytes = PAGE * config.kv_bytes_per_token
+    page_bytes = PAGE * config.kv_bytes_per_token * loaded.model.dtype.itemsize // torch.bfloat16.itemsize
     if int8:  # a byte a value, and a scale in fp32 for each token, head, and of keys and values
         page_bytes = page_bytes // 2 + PAGE * 2 * 4 * config.layers * config.kv_heads
     context = pages_for(loaded.config.context)

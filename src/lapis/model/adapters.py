@@ -56,8 +56,8 @@ class Adapter:
         return sum(x.nbytes for layer in self.layers for pair in layer.values() for x in pair)
 
 
-def read_adapter(folder: Path, config: ModelConfig) -> Adapter:
-    """Read a PEFT folder for a model of this shape.
+def read_adapter(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Adapter:
+    """Read a PEFT folder for a model of this shape that is computed in `dtype`.
 
     Raises InputError for another kind of adapter, one of another model, or one that adapts more than the linear
     maps of the layers.
@@ -78,7 +78,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> Adapter:
     tensors = read_tensors(folder / WEIGHTS)
     layers = tuple(
         {
-            name: pair
+            name: (pair[0].to(dtype), pair[1].to(dtype))
             for name, parts in _modules(config).items()
             if (pair := _take(tensors, config, index, parts, alpha, rslora, folder)) is not None
         }
@@ -208,7 +208,7 @@ def _take(
             joined_NR[start : start + rows, column : column + rank] = b_NR
         start += rows
     a_RK = F.pad(torch.cat(above), (0, 0, 0, odd))
-    return a_RK.bfloat16().contiguous(), joined_NR.bfloat16().contiguous()
+    return a_RK.contiguous(), joined_NR.contiguous()
 
 
 def _split(layer: Mapping[str, Pair], config: ModelConfig) -> dict[str, Pair]:

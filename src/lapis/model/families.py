@@ -63,6 +63,11 @@ class Decoder(nn.Module):
         return self.embed if self.config.tied else self.head
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What rows, keys and values are computed in, and weights stored unless they are quantised."""
+        return self.embed.dtype
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights as they are held now."""
         quantized = [value for layer in self.layers for value in vars(layer).values()] + [

@@ -27,8 +27,10 @@ class _Place:
     fused: str = ""  # the name under which newer files hold all parts at once, in our shape
 
 
-def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under Hugging Face's names, in bfloat16. Raises InputError if they do not fit the config."""
+def to_hf_state(
+    config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Our weights under Hugging Face's names. Raises InputError if they do not fit the config."""
     places = _places(config)
     if set(state) != set(places):
         odd = sorted(set(state) ^ set(places))
@@ -37,7 +39,7 @@ def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
         )
     result = {}
     for name, place in places.items():
-        rows = state[name].detach().to(torch.bfloat16).cpu().reshape(-1, *place.shape[-1:])
+        rows = state[name].detach().to(dtype).cpu().reshape(-1, *place.shape[-1:])
         if len(place.shape) == 1:
             rows = rows.flatten()
         split = torch.split(rows, [count for _, count in place.parts])
@@ -46,8 +48,10 @@ def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
     return result
 
 
-def from_hf_state(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names, in bfloat16.
+def from_hf_state(
+    config: ModelConfig, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Hugging Face's tensors under our names.
 
     Raises InputError naming a tensor that is missing, of the wrong shape, or unknown.
     """
@@ -70,7 +74,7 @@ def from_hf_state(config: ModelConfig, tensors: Mapping[str, Tensor], where: str
             raise InputError(
                 f"{where}: the tensor {name} holds {tensor.dtype}: quantised weights come as GGUF only."
             )
-        return tensor.to(torch.bfloat16)
+        return tensor.to(dtype)
 
     state = {}
     for name, place in _places(config).items():

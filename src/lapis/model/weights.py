@@ -1,4 +1,4 @@
-"""A model folder out and in: Hugging Face's layout in bfloat16 safetensors, sealed by lapis.json."""
+"""A model folder out and in: Hugging Face's layout in safetensors of bf16 or fp32, sealed by lapis.json."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,9 @@ from lapis.model.manifest import Manifest, Source
 from lapis.storage import atomic_folder, write_text
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
+
+# how weights can be stored
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     manifest: Manifest
+    as_stored: bool = True  # computed in the type of the file: as it was trained
 
     @property
     def add_bos(self) -> bool:
@@ -79,8 +84,11 @@ def write_model(
     add_bos: bool = False,
     bos_id: int | None = None,
     stop_ids: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Manifest:
     """Write a model folder, whole or not at all; an empty folder may be there already.
+
+    `dtype`, bf16 or fp32, is how the weights are stored: by default a model is computed in it when it is read.
 
     With `add_bos`, `bos_id` is by default the tokenizer's end token, as in Lapis' token streams. The first of
     `stop_ids` is the end-of-sequence token; by default they are the tokenizer's own. Raises ConflictError if
@@ -95,10 +103,11 @@ def write_model(
     bos = tokenizer.end_id if bos_id is None and add_bos else bos_id
     stops = stop_ids or (tokenizer.end_id, *sorted(tokenizer.stop_ids - {tokenizer.end_id}))
     with atomic_folder(folder) as place:
-        tensors = to_hf_state(config, state)
+        tensors = to_hf_state(config, state, dtype)
         tokenizer.save(place / layout.TOKENIZER)
         ends = {"bos_token_id": bos, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
-        _write_json(place / layout.CONFIG, {**to_hf(config), **ends})
+        stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
+        _write_json(place / layout.CONFIG, {**to_hf(config), **stored, **ends})
         _write_json(place / layout.GENERATION, ends)
         _write_json(
             place / layout.TOKENIZER_CONFIG,
@@ -141,10 +150,12 @@ def read_model(
     progress: Progress = silent,
     manifest: Manifest | None = None,
     quantize: Kind | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a model folder after every file matched its digest; `manifest` says that this was seen just now.
 
-    `quantize` keeps the linear maps in fewer bits.
+    The model is computed in `dtype`, bf16 or fp32; by default in that of its file. `quantize` keeps the linear
+    maps in fewer bits, the rest in bf16.
 
     Raises IntegrityError naming the file that does not, InputError for a folder that is no model folder or
     holds only pickle.
@@ -152,15 +163,17 @@ def read_model(
     manifest = manifests.verify(folder, progress) if manifest is None else manifest
     config = layout.read_config(folder)
     tensors = read_tensors(folder / layout.WEIGHTS)
-    model = build(config, ops)
-    state = from_hf_state(config, tensors, where=str(folder / layout.WEIGHTS))
+    stored = DTYPES["fp32" if all(tensor.dtype is torch.float32 for tensor in tensors.values()) else "bf16"]
+    if dtype is None:
+        dtype = stored if quantize is None else DTYPES["bf16"]
+    model = build(config, ops, dtype)
+    state = from_hf_state(config, tensors, str(folder / layout.WEIGHTS), dtype)
     model.load_state_dict(state, assign=True)  # no copy of what need not be joined
     if quantize is not None:
         model.quantize(quantize)
     values = layout.read_tokenizer_config(folder)
-    return LoadedModel(
-        model, config, read_tokenizer(folder, values), read_chat_template(folder, values), manifest
-    )
+    tokenizer, chat = read_tokenizer(folder, values), read_chat_template(folder, values)
+    return LoadedModel(model, config, tokenizer, chat, manifest, dtype is stored)
 
 
 def read_chat_template(folder: Path, values: Mapping[str, Any]) -> ChatTemplate | None:

@@ -22,7 +22,7 @@ class ModelObject(BaseModel):
     context: int | None
     bit_exact: bool | None
     kernels: str | None
-    weights: str | None  # "bf16", or the bits that they are kept in
+    weights: str | None  # "bf16", "fp32", or the bits that they are kept in
     cache_dtype: str | None  # of keys and values
 
 
