@@ -11,6 +11,11 @@
 #define TILE_ROWS 3
 #define WIDE_ROWS 1
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define IN_TWOS 1  // two rows at a time are faster, each, than three
+#else
+#define IN_TWOS 0
+#endif
 
 // ---- linear: y[M,N] = x[M,K] w[N,K]^T (+ bias) (+ residual). w is packed as [ceil(N/32)][K/2][32][2], padded with zeros.
 
@@ -33,6 +38,15 @@ EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
     }
 }
 
+// The odd elements of pairs (shift 0) or the even ones (16) as fp32.
+INLINE wide widen_half(wide_pairs pairs, const int shift) { return (wide)((pairs << shift) & 0xffff0000u); }
+
+// Rows of the next tile; never one alone after others.
+INLINE int64_t next_rows(int64_t left) {
+    if (!IN_TWOS) return tile_rows(left, TILE_ROWS);
+    return left <= 3 ? left : 2;
+}
+
 // `rows` rows times `tiles` neighbouring weight tiles: one chain of dp over all of K for each output.
 // With `panels`, x is packed as [rows/TILE_ROWS][K/2][TILE_ROWS][2] and rows beyond the matrix are not stored.
 INLINE void linear_tile(const int rows, const int tiles, const int panels, const struct linear *op, int64_t row,
@@ -53,6 +67,20 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++)
             weight[v] = load_wide_pairs(w + v / TILE_VECTORS * COLUMNS * pairs + v % TILE_VECTORS * WIDE);
+        if (IN_TWOS && rows == 2) {  // all odd elements first: then 8 sums and what they need fit 16 registers
+#pragma GCC unroll 2
+            for (int shift = 0; shift <= 16; shift += 16) {
+                const wide first = widen_half(x[k] - (wide_pairs){0}, shift);
+                const wide second = widen_half(x[pairs + k] - (wide_pairs){0}, shift);
+#pragma GCC unroll 16
+                for (int v = 0; v < vectors; v++) {
+                    const wide half = widen_half(weight[v], shift);
+                    sum[0][v] = fused(sum[0][v], first, half);
+                    sum[1][v] = fused(sum[1][v], second, half);
+                }
+            }
+            continue;
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
@@ -128,7 +156,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
             const int64_t start = block * block_rows;
             const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
             for (int64_t row = start; row < end;) {
-                const int64_t n = tile_rows(end - row, TILE_ROWS);
+                const int64_t n = next_rows(end - row);
                 tiles_by_rows[n](op, row, tile);
                 row += n;
             }
