@@ -2,10 +2,13 @@
 #include "cpu_attention.h"
 
 #if defined(__AVX512F__)
-#define ROWS 6  // (query, head) rows that share the loads of a page
+#define ROWS 12       // (query, head) rows that share the loads of a page's keys
+#define VALUE_ROWS 6  // and of its values
 #else
 #define ROWS 2
+#define VALUE_ROWS 2
 #endif
+#define EXP_ROWS 4    // whose exponentials are computed side by side
 #define BLOCK_ROWS 24  // rows that walk the pages together, ROWS at a time
 #define KEY_VECTORS (PAGE / WIDE < 4 ? PAGE / WIDE : 4)  // keys whose scores are in registers at a time
 #define SUM_VECTORS 4                                    // dims whose sums are
@@ -13,7 +16,7 @@
 struct walk {  // some (query, head) rows of one KV head and one run on their way through the pages
     const uint32_t *q[BLOCK_ROWS];
     int64_t from[BLOCK_ROWS], position[BLOCK_ROWS];  // first and last key that the row sees
-    float max[BLOCK_ROWS], total[BLOCK_ROWS], sum[BLOCK_ROWS * MAX_HEAD];
+    float max[BLOCK_ROWS + LANES], total[BLOCK_ROWS + LANES], sum[BLOCK_ROWS * MAX_HEAD];
 };
 struct block {  // what a page holds of one KV head
     const char *keys, *values;
@@ -44,44 +47,75 @@ INLINE wide_pairs load_values(const struct block *b, const int int8, int64_t siz
     return int8 ? pairs_of(bytes, bytes + size) : load_wide_pairs(b->values + 4 * (pair * size + dim));
 }
 
-// Online softmax (Milakov & Gimelshein 2018) of one page's scores: new maximum and sum, probabilities as bf16.
-INLINE float softmax_page(struct walk *w, int64_t row, const struct block *b, f32x16 s0, f32x16 s1, uint32_t *pairs) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const int64_t from = w->from[row] - b->first, last = w->position[row] - b->first;
-    i32x16 seen0 = lane >= 0, seen1 = seen0;
-    if (b->key_scales) {
-        s0 = s0 * load(b->key_scales);
-        s1 = s1 * load(b->key_scales + LANES);
+#define LANE ((i32x16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+
+// Which of 16 keys of a page a row sees.
+INLINE i32x16 seen(const struct walk *w, int64_t row, const struct block *b, int32_t key) {
+    const int32_t from = (int32_t)(w->from[row] - b->first) - key, last = (int32_t)(w->position[row] - b->first) - key;
+    return (LANE <= last) & (LANE >= from);
+}
+
+// Online softmax (Milakov & Gimelshein 2018) of one page's scores: new maxima and sums, probabilities as bf16, and what
+// the sums of values so far are to be multiplied by. Lane r of a vector of maxima, sums or factors is row r.
+INLINE void softmax_page(const int rows, struct walk *w, int64_t row, const struct block *b, float scale,
+                         float score[][PAGE], uint32_t pairs[][PAGE / 2], float *factor) {
+    const i32x16 own = LANE < rows;
+    const int masked = w->position[row] - b->first < PAGE - 1 || w->from[row + rows - 1] > b->first;
+    f32x16 part[ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+        f32x16 s0 = load(score[r]) * scale, s1 = load(score[r] + LANES) * scale;
+        if (b->key_scales) {
+            s0 = s0 * load(b->key_scales);
+            s1 = s1 * load(b->key_scales + LANES);
+        }
+        if (masked) {
+            s0 = choose(seen(w, row + r, b, 0), s0, all(-INFINITY));
+            s1 = choose(seen(w, row + r, b, LANES), s1, all(-INFINITY));
+        }
+        store(score[r], s0);
+        store(score[r] + LANES, s1);
+        part[r] = larger(s0, s1);
     }
-    if (last < PAGE - 1 || from > 0) {
-        seen0 = (lane <= (int32_t)last) & (lane >= (int32_t)from);
-        seen1 = (lane + LANES <= (int32_t)last) & (lane + LANES >= (int32_t)from);
-        s0 = choose(seen0, s0, all(-INFINITY));
-        s1 = choose(seen1, s1, all(-INFINITY));
+    float maximum[LANES];
+    const f32x16 page_max = max_lanes_of(rows, part), before = load(w->max + row);
+    const i32x16 raised = (page_max > before) & own;
+    f32x16 change = before - page_max;
+    exp_falling(1, &change);
+    const f32x16 factors = choose(raised, change, all(1.0f));
+    store(maximum, choose(raised, page_max, before));
+    store(w->max + row, load(maximum));
+    store(factor, factors);
+#pragma GCC unroll 12
+    for (int first = 0; first < rows; first += EXP_ROWS) {
+        f32x16 p[2 * EXP_ROWS];
+        const int some = rows - first < EXP_ROWS ? rows - first : EXP_ROWS;
+#pragma GCC unroll 12
+        for (int i = 0; i < 2 * some; i++)
+            p[i] = load(score[first + i / 2] + i % 2 * LANES) - maximum[first + i / 2];
+        exp_falling(2 * some, p);
+#pragma GCC unroll 12
+        for (int i = 0; i < 2 * some; i++) {
+            const int r = first + i / 2, key = i % 2 * LANES;
+            if (masked) p[i] = (f32x16)((i32x16)p[i] & seen(w, row + r, b, key));
+            if (key) part[r] = p[i - 1] + p[i];
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < 2 * some; i++) {
+            const int key = i % 2 * LANES;
+            if (b->value_scales) p[i] = p[i] * load(b->value_scales + key);
+            store_bf16((bf16 *)pairs[first + i / 2] + key, p[i]);
+        }
     }
-    float page_max = max_lanes(larger(s0, s1)), factor = 1.0f;
-    if (page_max > w->max[row]) {
-        factor = exp16(all(w->max[row] - page_max))[0];
-        w->max[row] = page_max;
-    }
-    f32x16 p0 = exp16(s0 - w->max[row]), p1 = exp16(s1 - w->max[row]);
-    p0 = (f32x16)((i32x16)p0 & seen0);
-    p1 = (f32x16)((i32x16)p1 & seen1);
-    w->total[row] = w->total[row] * factor + sum_lanes(p0 + p1);
-    if (b->value_scales) {
-        p0 = p0 * load(b->value_scales);
-        p1 = p1 * load(b->value_scales + LANES);
-    }
-    store_bf16((bf16 *)pairs, p0);
-    store_bf16((bf16 *)pairs + LANES, p1);
-    return factor;
+    const f32x16 total = load(w->total + row);
+    store(w->total + row, choose(own, total * factors + sum_lanes_of(rows, part), total));
 }
 
 // Adds a page's values to the sums of some dims.
 INLINE void add_values(const int rows, const int int8, const int vectors, const struct block *b, float *sums,
                        int64_t size, int64_t dim, uint32_t pairs[][PAGE / 2], const float *factor,
                        const char *ahead) {
-    wide sum[ROWS][SUM_VECTORS];
+    wide sum[VALUE_ROWS][SUM_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -106,15 +140,29 @@ INLINE void add_values(const int rows, const int int8, const int vectors, const 
         for (int i = 0; i < vectors; i++) store_wide(sums + r * size + dim + i * WIDE, sum[r][i]);
 }
 
-// One step of a few rows: scores of a page's keys, softmax, its values.
+// Adds a page's values to the sums of a few rows.
+INLINE void add_page(const int rows, const int int8, const struct block *b, float *sums, int64_t size,
+                     uint32_t pairs[][PAGE / 2], const float *factor, const char *ahead) {
+    int64_t dim = 0;
+    for (; dim + SUM_VECTORS * WIDE <= size; dim += SUM_VECTORS * WIDE)
+        add_values(rows, int8, SUM_VECTORS, b, sums, size, dim, pairs, factor, ahead);
+    if (SUM_VECTORS * WIDE > 32 && dim + 32 <= size) {
+        add_values(rows, int8, SUM_VECTORS * WIDE > 32 ? 32 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
+        dim += 32;
+    }
+    if (SUM_VECTORS * WIDE > 16 && dim < size)
+        add_values(rows, int8, SUM_VECTORS * WIDE > 16 ? 16 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
+}
+
+// One step of some rows: scores of a page's keys, softmax, its values.
 INLINE void tile(const int rows, const int int8, const struct attention *a, struct walk *w, const struct block *b,
                  int64_t row) {
     const int64_t size = a->size;
-    float score[ROWS][PAGE], factor[ROWS];
+    float score[ROWS][PAGE], factor[LANES];
     uint32_t pairs[ROWS][PAGE / 2];
     for (int key = 0; key < PAGE; key += KEY_VECTORS * WIDE) {
         wide sum[ROWS][KEY_VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
             for (int i = 0; i < KEY_VECTORS; i++) sum[r][i] = (wide){0};
@@ -128,32 +176,21 @@ INLINE void tile(const int rows, const int int8, const struct attention *a, stru
                 __builtin_prefetch(b->next_keys + at);
                 if (!int8) __builtin_prefetch(b->next_keys + at + 64);
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
                 for (int i = 0; i < KEY_VECTORS; i++) sum[r][i] = dp(sum[r][i], w->q[row + r][d], k[i]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
             for (int i = 0; i < KEY_VECTORS; i++) store_wide(&score[r][key + i * WIDE], sum[r][i]);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        const f32x16 s0 = load(score[r]) * a->scale, s1 = load(score[r] + LANES) * a->scale;
-        factor[r] = softmax_page(w, row + r, b, s0, s1, pairs[r]);
-    }
+    softmax_page(rows, w, row, b, a->scale, score, pairs, factor);
+    const int some = rows <= VALUE_ROWS ? rows : (rows + 1) / 2;
     float *sums = w->sum + row * size;
-    const char *ahead = row == 0 ? b->next_values : NULL;
-    int64_t dim = 0;
-    for (; dim + SUM_VECTORS * WIDE <= size; dim += SUM_VECTORS * WIDE)
-        add_values(rows, int8, SUM_VECTORS, b, sums, size, dim, pairs, factor, ahead);
-    if (SUM_VECTORS * WIDE > 32 && dim + 32 <= size) {
-        add_values(rows, int8, SUM_VECTORS * WIDE > 32 ? 32 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
-        dim += 32;
-    }
-    if (SUM_VECTORS * WIDE > 16 && dim < size)
-        add_values(rows, int8, SUM_VECTORS * WIDE > 16 ? 16 / WIDE : 1, b, sums, size, dim, pairs, factor, ahead);
+    add_page(some, int8, b, sums, size, pairs, factor, row == 0 ? b->next_values : NULL);
+    if (rows > some) add_page(rows - some, int8, b, sums + some * size, size, pairs + some, factor + some, NULL);
 }
 
 typedef void (*tile_function)(const struct attention *, struct walk *, const struct block *, int64_t);
@@ -173,11 +210,18 @@ DEFINE_TILE(3)
 DEFINE_TILE(4)
 DEFINE_TILE(5)
 DEFINE_TILE(6)
+DEFINE_TILE(7)
+DEFINE_TILE(8)
+DEFINE_TILE(9)
+DEFINE_TILE(10)
+DEFINE_TILE(11)
+DEFINE_TILE(12)
 #endif
-static const tile_function tiles[2][7] = {
+static const tile_function tiles[2][ROWS + 1] = {
 #if ROWS > 2
-    {NULL, tile1, tile2, tile3, tile4, tile5, tile6},
-    {NULL, tile1_int8, tile2_int8, tile3_int8, tile4_int8, tile5_int8, tile6_int8},
+    {NULL, tile1, tile2, tile3, tile4, tile5, tile6, tile7, tile8, tile9, tile10, tile11, tile12},
+    {NULL, tile1_int8, tile2_int8, tile3_int8, tile4_int8, tile5_int8, tile6_int8, tile7_int8, tile8_int8, tile9_int8,
+     tile10_int8, tile11_int8, tile12_int8},
 #else
     {NULL, tile1, tile2},
     {NULL, tile1_int8, tile2_int8},
@@ -209,6 +253,8 @@ static void begin(const struct attention *a, struct walk *w, int64_t kv_head, in
         w->q[r] = (const uint32_t *)(a->q + at * a->size);
         w->position[r] = position;
         w->from[r] = a->window && position >= a->window ? position - a->window + 1 : 0;
+    }
+    for (int64_t r = 0; r < BLOCK_ROWS + LANES; r++) {
         w->max[r] = -INFINITY;
         w->total[r] = 0;
     }

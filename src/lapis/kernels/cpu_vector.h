@@ -133,20 +133,58 @@ INLINE float max_lanes(f32x16 v) {
     return v[0];
 }
 
+// The butterflies of up to 16 vectors at once: lane r is the result of vector r, made of the same pairs in the same order.
+#define HALVES(op, a, b) op(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), \
+                            __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define QUARTERS(op, a, b) op(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), \
+                              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define PAIRS(op, a, b) op(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29), \
+                           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+#define SINGLES(op, a, b) op(__builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), \
+                             __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31))
+#define DEFINE_LANES_OF(name, op)                                                                              \
+    INLINE f32x16 name(const int count, const f32x16 *v) {                                                     \
+        f32x16 four[4]; /* of vectors j, j + 4, j + 8, j + 12; those that are missing are others again */      \
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {                                                  \
+            const int a = j < count ? j : 0, b = j + 4 < count ? j + 4 : a;                                    \
+            const int c = j + 8 < count ? j + 8 : a, d = j + 12 < count ? j + 12 : c;                          \
+            const f32x16 low = HALVES(op, v[a], v[b]), high = c == a ? low : HALVES(op, v[c], v[d]);           \
+            four[j] = QUARTERS(op, low, high);                                                                 \
+        }                                                                                                      \
+        const f32x16 even = PAIRS(op, four[0], four[1]), odd = count > 2 ? PAIRS(op, four[2], four[3]) : even; \
+        return SINGLES(op, even, odd);                                                                         \
+    }
+INLINE f32x16 plus(f32x16 a, f32x16 b) { return a + b; }
+DEFINE_LANES_OF(max_lanes_of, larger)
+DEFINE_LANES_OF(sum_lanes_of, plus)
+
 // ---- exp and log of our own, so that no library version enters the bits (Cephes polynomial; odd atanh series)
+#define MOST_EXPS 12
+#define EACH(count) _Pragma("GCC unroll 12") for (int i = 0; i < (count); i++)
+// Of several vectors, step by step for all of them: a chain of dependent steps leaves most of the machine idle.
+INLINE void exp_clamped(const int count, f32x16 *x) {
+    static const float horner[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    f32x16 n[MOST_EXPS], p[MOST_EXPS];
+    EACH(count) n[i] = (x[i] * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer to x / ln 2
+    EACH(count) x[i] = x[i] - n[i] * 0.693359375f;
+    EACH(count) x[i] = x[i] - n[i] * -2.12194440e-4f;
+    EACH(count) p[i] = all(1.9875691500e-4f);
+    _Pragma("GCC unroll 5") for (int k = 0; k < 5; k++) EACH(count) p[i] = p[i] * x[i] + horner[k];
+    EACH(count) p[i] = p[i] * (x[i] * x[i]) + x[i] + 1.0f;
+#if defined(__AVX512F__)
+    EACH(count) x[i] = (f32x16)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
+#else
+    EACH(count) x[i] = p[i] * (f32x16)((__builtin_convertvector(n[i], i32x16) + 127) << 23);
+#endif
+}
 INLINE f32x16 exp16(f32x16 x) {
     x = smaller(all(88.0f), larger(all(-87.0f), x));
-    f32x16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer to x / ln 2
-    x = x - n * 0.693359375f;
-    x = x - n * -2.12194440e-4f;
-    f32x16 p = all(1.9875691500e-4f);
-    p = p * x + 1.3981999507e-3f;
-    p = p * x + 8.3334519073e-3f;
-    p = p * x + 4.1665795894e-2f;
-    p = p * x + 1.6666665459e-1f;
-    p = p * x + 5.0000001201e-1f;
-    p = p * (x * x) + x + 1.0f;
-    return p * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+    exp_clamped(1, &x);
+    return x;
+}
+INLINE void exp_falling(const int count, f32x16 *x) {  // of what is not above 0
+    EACH(count) x[i] = larger(all(-87.0f), x[i]);
+    exp_clamped(count, x);
 }
 // gelu, tanh form: x (1 + tanh u) / 2 is x / (1 + exp(-2u)); 2u = x (GELU_1 + GELU_3 x²); this is the divisor
 #define GELU_1 1.5957691216057308f  // 2 sqrt(2 / pi)
