@@ -36,7 +36,7 @@ UNITS = (
     "cpu_fp32_attention.c",
 )
 # as in kernels/variants.py: all text that goes into a library, in this order
-SOURCES = (*UNITS, "cpu_vector.h", "cpu_product.h", "cpu_attention.h", "cpu_fp32.h")
+SOURCES = (*UNITS, "cpu_vector.h", "cpu_team.h", "cpu_product.h", "cpu_attention.h", "cpu_fp32.h")
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {

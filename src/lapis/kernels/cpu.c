@@ -47,8 +47,9 @@ EXPORT int lapis_check(void) {
 // the work among them and ends with a barrier. A replayed step (cpu_replay.c) is one region that calls the bodies.
 
 EXPORT void lapis_rms_norm_team(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t width, float eps) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) rms_norm_row(x + row * width, w, y + row * width, width, eps);
+    team_barrier();
 }
 
 EXPORT void lapis_rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t width, float eps) {
@@ -61,7 +62,7 @@ EXPORT void lapis_rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, 
 }
 
 EXPORT void lapis_silu_mul_team(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         const bf16 *gate = x + row * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += LANES) {
@@ -69,6 +70,7 @@ EXPORT void lapis_silu_mul_team(const bf16 *x, bf16 *y, int64_t rows, int64_t wi
             store_bf16(y + row * width + i, (g / (1.0f + exp16(-g))) * load_bf16(up + i));
         }
     }
+    team_barrier();
 }
 
 EXPORT void lapis_silu_mul(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
@@ -83,11 +85,12 @@ EXPORT void lapis_silu_mul(const bf16 *x, bf16 *y, int64_t rows, int64_t width) 
 // Rows of a table, `bytes` long each; a row that is not there becomes all ones: NaN in any format.
 EXPORT void lapis_gather_team(const char *table, int64_t count, const int64_t *index, char *y, int64_t rows,
                               int64_t bytes) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         if (index[row] >= 0 && index[row] < count) memcpy(y + row * bytes, table + index[row] * bytes, (size_t)bytes);
         else memset(y + row * bytes, 0xff, (size_t)bytes);
     }
+    team_barrier();
 }
 
 EXPORT void lapis_gather(const char *table, int64_t count, const int64_t *index, char *y, int64_t rows,
@@ -142,8 +145,9 @@ static int64_t first_maximum(const float *row, int64_t count) {
 }
 
 EXPORT void lapis_argmax_team(const float *logits, int64_t rows, int64_t width, int64_t count, int64_t *argmax) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) argmax[row] = first_maximum(logits + row * width, count);
+    team_barrier();
 }
 
 EXPORT void lapis_argmax(const float *logits, int64_t rows, int64_t width, int64_t count, int64_t *argmax) {

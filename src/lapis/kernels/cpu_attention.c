@@ -306,12 +306,13 @@ EXPORT void lapis_attention_team(const struct batch *batch, const bf16 *qkv, int
                                 heads, kv_heads, size, window, int8, (float)(1.0 / sqrt((double)size))};
     const int alone = runs_are_alone(batch), chunk = batch->tokens < 1920 ? 1 + (int)(batch->tokens / 128) : 16;
     if (!alone) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < batch->tokens; t++)
             for (int64_t h = 0; h < kv_heads && starts_run(batch, t); h++)
                 attention_write(&a, h, t, end_of_run(batch, t));
+        team_barrier();
     }
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = batch->tokens * kv_heads - 1; item >= 0; item--) {  // later runs have more keys: they go first
         const int64_t first = item / kv_heads, h = item % kv_heads;
         if (!starts_run(batch, first)) continue;
@@ -319,6 +320,7 @@ EXPORT void lapis_attention_team(const struct batch *batch, const bf16 *qkv, int
         if (alone) attention_write(&a, h, first, end);
         attend_run(&a, h, first, end);
     }
+    team_barrier();
 }
 
 EXPORT void lapis_attention(const struct batch *batch, const bf16 *qkv, int64_t heads, int64_t kv_heads, int64_t size,

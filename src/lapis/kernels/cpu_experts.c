@@ -32,9 +32,10 @@ static void route_row(const float *logits, int64_t count, int64_t top, int norma
 // Softmax of logits[rows][count], the `top` largest, best first, the first of equals first; divided by their sum if asked.
 EXPORT void lapis_route_team(const float *logits, int64_t rows, int64_t count, int64_t top, int normalise, int32_t *experts,
                              float *weights) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
         route_row(logits + row * count, count, top, normalise, experts + row * top, weights + row * top);
+    team_barrier();
 }
 
 EXPORT void lapis_route(const float *logits, int64_t rows, int64_t count, int64_t top, int normalise, int32_t *experts,
@@ -50,7 +51,7 @@ EXPORT void lapis_route(const float *logits, int64_t rows, int64_t count, int64_
 // y[rows][width] = sum over a of weights[rows][top] times z[rows][top][width], in order, + residual, rounded once.
 EXPORT void lapis_weighted_sum_team(const float *z, const float *weights, const bf16 *residual, bf16 *y, int64_t rows,
                                     int64_t top, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < width; i += LANES) {
             f32x16 sum = all(0);
@@ -58,6 +59,7 @@ EXPORT void lapis_weighted_sum_team(const float *z, const float *weights, const 
                 sum = sum + load(z + (row * top + a) * width + i) * weights[row * top + a];
             store_bf16(y + row * width + i, sum + load_bf16(residual + row * width + i));
         }
+    team_barrier();
 }
 
 EXPORT void lapis_weighted_sum(const float *z, const float *weights, const bf16 *residual, bf16 *y, int64_t rows, int64_t top,

@@ -113,17 +113,18 @@ static const tile_function tiles_by_rows[] = {
 
 static void linear_few_rows(const struct linear *op, int64_t tiles) {
     const int64_t pairs_of_tiles = (tiles + 1) / 2;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t pair = 0; pair < pairs_of_tiles; pair++) {
         if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair);
         else tiles_by_rows[op->rows](op, 0, 2 * pair);
     }
+    team_barrier();
 }
 
 static void linear_blocks(const struct linear *op, int64_t tiles) {
     const int64_t fitting = BLOCK_BYTES / 4 / op->K / TILE_ROWS, block_rows = (fitting < 8 ? 8 : fitting) * TILE_ROWS;
     const int64_t blocks = (op->rows + block_rows - 1) / block_rows;
-#pragma omp for collapse(2) schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t start = block * block_rows;
@@ -135,6 +136,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
                 row += n;
             }
         }
+    team_barrier();
 }
 
 EXPORT void lapis_linear_fp32_team(const float *x, int64_t rows, int64_t K, const float *packed, int64_t N,
@@ -166,8 +168,9 @@ INLINE void norm_row(const float *x, const float *w, float *y, int64_t width, fl
 
 EXPORT void lapis_rms_norm_fp32_team(const float *x, const float *w, float *y, int64_t rows, int64_t width,
                                      float eps) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) norm_row(x + row * width, w, y + row * width, width, eps);
+    team_barrier();
 }
 
 EXPORT void lapis_rms_norm_fp32(const float *x, const float *w, float *y, int64_t rows, int64_t width, float eps) {
@@ -181,7 +184,7 @@ EXPORT void lapis_rms_norm_fp32(const float *x, const float *w, float *y, int64_
 
 EXPORT void lapis_layer_norm_fp32_team(const float *x, const float *w, const float *b, float *y, int64_t rows,
                                        int64_t width, float eps) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         const float *in = x + row * width;
         f32x16 sums = all(0), squares = all(0);
@@ -192,6 +195,7 @@ EXPORT void lapis_layer_norm_fp32_team(const float *x, const float *w, const flo
         for (int64_t i = 0; i < width; i += LANES)
             store(y + row * width + i, ((load(in + i) - mean) * scale) * load(w + i) + load(b + i));
     }
+    team_barrier();
 }
 
 EXPORT void lapis_layer_norm_fp32(const float *x, const float *w, const float *b, float *y, int64_t rows,
@@ -209,7 +213,7 @@ EXPORT void lapis_head_norm_fp32_team(const float *x, const float *q_norm, const
                                       int64_t q_parts, int64_t q_width, int64_t k_parts, int64_t k_width, int64_t rest,
                                       float eps) {
     const int64_t query = q_parts * q_width, key = k_parts * k_width, width = query + key + rest;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         const float *in = x + row * width;
         float *out = y + row * width;
@@ -217,6 +221,7 @@ EXPORT void lapis_head_norm_fp32_team(const float *x, const float *q_norm, const
         for (int64_t i = query; i < query + key; i += k_width) norm_row(in + i, k_norm, out + i, k_width, eps);
         memcpy(out + query + key, in + query + key, (size_t)rest * 4);
     }
+    team_barrier();
 }
 
 EXPORT void lapis_head_norm_fp32(const float *x, const float *q_norm, const float *k_norm, float *y, int64_t rows,
@@ -231,7 +236,7 @@ EXPORT void lapis_head_norm_fp32(const float *x, const float *q_norm, const floa
 }
 
 EXPORT void lapis_silu_mul_fp32_team(const float *x, float *y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         const float *gate = x + row * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += LANES) {
@@ -239,6 +244,7 @@ EXPORT void lapis_silu_mul_fp32_team(const float *x, float *y, int64_t rows, int
             store(y + row * width + i, (g / (1.0f + exp16(-g))) * load(up + i));
         }
     }
+    team_barrier();
 }
 
 EXPORT void lapis_silu_mul_fp32(const float *x, float *y, int64_t rows, int64_t width) {
@@ -251,12 +257,13 @@ EXPORT void lapis_silu_mul_fp32(const float *x, float *y, int64_t rows, int64_t 
 }
 
 EXPORT void lapis_gelu_fp32_team(const float *x, float *y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = row * width; i < (row + 1) * width; i += LANES) {
             const f32x16 v = load(x + i);
             store(y + i, v / gelu_gate(v));
         }
+    team_barrier();
 }
 
 EXPORT void lapis_gelu_fp32(const float *x, float *y, int64_t rows, int64_t width) {

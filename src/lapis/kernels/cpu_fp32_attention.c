@@ -210,11 +210,12 @@ EXPORT void lapis_attention_fp32_team(const struct batch *batch, const float *qk
                            heads, kv_heads, size, window, (float)(1.0 / sqrt((double)size))};
     const int alone = runs_are_alone(batch);
     if (!alone) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < batch->tokens; t++)
             for (int64_t h = 0; h < kv_heads && starts_run(batch, t); h++) write_run(&a, h, t, end_of_run(batch, t));
+        team_barrier();
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t item = batch->tokens * kv_heads - 1; item >= 0; item--) {  // later runs have more keys: they go first
         const int64_t first = item / kv_heads, h = item % kv_heads;
         if (!starts_run(batch, first)) continue;
@@ -222,6 +223,7 @@ EXPORT void lapis_attention_fp32_team(const struct batch *batch, const float *qk
         if (alone) write_run(&a, h, first, end);
         attend_run(&a, h, first, end);
     }
+    team_barrier();
 }
 
 EXPORT void lapis_attention_fp32(const struct batch *batch, const float *qkv, int64_t heads, int64_t kv_heads,

@@ -135,11 +135,12 @@ static const tile_function tiles_by_rows[] = {
 
 static void linear_few_rows(const struct linear *op, int64_t tiles) {
     const int64_t pairs_of_tiles = (tiles + 1) / 2;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t pair = 0; pair < pairs_of_tiles; pair++) {
         if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair);
         else tiles_by_rows[op->rows](op, 0, 2 * pair);
     }
+    team_barrier();
 }
 
 INLINE int64_t rows_of_block(int64_t K) {
@@ -150,7 +151,7 @@ INLINE int64_t rows_of_block(int64_t K) {
 static void linear_blocks(const struct linear *op, int64_t tiles) {
     const int64_t block_rows = rows_of_block(op->K);
     const int64_t blocks = (op->rows + block_rows - 1) / block_rows;
-#pragma omp for collapse(2) schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t start = block * block_rows;
@@ -161,6 +162,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
                 row += n;
             }
         }
+    team_barrier();
 }
 
 EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N,
@@ -252,25 +254,29 @@ EXPORT void lapis_linear_grouped_team(const bf16 *x, int64_t rows, int64_t share
                                       int fp32, char *work) {
     struct grouped op = place_groups(work, weights, rows, groups, K);
     int64_t *segments = (int64_t *)work;
-#pragma omp single
+#pragma omp single nowait
     *segments = sort_rows(&op, group);
+    team_barrier();
     const int64_t chosen = op.starts[groups], items = *segments ? op.segment[*segments - 1].end : 0;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
         if (residual && (group[row] < 0 || weights[group[row]].N == 0))
             memcpy((bf16 *)y + row * N, residual + row * N, (size_t)N * 2);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t at = 0; at < chosen; at++) {
         const int64_t row = op.order[at], g = group[row], first = op.starts[g], width = weights[g].K;
         memcpy(op.sorted + first * K + (at - first) * width, x + row / shared * K, (size_t)width * 2);
     }
+    team_barrier();
     const struct output out = {.y = y, .residual = residual, .fp32 = fp32, .stride = N};
     if (rows <= TILE_ROWS) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
+        team_barrier();
     } else {
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
         for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
+        team_barrier();
     }
 }
 

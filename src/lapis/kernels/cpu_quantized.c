@@ -228,7 +228,7 @@ static const tile_function tiles[2][TILE_ROWS + 1] = {TILES(tile8_), TILES(tile4
 static void quantized_blocks(const struct quantized *op, int64_t block_rows) {
     const int64_t blocks = (op->rows + block_rows - 1) / block_rows, count = (op->out.N + COLUMNS - 1) / COLUMNS;
     const tile_function *by_rows = tiles[op->minimums != NULL];
-#pragma omp for collapse(2) schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tile = 0; tile < count; tile++) {
             const int64_t start = block * block_rows;
@@ -238,17 +238,19 @@ static void quantized_blocks(const struct quantized *op, int64_t block_rows) {
                 by_rows[n](op, row, tile);
             }
         }
+    team_barrier();
 }
 
 static void quantized_few_rows(const struct quantized *op) {
     const int64_t count = (op->out.N + COLUMNS - 1) / COLUMNS;
     const tile_function *by_rows = tiles[op->minimums != NULL];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t tile = 0; tile < count; tile++)
         for (int64_t row = 0, n; row < op->rows; row += n) {
             n = tile_rows(op->rows - row, TILE_ROWS);
             by_rows[n](op, row, tile);
         }
+    team_barrier();
 }
 
 static void place_inputs(struct quantized *op, char *memory) {
@@ -269,8 +271,9 @@ EXPORT void lapis_linear_quantized_team(const bf16 *x, int64_t rows, int64_t K, 
         for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
     } else {
         place_inputs(&op, work);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
+        team_barrier();
     }
     if (rows <= 2 * TILE_ROWS) quantized_few_rows(&op);
     else {

@@ -4,6 +4,13 @@
 // only; the others run between regions and make their own.
 #include "cpu_vector.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+static int team_size(void) { return omp_get_num_threads(); }
+#else
+static int team_size(void) { return 1; }
+#endif
+
 #define WORDS 24  // integers and pointers of a call
 #define REALS 2   // its floats and doubles
 
@@ -33,6 +40,8 @@ static void make(const struct call *call) {
                                    call->real[0], call->real[1]);
 }
 
+__thread struct meeting *team_meeting;
+
 EXPORT int lapis_replayable(void) { return REPLAYABLE; }
 
 EXPORT void lapis_replay(const struct call *calls, int64_t count) {
@@ -42,10 +51,15 @@ EXPORT void lapis_replay(const struct call *calls, int64_t count) {
             make(&calls[end++]);
             continue;
         }
+        struct meeting meeting = {0};
 #pragma omp parallel
         {
+#pragma omp single
+            meeting.threads = team_size();
             const uint64_t mode = flush_subnormals();
+            team_meeting = &meeting;
             for (int64_t i = first; i < end; i++) make(&calls[i]);
+            team_meeting = NULL;
             restore_mode(mode);
         }
     }

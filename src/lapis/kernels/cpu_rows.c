@@ -25,7 +25,7 @@ INLINE void layer_norm_statistics(const bf16 *x, int64_t width, float eps, float
 }
 
 static void layer_norm_team(const struct layer_norm *n) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < n->rows; row++) {
         const bf16 *in = n->x + row * n->width;
         float mean, scale;
@@ -34,6 +34,7 @@ static void layer_norm_team(const struct layer_norm *n) {
             store_bf16(n->y + row * n->width + i,
                        ((load_bf16(in + i) - mean) * scale) * load_bf16(n->w + i) + load_bf16(n->b + i));
     }
+    team_barrier();
 }
 
 EXPORT void lapis_layer_norm_team(const bf16 *x, const bf16 *w, const bf16 *b, bf16 *y, int64_t rows, int64_t width,
@@ -107,12 +108,13 @@ struct gelu {
 };
 
 static void gelu_team(const struct gelu *n) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < n->rows; row++)
         for (int64_t i = row * n->width; i < (row + 1) * n->width; i += LANES) {
             const f32x16 x = load_bf16(n->x + i);
             store_bf16(n->y + i, x / gelu_gate(x));
         }
+    team_barrier();
 }
 
 EXPORT void lapis_gelu_team(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
@@ -156,7 +158,7 @@ struct head_norm {
 
 static void head_norm_team(const struct head_norm *n) {
     const int64_t query = n->q_parts * n->q_width, key = n->k_parts * n->k_width, width = query + key + n->rest;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < n->rows; row++) {
         const bf16 *in = n->x + row * width;
         bf16 *out = n->y + row * width;
@@ -165,6 +167,7 @@ static void head_norm_team(const struct head_norm *n) {
             rms_norm_row(in + i, n->k_norm, out + i, n->k_width, n->eps);
         memcpy(out + query + key, in + query + key, (size_t)n->rest * 2);
     }
+    team_barrier();
 }
 
 EXPORT void lapis_head_norm_team(const bf16 *x, const bf16 *q_norm, const bf16 *k_norm, bf16 *y, int64_t rows,

@@ -29,6 +29,7 @@ SOURCES = (
     "cpu_fp32.c",
     "cpu_fp32_attention.c",
     "cpu_vector.h",
+    "cpu_team.h",
     "cpu_product.h",
     "cpu_attention.h",
     "cpu_fp32.h",
