@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lapis.gateway.memory import MemoryBudget
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
 from lapis.model import manifest
@@ -33,11 +34,14 @@ def model_folder(folder: Path, text: str = "weights") -> Path:
 
 
 @contextmanager
-def fake_server(home: Home, *names: str, load: bool = True, **engine: Any) -> Iterator[RunningServer]:
+def fake_server(
+    home: Home, *names: str, load: bool = True, memory: MemoryBudget | None = None, **engine: Any
+) -> Iterator[RunningServer]:
     """A server on a free port with pulled models of these names (`tiny` if none is given)."""
     for name in names or ("tiny",):
         if not (home.models / name).exists():
             model_folder(home.models / name, name)
     asked = (names or ("tiny",)) if load else ()
-    with running_server(home, asked, load=lambda _, name: FakeEngine(name, **engine)) as server:
+    make = lambda _, name: FakeEngine(name, **engine)  # noqa: E731
+    with running_server(home, asked, load=make, memory=memory) as server:
         yield server

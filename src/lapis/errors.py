@@ -73,7 +73,15 @@ class IntegrityError(LapisError):
 
 
 class UnavailableError(LapisError):
+    """May carry `retry_after`, the seconds after which another try makes sense."""
+
     code, http_status, exit_status = "unavailable", 503, 8
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, hint: str = "", param: str | None = None
+    ):
+        super().__init__(message, hint=hint, param=param)
+        self.retry_after = retry_after
 
 
 class StorageError(LapisError):

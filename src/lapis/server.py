@@ -25,6 +25,7 @@ from lapis.db import open_database
 from lapis.errors import ConfigError, ConflictError, IntegrityError, NotFoundError
 from lapis.gateway.admission import Admission
 from lapis.gateway.deployment import Build
+from lapis.gateway.memory import MemoryBudget
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
 from lapis.gateway.services import Services
@@ -69,14 +70,16 @@ def serve(
     console: bool = True,
     ready: Callable[[RunningServer], None] | None = None,
     load: Load = LocalEngine.load,
+    memory: MemoryBudget | None = None,
 ) -> None:
     """Serve until SIGTERM (answers under way are finished first) or Ctrl-C, which raises KeyboardInterrupt.
 
     Named models are loaded before `ready` is called; without names everything servable is listed at once and
-    each model is loaded at its first use. Raises NotFoundError, ConflictError (port in use), ConfigError (no
-    API key for an address that others can reach).
+    each model is loaded at its first use, for which others that are idle make room in `memory`. Raises
+    NotFoundError, ConflictError (port in use), ConfigError (no API key for an address that others can reach,
+    named models that do not fit into `memory`).
     """
-    with _prepared(home, models, host, port, console, load) as (server, listener, running):
+    with _prepared(home, models, host, port, console, load, memory) as (server, listener, running):
         if ready is not None:
             server.when_started = lambda: ready(running)
         asyncio.run(server.serve(sockets=[listener]))
@@ -93,9 +96,10 @@ def running_server(
     *,
     console: bool = False,
     load: Load = LocalEngine.load,
+    memory: MemoryBudget | None = None,
 ) -> Iterator[RunningServer]:
     """A server in a thread of this process, by default on a free port; ended when the block is left."""
-    with _prepared(home, models, host, port, console, load) as (server, listener, running):
+    with _prepared(home, models, host, port, console, load, memory) as (server, listener, running):
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="server")
         thread.start()
         try:
@@ -111,16 +115,21 @@ def running_server(
 
 @contextmanager
 def _prepared(
-    home: Home, models: Sequence[str], host: str, port: int, console: bool, load: Load
+    home: Home,
+    models: Sequence[str],
+    host: str,
+    port: int,
+    console: bool,
+    load: Load,
+    memory: MemoryBudget | None,
 ) -> Iterator[tuple[Server, socket.socket, RunningServer]]:
     sys.setswitchinterval(SWITCH_SECONDS)
     listener = _listen(host, port)
     try:
-        services = make_services(home, models, host, load)
+        services = make_services(home, models, host, load, memory)
         try:
             names = tuple(servable.name for servable, _ in services.router.models())
-            for name in models:
-                services.router.find(name).load()
+            services.router.load(models)
             server = _make_server(services, console)
             yield server, listener, RunningServer(_url(host, listener), names, services)
         finally:
@@ -129,7 +138,9 @@ def _prepared(
         listener.close()
 
 
-def make_services(home: Home, models: Sequence[str], host: str, load: Load) -> Services:
+def make_services(
+    home: Home, models: Sequence[str], host: str, load: Load, memory: MemoryBudget | None = None
+) -> Services:
     """The gateway over a home. Raises ConfigError (open door, no key), NotFoundError (nothing to serve)."""
     db = open_database(home.database_url)
     try:
@@ -141,7 +152,7 @@ def make_services(home: Home, models: Sequence[str], host: str, load: Load) -> S
                 hint="Make one first: lapis keys create NAME",
             )
         registry = Registry(home, db)
-        router = Router(_catalog(registry, models), _builder(registry, load))
+        router = Router(_catalog(registry, models), _builder(registry, load), memory)
         admission = Admission(keys, keys_required=have_keys or not _is_loopback(host))
         ledger = UsageLedger(db)
         ledger.expire()  # what a killed server had reserved

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from click.testing import CliRunner
 
 from lapis.cli import chat
 from lapis.errors import IntegrityError
+from lapis.gateway.memory import MemoryBudget
 from lapis.home import Home
 from lapis.inference.engine import LocalEngine, prompt_ids
+from lapis.inference.footprint import engine_bytes
 from lapis.inference.request import Request, SamplingParams
 from lapis.model.manifest import Source
 from lapis.model.weights import write_model
@@ -87,6 +91,29 @@ def test_its_facts_are_listed(client: openai.OpenAI) -> None:
     assert facts["context"] == 256
     assert facts["kernels"]
     assert isinstance(facts["bit_exact"], bool)
+
+
+def test_a_model_that_makes_room_leaves_no_memory_behind(home: Home) -> None:
+    size = engine_bytes(small_models.config(), "bf16")
+    memory = MemoryBudget(size + size // 2, lambda servable: size)
+    with (
+        running_server(home, memory=memory) as running,
+        openai.OpenAI(base_url=running.url, api_key="unused", max_retries=0) as client,
+    ):
+
+        def text(name: str) -> str:
+            answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=12, temperature=0)
+            return answer.choices[0].text
+
+        first = text("talker")
+        engine = running.services.router.find("talker").loaded
+        assert isinstance(engine, LocalEngine)
+        model = weakref.ref(engine._runner.model)  # type: ignore[attr-defined]
+        del engine
+        assert text("writer")
+        gc.collect()
+        assert model() is None
+        assert text("talker") == first
 
 
 def test_a_flipped_bit_is_refused_with_the_files_name(home: Home, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from lapis.errors import LapisError, LimitError
+from lapis.errors import LapisError, LimitError, UnavailableError
 from lapis.log import logger
 
 TYPES = {
@@ -72,7 +72,7 @@ def error_code(error: LapisError) -> str:
 
 def error_headers(error: LapisError) -> dict[str, str]:
     """When to come back, and for a wrong key how to sign in."""
-    if isinstance(error, LimitError):
+    if isinstance(error, LimitError | UnavailableError) and error.retry_after is not None:
         seconds = max(error.retry_after, 0.001)
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
     if error.http_status == 401:

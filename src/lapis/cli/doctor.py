@@ -78,8 +78,12 @@ def _processor() -> Check:
 
 
 def _memory() -> Check:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Check("memory", "ok", f"{total / 1e9:.1f} GB")
+    from lapis.gateway.memory import SHARE, machine_memory
+
+    total = machine_memory() / 1e9
+    return Check(
+        "memory", "ok", f"{total:.1f} GB, of which `lapis serve` fills {SHARE * total:.1f} with models"
+    )
 
 
 def _disk(root: Path) -> Check:

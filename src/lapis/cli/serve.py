@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lapis.cli.output import say
+from lapis.errors import ConfigError, InputError
 from lapis.home import Home
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Keys and values in int8 take half the memory, and are read faster in long contexts; answers may differ.",
 )
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="What loaded models and their caches may take; idle ones make room.  [default: 60 % of the machine's]",
+)
 @click.option("--no-console", is_flag=True, help="Serve the API without the web pages at /console.")
 def command(
     models: tuple[str, ...],
@@ -41,22 +49,43 @@ def command(
     port: int,
     weights: Weights | None,
     kv_cache: CacheDtype,
+    memory: float | None,
     no_console: bool,
 ) -> None:
     """Serve releases and pulled models by name through the OpenAI-compatible API.
 
     With names, those models are loaded first; one line with the URL says when they answer. Without names,
-    everything that may be served is offered at once, and each model is loaded at its first use.
+    everything that may be served is offered at once, and each model is loaded at its first use; where memory
+    ends, the model that has been idle for longest is unloaded.
 
     On a loopback address no key is needed until one was made; any other address needs one, which
     `lapis keys create NAME` makes.
     The web pages at /console need the console extra: pip install 'lapis[console]'.
     """
+    from lapis.gateway.memory import SHARE, MemoryBudget, machine_memory
     from lapis.inference.engine import LocalEngine
     from lapis.server import serve
 
     load = partial(LocalEngine.load, weights=weights, cache_dtype=kv_cache)
-    serve(Home.default(), models, host, port, console=not no_console, ready=_announce, load=load)
+    budget = MemoryBudget(
+        int(SHARE * machine_memory() if memory is None else memory * 1e9),
+        lambda servable: _bytes(servable.folder, weights, kv_cache),
+    )
+    console = not no_console
+    serve(Home.default(), models, host, port, console=console, ready=_announce, load=load, memory=budget)
+
+
+def _bytes(folder: Path, weights: Weights | None, kv_cache: CacheDtype) -> int:
+    """What a model takes; one whose shape cannot be read, which its load will tell, counts with its files."""
+    from lapis.inference.footprint import engine_bytes
+    from lapis.model.layout import CONFIG, read_config, read_json
+    from lapis.model.manifest import read_manifest
+
+    try:
+        stored = "fp32" if read_json(folder / CONFIG).get("torch_dtype") == "float32" else "bf16"
+        return engine_bytes(read_config(folder), weights or stored, kv_cache)
+    except (InputError, ConfigError):
+        return read_manifest(folder).bytes
 
 
 def _announce(server: RunningServer) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lapis.errors import IntegrityError
 from lapis.inference.engine import Engine
@@ -16,43 +17,77 @@ from lapis.release.registry import Servable
 Build = Callable[[Servable], Engine]
 
 
-class Deployment:
-    """One digest's engine, and the adapters that are served over it. `active` counts the requests now."""
+MakeRoom = Callable[["Deployment"], list[Engine]]
 
-    def __init__(self, servable: Servable, build: Build) -> None:
+
+class Deployment:
+    """One digest's engine, and the adapters that are served over it. `active` counts the requests now.
+
+    `make_room` is asked before a load; what it gives back are engines that end first, in the loading thread.
+    """
+
+    def __init__(self, servable: Servable, build: Build, make_room: MakeRoom = lambda deployment: []) -> None:
         self.servable = servable
         self.since = int(time.time())
         self.active = 0
+        self.used_at = time.monotonic()
         self.loaded: Engine | None = None
         self.adapters: dict[str, Servable] = {}  # by name; they are loaded at their first use
         self._adapted: dict[str, str] = {}  # digest of each adapter that the engine has
         self._build = build
+        self._make_room = make_room
         self._lock = threading.Lock()
         self._loading: asyncio.Task[Engine] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the engine is being loaded."""
+        return self._loading is not None and not self._loading.done()
 
     async def engine(self) -> Engine:
         """The engine, loaded in a thread if this is the first use; all who wait share one load.
 
-        Raises IntegrityError for weights that do not match their digest. A failed load is tried again.
+        Raises IntegrityError for weights that do not match their digest, UnavailableError where there is no
+        room for them now. A failed load is tried again.
         """
-        if self.loaded is not None:
-            return self.loaded
-        if self._loading is None or self._loading.done():
-            self._loading = asyncio.create_task(asyncio.to_thread(self.load))
-        return await asyncio.shield(self._loading)  # a client that leaves does not stop the load for others
+        with self._in_use():
+            if self.loaded is not None:
+                return self.loaded
+            if not self.loading:
+                ending = self._make_room(self)
+                self._loading = asyncio.create_task(asyncio.to_thread(self._load_after, ending))
+            assert self._loading is not None
+            # A client that leaves does not stop the load for others.
+            return await asyncio.shield(self._loading)
 
     async def engine_for(self, name: str) -> tuple[Engine, str | None]:
         """The engine, and the adapter by which it answers as `name`: its digest, or None for the model itself.
 
-        Raises as `engine`, and what reading an adapter raises.
+        Until the caller awaits something else it is not unloaded; from then on `active` keeps it. Raises as
+        `engine`, and what reading an adapter raises.
         """
-        engine = await self.engine()
-        adapter = self.adapters.get(name)
-        if adapter is None:
-            return engine, None
-        if self._adapted.get(adapter.digest) is None:
-            await asyncio.to_thread(self._adapt, engine, adapter)
-        return engine, adapter.digest
+        with self._in_use():
+            engine = await self.engine()
+            adapter = self.adapters.get(name)
+            if adapter is None:
+                return engine, None
+            if self._adapted.get(adapter.digest) is None:
+                await asyncio.to_thread(self._adapt, engine, adapter)
+            return engine, adapter.digest
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self.used_at = time.monotonic()
+
+    def _load_after(self, ending: Sequence[Engine]) -> Engine:
+        for engine in ending:
+            engine.close()
+        return self.load()
 
     def _adapt(self, engine: Engine, adapter: Servable) -> None:
         with self._lock:
@@ -84,13 +119,20 @@ class Deployment:
                 logger.info("%s loaded in %.1f s", self.servable.name, time.monotonic() - started)
             return self.loaded
 
+    def take(self) -> Engine | None:
+        """The engine, if there is one, to be ended by the caller; a later use loads another."""
+        with self._lock:
+            engine, self.loaded = self.loaded, None
+            if not self.loading:
+                self._loading = None  # it holds the engine too
+            self._adapted.clear()
+            return engine
+
     def close(self) -> None:
         """End the engine; a later use would load it again."""
-        with self._lock:
-            if self.loaded is not None:
-                self.loaded.close()
-                self.loaded = None
-                self._adapted.clear()
+        engine = self.take()
+        if engine is not None:
+            engine.close()
 
 
 def _check_digest(servable: Servable) -> None:

@@ -40,8 +40,12 @@ async def embed(
     ]
     for request in requests:
         check_request(request, engine.context, engine.tokenizer.vocab_size)
-    meterage = await meter.reserve(identity, model, sum(map(len, texts)))
     deployment.active += 1
+    try:
+        meterage = await meter.reserve(identity, model, sum(map(len, texts)))
+    except BaseException:
+        deployment.active -= 1
+        raise
     outputs: list[Output] = []
     streams: list[Stream] = []
     try:

@@ -135,6 +135,7 @@ class Generation:
         for stream in self._streams:
             stream.cancel()
         self._deployment.active -= 1
+        self._deployment.used_at = time.monotonic()
         if self._meterage is None:
             return  # it never came to be
         usage = self.usage

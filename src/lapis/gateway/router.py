@@ -5,24 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from lapis.errors import NotFoundError, nearest
+from lapis.errors import ConfigError, NotFoundError, UnavailableError, nearest
 from lapis.gateway.deployment import Build, Deployment
+from lapis.gateway.memory import Held, MemoryBudget, to_unload
+from lapis.inference.engine import Engine
+from lapis.log import logger
 from lapis.release.registry import Servable
 
 Catalog = Callable[[], Sequence[Servable]]
 
 FRESH = 1.0  # seconds for which the catalog is believed
+RETRY_SECONDS = 5.0  # what is said to come back after where all loaded models are in use
 
 
 class Router:
     """Names to deployments, one deployment per digest: two names of the same weights share one engine.
 
     An adapter is served by its base's deployment. One whose base is not served is not there either.
+    With a memory budget, loading a model unloads those that have been idle for longest, as far as needed.
     """
 
-    def __init__(self, catalog: Catalog, build: Build) -> None:
+    def __init__(self, catalog: Catalog, build: Build, memory: MemoryBudget | None = None) -> None:
         self._catalog = catalog
         self._build = build
+        self._memory = memory
+        self._sizes: dict[str, int] = {}  # by digest
         self._deployments: dict[str, Deployment] = {}
         self._servables: dict[str, Servable] = {}
         self._read_at = float("-inf")
@@ -50,6 +57,21 @@ class Router:
         names = sorted(name for name in known if ":" not in name or name.partition(":")[0] not in known)
         return [(known[name], self._deployments[self._base(known[name]).digest]) for name in names]
 
+    def load(self, names: Sequence[str]) -> None:
+        """Load these models now. Raises NotFoundError, IntegrityError, ConfigError if they do not fit together."""
+        deployments = list(dict.fromkeys(self.find(name) for name in names))
+        if self._memory is not None:
+            together = sum(self._size(deployment.servable, self._memory) for deployment in deployments)
+            if together > self._memory.bytes:
+                raise ConfigError(
+                    f"{', '.join(names)} need {_gb(together)} with their caches; the budget is "
+                    f"{_gb(self._memory.bytes)}.",
+                    hint="Raise it with --memory, serve smaller forms (--weights int8, --kv-cache int8), or name "
+                    "no models: then each is loaded at its first use.",
+                )
+        for deployment in deployments:
+            deployment.load()
+
     def close(self) -> None:
         """End every engine."""
         for deployment in self._deployments.values():
@@ -68,12 +90,48 @@ class Router:
             if item.base is not None:
                 adapters.setdefault(self._base(item).digest, {})[item.name] = item
                 continue
-            deployment = self._deployments.setdefault(item.digest, Deployment(item, self._build))
+            deployment = self._deployments.setdefault(
+                item.digest, Deployment(item, self._build, self._make_room)
+            )
             if deployment.servable.name not in self._servables:
                 deployment.servable = item  # the name it had before was retired
         self._drop_retired()
         for digest, deployment in self._deployments.items():
             deployment.keep_adapters(adapters.get(digest, {}))
+
+    def _make_room(self, wanted: Deployment) -> list[Engine]:
+        """Engines to end before a model is loaded; they are nobody's from now on. Raises UnavailableError."""
+        if self._memory is None:
+            return []
+        size, budget = self._size(wanted.servable, self._memory), self._memory.bytes
+        if size > budget:
+            raise UnavailableError(
+                f"{wanted.servable.name!r} needs {_gb(size)} with its cache; this server's models may take "
+                f"{_gb(budget)}.",
+                hint="Start it with more: lapis serve --memory GB",
+                param="model",
+            )
+        held = [
+            Held(digest, self._size(one.servable, self._memory), one.active > 0 or one.loading, one.used_at)
+            for digest, one in self._deployments.items()
+            if one is not wanted and (one.loaded is not None or one.loading)
+        ]
+        chosen = to_unload(size, budget, held)
+        if chosen is None:
+            raise UnavailableError(
+                f"{wanted.servable.name!r} is not loaded, and all models that could make room for it are in use.",
+                retry_after=RETRY_SECONDS,
+            )
+        engines = []
+        for digest in chosen:
+            logger.info("%s makes room for %s", self._deployments[digest].servable.name, wanted.servable.name)
+            engines.append(self._deployments[digest].take())
+        return [engine for engine in engines if engine is not None]
+
+    def _size(self, servable: Servable, memory: MemoryBudget) -> int:
+        if servable.digest not in self._sizes:
+            self._sizes[servable.digest] = memory.size(servable)
+        return self._sizes[servable.digest]
 
     def _base(self, servable: Servable) -> Servable:
         return servable if servable.base is None else self._servables[servable.base]
@@ -84,3 +142,7 @@ class Router:
             if digest not in served and deployment.active == 0:
                 deployment.close()
                 del self._deployments[digest]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

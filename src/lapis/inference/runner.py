@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lapis.hashing import digest_file, digest_json
 from lapis.inference import sampler
-from lapis.inference.kv_cache import PAGE, KVCache, pages_for
+from lapis.inference.footprint import Dtype, cache_pages
+from lapis.inference.kv_cache import PAGE, KVCache
 from lapis.inference.replayed import MOST_ROWS, Part, ReplayedSteps
 from lapis.inference.request import TokenLogprob
 from lapis.inference.result import NOTHING, Result, Sample
@@ -28,9 +29,6 @@ from lapis.model.adapters import CONFIG, WEIGHTS, Adapter, for_batch, read_adapt
 from lapis.model.weights import LoadedModel
 
 assert PAGE == KERNEL_PAGE
-
-DEFAULT_CACHE_BYTES = 2 << 30
-DEFAULT_SEQUENCES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,8 @@ class ModelRunner:
         self.loaded = loaded
         self.model = loaded.model.eval()
         self._int8_cache = cache_dtype == "int8"
-        self.pages = _page_count(loaded, cache_bytes, self._int8_cache)
+        stored: Dtype = "fp32" if self.model.dtype is torch.float32 else "bf16"
+        self.pages = cache_pages(loaded.config, "int8" if self._int8_cache else stored, cache_bytes)
         self._caches = self.model.new_caches(self.pages + 1, int8=self._int8_cache)  # one is nobody's
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
@@ -263,14 +262,3 @@ def reads(sequence: Running) -> bool:
     """Whether something is asked about the rows of its prompt."""
     asked = sequence.request.params.prompt_logprobs is not None or sequence.request.pooling is not None
     return asked and sequence.computed < sequence.prompt_tokens
-
-
-def _page_count(loaded: LoadedModel, cache_bytes: int | None, int8: bool) -> int:
-    config = loaded.config
-    page_bytes = PAGE * config.kv_bytes_per_token * loaded.model.dtype.itemsize // torch.bfloat16.itemsize
-    if int8:  # a byte a value, and a scale in fp32 for each token, head, and of keys and values
-        page_bytes = page_bytes // 2 + PAGE * 2 * 4 * config.layers * config.kv_heads
-    context = pages_for(loaded.config.context)
-    if cache_bytes is None:
-        cache_bytes = min(DEFAULT_CACHE_BYTES, DEFAULT_SEQUENCES * context * page_bytes)
-    return max(context, cache_bytes // page_bytes)

@@ -1,0 +1,49 @@
+"""How much memory an engine takes, told from a model's shape before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lapis.inference.kv_cache import PAGE, pages_for
+from lapis.model.config import ModelConfig
+
+DEFAULT_CACHE_BYTES = 2 << 30
+DEFAULT_SEQUENCES = 16
+# A value's bytes with its share of the scales (and minimums) of its group, see kernels/quantized.py.
+VALUE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 64, "int4": 1 / 2 + 4 / 32}
+
+Dtype = Literal["fp32", "bf16", "int8"]
+
+
+def page_bytes(config: ModelConfig, dtype: Dtype) -> int:
+    """Bytes of one page of keys and values, all layers."""
+    size = PAGE * config.kv_bytes_per_token
+    if dtype == "int8":  # a byte a value, and a scale in fp32 for each token, head, and of keys and values
+        return size // 2 + PAGE * 2 * 4 * config.layers * config.kv_heads
+    return 2 * size if dtype == "fp32" else size
+
+
+def cache_pages(config: ModelConfig, dtype: Dtype, cache_bytes: int | None = None) -> int:
+    """Pages of a cache of so many bytes (default: 16 full contexts, at most 2 GiB): one full context at least."""
+    context, size = pages_for(config.context), page_bytes(config, dtype)
+    if cache_bytes is None:
+        cache_bytes = min(DEFAULT_CACHE_BYTES, DEFAULT_SEQUENCES * context * size)
+    return max(context, cache_bytes // size)
+
+
+def engine_bytes(config: ModelConfig, weights: str, cache_dtype: str = "bf16") -> int:
+    """Bytes of weights, as they are kept for serving, and of a full cache. Cached is what is computed, or int8."""
+    dtype: Dtype = "int8" if cache_dtype == "int8" else "fp32" if weights == "fp32" else "bf16"
+    return _weight_bytes(config, weights) + cache_pages(config, dtype) * page_bytes(config, dtype)
+
+
+def _weight_bytes(config: ModelConfig, weights: str) -> int:
+    table = config.vocab_size * config.width
+    if weights in ("bf16", "fp32"):  # a tied table is kept as rows and as the head's matrix
+        return int((config.parameters + table * config.tied) * VALUE_BYTES[weights])
+    few = sum(
+        config.attention_parameters if config.is_mixture(layer) else config.layer_parameters(layer)
+        for layer in range(config.layers)
+    )
+    rest = config.parameters - few - (0 if config.tied else table)
+    return int(few * VALUE_BYTES[weights] + table * VALUE_BYTES["int8"] + rest * VALUE_BYTES["bf16"])
