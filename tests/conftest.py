@@ -30,3 +30,6 @@ def home(tmp_path: Path) -> Home:
 # Small models in several processes at once: one thread each, or they wait for each other at every barrier.
 # Read when torch is loaded, here and in every child process; tests about threads set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU the Triton kernels are tried in Triton's interpreter; read when triton is loaded, by whomever.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -54,7 +54,7 @@ def _score(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[list[floa
     scored_T = torch.ones(len(ids_T), dtype=torch.bool)
     scored_T[ends - 1] = False  # what follows the last token of a sequence is not known
     rows_R = scored_T.nonzero().squeeze(1)
-    x_RH, targets_R = x_TH[rows_R], ids_T[rows_R + 1]
+    x_RH, targets_R = x_TH[rows_R.to(x_TH.device)], ids_T[rows_R + 1]
     step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [
         model.ops.logprobs(model.logits(x_RH[start : start + step]), targets_R[start : start + step])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lapis.inference.kv_cache import PAGE, pages_for
 from lapis.kernels.batch import Batch, LayerCache
+from lapis.kernels.cuda_graph import CudaGraphs
 from lapis.kernels.replay import Replay, Unrecordable
 from lapis.log import logger
 from lapis.model.families import Decoder
@@ -55,10 +56,16 @@ class ReplayedSteps:
         self._position_T = np.zeros(MOST_ROWS, np.int32)
         self._table_SP = np.zeros((MOST_ROWS + 1, pages_for(model.config.context)), np.int32)
         self._table_SP[MOST_ROWS] = scratch
+        host = (self._ids_T, self._rows_R, self._sequence_T, self._position_T, self._table_SP)
+        self._host = [torch.from_numpy(array) for array in host]
+        self._static = [tensor.to(model.ops.device) for tensor in self._host]  # the same ones on a CPU
         self._batches: dict[int, Batch] = {}
-        self._replay: Replay | None = None
+        self._replay: Replay | CudaGraphs | None = None
         try:
-            self._replay = Replay(model.ops, list(model.parameters()), MOST_ROWS)
+            if model.ops.device.type == "cuda":
+                self._replay = CudaGraphs(list(model.parameters()))
+            else:
+                self._replay = Replay(model.ops, list(model.parameters()), MOST_ROWS)
         except Unrecordable as why:
             self.reason = str(why)
 
@@ -81,7 +88,8 @@ class ReplayedSteps:
         self._rows_R[: len(rows)] = rows
         self._rows_R[len(rows) : picked] = 0
         batch = self._batch(size)
-        ids_T, rows_R = torch.from_numpy(self._ids_T[:size]), torch.from_numpy(self._rows_R[:picked])
+        self._upload(size, picked, len(parts))
+        ids_T, rows_R = self._static[0][:size], self._static[1][:picked]
 
         def forward() -> tuple[Tensor, ...]:
             logits_RV = self._model(ids_T, batch, rows_R if some else None)
@@ -115,17 +123,19 @@ class ReplayedSteps:
         self._sequence_T[tokens:size] = MOST_ROWS
         return tokens
 
+    def _upload(self, size: int, picked: int, sequences: int) -> None:
+        """What has been filled in, onto the device; nothing where that is the CPU."""
+        for host, static, count in zip(
+            self._host, self._static, (size, picked, size, size, sequences), strict=True
+        ):
+            if static is not host:
+                static[:count].copy_(host[:count])
+
     def _batch(self, size: int) -> Batch:
         batch = self._batches.get(size)
         if batch is None:
-            sequence_T, position_T = self._sequence_T[:size], self._position_T[:size]
-            batch = self._batches[size] = Batch(
-                torch.from_numpy(sequence_T),
-                torch.from_numpy(position_T),
-                torch.from_numpy(self._table_SP),
-                self._caches,
-                (),
-            )
+            sequence_T, position_T, table_SP = self._static[2][:size], self._static[3][:size], self._static[4]
+            batch = self._batches[size] = Batch(sequence_T, position_T, table_SP, self._caches, ())
         return batch
 
 

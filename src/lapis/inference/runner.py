@@ -196,7 +196,7 @@ class ModelRunner:
         return sampler.row_of(sequence, ids, best)
 
     def _sample_rows(self, logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[Sample]:
-        tokens = sampler.sample(logits_RV.numpy()[:, : self._sampled_vocabulary], rows)
+        tokens = sampler.sample(logits_RV.cpu().numpy()[:, : self._sampled_vocabulary], rows)
         samples = []
         for logits_V, row, token in zip(logits_RV, rows, tokens, strict=True):
             if token is None:
@@ -230,14 +230,14 @@ class ModelRunner:
         """Mean: fp64 sums in the order of positions, whatever the chunks; then length 1 in fp32."""
         done = chunk.start + chunk.count == chunk.sequence.limit
         if chunk.sequence.request.pooling == "mean":
-            rows_PH = x_PH.double().numpy()
+            rows_PH = x_PH.double().cpu().numpy()
             if chunk.start > 0:
                 before_H = chunk.sequence.pooled
                 assert isinstance(before_H, np.ndarray)
                 rows_PH = np.concatenate([before_H[None], rows_PH])
             sum_H = np.add.accumulate(rows_PH, axis=0)[-1]  # strictly one after the other
         else:
-            sum_H = x_PH[-1].double().numpy()
+            sum_H = x_PH[-1].double().cpu().numpy()
         if not done:
             return Result(pooled=sum_H)
         if not np.isfinite(sum_H).all() or not sum_H.any():
@@ -247,7 +247,7 @@ class ModelRunner:
 
     def _logprob(self, logits_V: Tensor, token: int, count: int) -> TokenLogprob:
         """The chosen token and the `count` most likely ones, each by the very op that training uses."""
-        logits = logits_V.numpy()
+        logits = logits_V.cpu().numpy()
         ids = [token, *sampler.top_tokens(logits[: self._sampled_vocabulary], count)]
         rows = torch.from_numpy(np.tile(logits, (len(ids), 1)))
         logprobs = self.model.ops.logprobs(rows, torch.tensor(ids)).tolist()

@@ -54,6 +54,27 @@ class Batch:
             assert tensor.dtype is torch.int32, "a Batch holds int32 tensors"
             assert tensor.is_contiguous(), "a Batch holds contiguous tensors"
 
+    def on(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device; itself where they are there already."""
+        if self.sequence_T.device.type == device.type:
+            return self
+        key = f"on {device}"
+        if key not in self.prepared:
+            moved = Batch(
+                self.sequence_T.to(device),
+                self.position_T.to(device),
+                self.page_table_SP.to(device),
+                self.caches,
+                self.spans,
+                None if self.adapter_T is None else self.adapter_T.to(device),
+                self.adapters,
+            )
+            # numbers that are known here, so that nobody waits for the device to ask it for them
+            vars(moved).update(positions=self.positions, private_pages=self.private_pages)
+            self.prepared[key] = moved
+        found: Batch = self.prepared[key]
+        return found
+
     @property
     def tokens(self) -> int:
         """Number of tokens in the pass (T)."""

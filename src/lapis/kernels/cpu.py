@@ -19,7 +19,7 @@ from lapis.kernels.cpu_fp32 import Fp32Kernels
 from lapis.kernels.cpu_groups import Experts, Fp32Groups, Groups, Lora, Route
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes, gradient_buffer
 from lapis.kernels.cpu_library import CAdamW, CMuon
-from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.ops import CPU, Matrix, Rope
 from lapis.kernels.quantized import NO_GRADIENT, Quantized
 
 # about how many logits exist at a time in the chunked losses, and the fewest rows of a chunk
@@ -42,6 +42,7 @@ class CpuOps:
 
     bit_exact = True
     reason = ""
+    device = CPU
 
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name = name

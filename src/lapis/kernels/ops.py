@@ -24,6 +24,7 @@ __all__ = ["KernelStatus", "Matrix", "Ops", "Rope", "select", "status"]
 
 logger = logging.getLogger("lapis")
 
+CPU = torch.device("cpu")
 ROPE_BLOCK = 4096  # rotary rows computed at a time
 
 
@@ -47,13 +48,14 @@ class Rope:
         positions: int,
         scaling: RopeScaling | None = None,
         filled: int | None = None,
+        device: torch.device = CPU,
     ) -> Rope:
         """Tables for so many positions, all or the first `filled` computed: in fp64, then one rounding to fp32.
 
         Rows that are not computed take no memory yet.
         """
         frequency_D2 = torch.tensor(frequencies(head_size, base, scaling), dtype=torch.float64)
-        cos_PD2, sin_PD2 = (torch.empty(positions, head_size // 2) for _ in range(2))
+        cos_PD2, sin_PD2 = (torch.empty(positions, head_size // 2, device=device) for _ in range(2))
         rope = Rope(cos_PD2, sin_PD2, frequency_D2, scaling.attention if scaling else 1.0)
         rope.reach(positions if filled is None else filled)
         return rope
@@ -98,6 +100,10 @@ class Ops(Protocol):
     @property
     def reason(self) -> str:
         """Why these kernels and not faster ones; empty when there is nothing to say."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, activations and pages lie."""
 
     def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Empty pages for the keys and values of one layer, in bf16 or in int8 with a scale per token and head."""
@@ -263,13 +269,18 @@ class Ops(Protocol):
 
 
 def select(head_size: int, *, widths: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16) -> Ops:
-    """The best ops for this CPU and shape; `widths` are the model's row widths (residual, feed-forward).
+    """The best ops for this machine and shape; `widths` are the model's row widths (residual, feed-forward).
 
-    LAPIS_KERNELS names a variant, or "stock". Raises ConfigError for an unknown name and UnavailableError
-    for a variant that is not built, cannot run here or does not fit the shape.
+    Triton's on a GPU, else those of the CPU. LAPIS_KERNELS names a CPU variant, "triton" or "stock". Raises
+    ConfigError for an unknown name and UnavailableError for kernels that are not built, cannot run here or do not
+    fit the shape.
     """
     from lapis.kernels import stock
 
+    if variants.wants_triton(head_size, str(dtype).removeprefix("torch."), torch.cuda.is_available):
+        from lapis.kernels import triton
+
+        return triton.load()
     variant, reason = variants.choose(head_size, widths, str(dtype).removeprefix("torch."))
     if variant is None:
         logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapis.kernels import stock_groups
 from lapis.kernels.batch import PAGE, AdapterPair, Batch, LayerCache
-from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.ops import CPU, Matrix, Rope
 from lapis.kernels.quantized import Quantized
 
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -27,6 +27,7 @@ class StockOps:
 
     name = "stock"
     bit_exact = False
+    device = CPU
 
     def __init__(self, reason: str = "", dtype: torch.dtype = torch.bfloat16) -> None:
         self.reason = reason
@@ -167,7 +168,7 @@ class StockOps:
         self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
     ) -> Tensor:
         """Summed loss; forward and backward hold one chunk of logits."""
-        weights_T = torch.ones(x_TH.shape[0]) if weights_T is None else weights_T
+        weights_T = torch.ones(x_TH.shape[0], device=x_TH.device) if weights_T is None else weights_T
         return cast(Tensor, _CrossEntropy.apply(x_TH, w_VH, targets_T, weights_T))  # type: ignore[no-untyped-call]
 
     def adamw(
@@ -336,7 +337,7 @@ def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int, window: int 
     if past == 0 and window is None:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        mask_TS = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+        mask_TS = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
         if window is not None:
             mask_TS = mask_TS.triu(past - window + 1)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS)

@@ -7,8 +7,9 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from lapis.errors import ConfigError, UnavailableError, nearest
@@ -35,6 +36,7 @@ SOURCES = (
     "cpu_fp32.h",
 )
 DTYPES = ("bfloat16", "float32")
+TRITON = "triton"  # what LAPIS_KERNELS calls the kernels for GPUs
 HEAD_SIZES = range(16, 257, 16)
 WIDTH_STEP = 16  # lanes of the fp32 vector that the contract is written in
 LOST = (
@@ -123,10 +125,10 @@ def choose(head_size: int, widths: Sequence[int], dtype: str) -> tuple[str | Non
     Raises ConfigError or UnavailableError if LAPIS_KERNELS asks for what is not there.
     """
     asked = os.environ.get("LAPIS_KERNELS", "")
-    if asked == "stock":
-        return None, "LAPIS_KERNELS=stock"
+    if asked in ("stock", TRITON):
+        return None, f"LAPIS_KERNELS={asked}"
     if asked and asked not in VARIANTS:
-        known = ("stock", *VARIANTS)
+        known = ("stock", TRITON, *VARIANTS)
         raise ConfigError(f"LAPIS_KERNELS={asked!r} is not a kernel variant", hint=nearest(asked, known))
     misfit = _misfit(head_size, widths, dtype)
     if asked:
@@ -148,11 +150,30 @@ def choose(head_size: int, widths: Sequence[int], dtype: str) -> tuple[str | Non
     return None, "; ".join(reasons) or "no compiled kernels for this CPU are installed"
 
 
+def wants_triton(head_size: int, dtype: str, has_gpu: Callable[[], bool]) -> bool:
+    """Whether the Triton kernels are to run: asked for by LAPIS_KERNELS, or there is a GPU and the shape fits.
+
+    Raises UnavailableError if they are asked for and cannot run.
+    """
+    asked, installed = os.environ.get("LAPIS_KERNELS", ""), find_spec("triton") is not None
+    misfit = "" if installed else "the package triton is not installed"
+    if dtype != "bfloat16":
+        misfit = f"the Triton kernels store bf16, not {dtype}"
+    elif head_size not in HEAD_SIZES:
+        misfit = f"the Triton kernels have head sizes of multiples of 16 up to 256, not {head_size}"
+    if asked == TRITON and misfit:
+        hint = "Unset it, or set it to 'stock'." if installed else "pip install 'lapis[gpu]'"
+        raise UnavailableError(f"LAPIS_KERNELS={asked}: {misfit}", hint=hint)
+    return asked == TRITON or (not asked and not misfit and has_gpu())
+
+
 def status() -> KernelStatus:
     """What runs here for a model that fits, what is built and what is missing. Loads no torch."""
     built = tuple(variant for variant in VARIANTS if library_path(variant).exists())
     usable = tuple(variant for variant in built if VARIANTS[variant] <= cpu_flags())
     compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    if os.environ.get("LAPIS_KERNELS") == TRITON:
+        return KernelStatus("cuda-triton", True, built, usable, compiler, "", "", "")
     variant, reason = choose(HEAD_SIZES[1], (), "bfloat16")
     if variant is not None:
         return KernelStatus(f"cpu-{variant}", True, built, usable, compiler, "", "", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lapis.errors import UnavailableError
 from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.ops import Ops, Rope, select
 from lapis.kernels.quantized import Kind, Quantized, quantize
@@ -26,7 +27,8 @@ QUANTIZED = ("qkv", "out", "gate_up", "up", "down")
 
 def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     """The model of a configuration; its weights are not set until `init_weights` or a load fills them."""
-    return (GPT2 if config.family == "gpt2" else Llama)(config, ops, dtype)
+    model = (GPT2 if config.family == "gpt2" else Llama)(config, ops, dtype)
+    return model.to(model.ops.device)
 
 
 class Decoder(nn.Module):
@@ -40,7 +42,14 @@ class Decoder(nn.Module):
         widths = (config.width, config.ffn, *((config.expert_ffn,) if config.experts else ()))
         self.ops = ops if ops is not None else select(config.head_size, widths=widths, dtype=dtype)
         self.rope = (
-            Rope.make(config.head_size, config.rope_base, config.context, config.rope_scaling, filled=0)
+            Rope.make(
+                config.head_size,
+                config.rope_base,
+                config.context,
+                config.rope_scaling,
+                filled=0,
+                device=self.ops.device,
+            )
             if config.rotary
             else None
         )
@@ -79,7 +88,7 @@ class Decoder(nn.Module):
     def forward(self, ids_T: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Float32 logits (R, V) of the chosen rows, or of all T."""
         x_TH = self.hidden(ids_T, batch)
-        return self.logits(x_TH if rows is None else self.ops.embedding(rows, x_TH))
+        return self.logits(x_TH if rows is None else self.ops.embedding(rows.to(x_TH.device), x_TH))
 
     def logits(self, x_RH: Tensor) -> Tensor:
         """Float32 logits (R, V) of hidden rows."""
@@ -89,6 +98,7 @@ class Decoder(nn.Module):
         """Hidden rows (T, H) after the final norm; keys and values go into the batch's caches."""
         if self.rope is not None:
             self.rope.reach(batch.positions)
+        ids_T, batch = ids_T.to(self.ops.device), batch.on(self.ops.device)
         x_TH = self.embedded(ids_T, batch)
         for layer in self.layers:
             x_TH = layer(self.ops, x_TH, batch, self.rope)
@@ -114,8 +124,13 @@ class Decoder(nn.Module):
     def quantize(self, kind: Kind) -> None:
         """Keep the linear maps of the layers in 8 or 4 bits and the head in 8, for inference only.
 
-        The bf16 weights of these are dropped; embedding, experts, routers, norms and biases stay.
+        The bf16 weights of these are dropped; embedding, experts, routers, norms and biases stay. Raises
+        UnavailableError on a GPU.
         """
+        if self.ops.device.type != "cpu":
+            raise UnavailableError(
+                "Weights in 8 or 4 bits are not offered on a GPU.", hint="Use bf16: --weights bf16."
+            )
         for layer in self.layers:
             for name in [name for name in QUANTIZED if name in layer._parameters]:
                 small = quantize(getattr(layer, name), kind)

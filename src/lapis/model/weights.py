@@ -169,6 +169,7 @@ def read_model(
     model = build(config, ops, dtype)
     state = from_hf_state(config, tensors, str(folder / layout.WEIGHTS), dtype)
     model.load_state_dict(state, assign=True)  # no copy of what need not be joined
+    model.to(model.ops.device)
     if quantize is not None:
         model.quantize(quantize)
     values = layout.read_tokenizer_config(folder)

@@ -32,9 +32,10 @@ class FlatParameters:
         named = sorted(model.named_parameters(), key=lambda item: not is_hidden_matrix(*item))
         sizes = [-(-parameter.numel() // ALIGN) * ALIGN for _, parameter in named]
         total = sum(sizes)
-        self.weight = torch.zeros(total, dtype=torch.bfloat16)
-        self.grad = torch.zeros(total, dtype=torch.bfloat16)
-        self.master = torch.zeros(total)
+        device = model.ops.device
+        self.weight = torch.zeros(total, dtype=torch.bfloat16, device=device)
+        self.grad = torch.zeros(total, dtype=torch.bfloat16, device=device)
+        self.master = torch.zeros(total, device=device)
         self.blocks: list[Matrix] = []
         self.matrices = 0
         start = 0
@@ -60,7 +61,7 @@ class Optimizer:
         self.clip, self.weight_decay = clip, weight_decay
         self.steps = 0
         self.first = torch.zeros_like(flat.master)
-        self.second = torch.zeros(len(flat.master) - (flat.matrices if muon else 0))
+        self.second = torch.zeros_like(flat.master[flat.matrices if muon else 0 :])
 
     def step(self, *, lr: float, embed_lr: float) -> float:
         """Clip, update, zero the gradients. Returns the gradient's norm; a non-finite one changes nothing."""
