@@ -6,6 +6,7 @@
 #define HALF (GROUP / 2)  // 4-bit weights with one scale and minimum
 #define LOCAL_BYTES 16384  // inputs up to this size are quantised by every thread for itself: no barrier
 #define TINY 1e-30f       // a group of inputs below it counts as zero
+#define FETCH_ROWS 4     // fewer rows leave nothing to do while weights come
 #if defined(__AVX512F__)
 #define TILE_ROWS 12
 #else
@@ -21,11 +22,24 @@ struct quantized {
     const uint8_t *weights;  // 8 bits: w + 128 as [tile][K/4][32][4]; 4 bits: [tile][K/4][16][4], column + 16 in the high half
     const bf16 *scales;      // [tile][K/64 or K/32][32]
     const bf16 *minimums;    // 4 bits only: [tile][K/64][32][2]
-    int8_t *inputs;          // [rows][K]
-    float *input_scales;     // [rows][groups]
-    int32_t *extras;         // [rows][groups]: -128 times the sum of a group; 4 bits: its two half sums, scaled, a pair of bf16
+    int8_t *inputs;          // panel by panel: [K/4][rows of the panel][4]
+    float *input_scales;     // panel by panel: [groups][rows of the panel]
+    int32_t *extras;         // likewise: -128 times the sum of a group; 4 bits: its two half sums, scaled, a pair of bf16
     struct output out;
 };
+
+// The rows that a register tile takes, with their inputs side by side.
+struct panel { int64_t first, rows; };
+
+INLINE int64_t panel_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+// Full panels, and the last rows in two nearly equal ones.
+INLINE struct panel panel_at(int64_t rows, int64_t index) {
+    const int64_t full = rows / TILE_ROWS - (rows % TILE_ROWS && rows > TILE_ROWS), start = full * TILE_ROWS;
+    if (index < full) return (struct panel){index * TILE_ROWS, TILE_ROWS};
+    const int64_t half = rows - start > TILE_ROWS ? (rows - start + 1) / 2 : rows - start;
+    return index == full ? (struct panel){start, half} : (struct panel){start + half, rows - start - half};
+}
 
 // ---- the primitive: four products of an unsigned and a signed byte per lane, added to an int32
 
@@ -71,40 +85,54 @@ INLINE wide_int dot4(wide_int sum, weight_quads w, input_quads x) {
 // ---- inputs
 
 INLINE int32_t sum_ints(i32x16 v) {
-    int32_t sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
+    v = v + CROSS(v, 8);
+    v = v + CROSS(v, 4);
+    v = v + CROSS(v, 2);
+    v = v + CROSS(v, 1);
+    return v[0];
+}
+INLINE i32x16 larger_ints(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+    return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+    return (a & (a > b)) | (b & ~(a > b));
+#endif
+}
+// The largest |x|; a NaN is larger than any number.
+INLINE float most_of(const f32x16 v[GROUP / LANES]) {
+    i32x16 most = (i32x16){0};
+    for (int i = 0; i < GROUP / LANES; i++) most = larger_ints(most, (i32x16)v[i] & 0x7fffffff);
+    most = larger_ints(most, CROSS(most, 8));
+    most = larger_ints(most, CROSS(most, 4));
+    most = larger_ints(most, CROSS(most, 2));
+    most = larger_ints(most, CROSS(most, 1));
+    return ((f32x16)most)[0];
 }
 
-static void quantize_row(const struct quantized *op, const bf16 *x, int64_t K, int64_t row) {
+// One row of K inputs into its place in a panel.
+static void quantize_row(const struct quantized *op, const bf16 *x, int64_t K, struct panel panel, int64_t row) {
+    int8_t *out = op->inputs + panel.first * op->groups * GROUP + 4 * row;
     for (int64_t g = 0; g < op->groups; g++) {
         bf16 part[GROUP] = {0};
-        const int64_t at = row * op->groups + g, left = K - g * GROUP;
-        const bf16 *in = x + row * K + g * GROUP;
+        const int64_t at = panel.first * op->groups + g * panel.rows + row, left = K - g * GROUP;
+        const bf16 *in = x + g * GROUP;
         if (left < GROUP) in = memcpy(part, in, (size_t)left * 2);
-        f32x16 largest = all(0), spoiled = all(0);
-        for (int i = 0; i < GROUP; i += LANES) {
-            const f32x16 v = load_bf16(in + i);
-            largest = larger(largest, larger(v, -v));
-            spoiled = spoiled + v * 0.0f;
-        }
-        const float most = max_lanes(largest), inverse = most > TINY ? 127.0f / most : 0;
-        const float scale = (most > TINY ? most / 127.0f : 0) + sum_lanes(spoiled);
-        int32_t sums[2];
-        for (int half = 0; half < 2; half++) {
-            i32x16 total = (i32x16){0};
-            for (int i = half * HALF; i < (half + 1) * HALF; i += LANES) {
-                const i32x16 q = (i32x16)(load_bf16(in + i) * inverse + 12582912.0f) - 0x4b400000;  // to nearest even
-                const i8x16 bytes = __builtin_convertvector(q, i8x16);
-                memcpy(op->inputs + at * GROUP + i, &bytes, 16);
-                total += q;
-            }
-            sums[half] = sum_ints(total);
+        f32x16 v[GROUP / LANES];
+        i32x16 total[2] = {{0}, {0}};
+        for (int i = 0; i < GROUP / LANES; i++) v[i] = load_bf16(in + i * LANES);
+        const float most = most_of(v), inverse = most > TINY ? 127.0f / most : 0;
+        const float scale = most <= TINY ? 0 : most / 127.0f;
+        for (int i = 0; i < GROUP / LANES; i++) {
+            const i32x16 q = (i32x16)(v[i] * inverse + 12582912.0f) - 0x4b400000;  // to nearest even
+            const i8x16 bytes = __builtin_convertvector(q, i8x16);
+            for (int j = 0; j < 4; j++, out += 4 * panel.rows) memcpy(out, (const int8_t *)&bytes + 4 * j, 4);
+            total[i / 2] += q;
         }
         op->input_scales[at] = scale;
-        if (op->minimums)
-            op->extras[at] = (int32_t)(round_one((float)sums[0] * scale) | (uint32_t)round_one((float)sums[1] * scale) << 16);
-        else op->extras[at] = -128 * (sums[0] + sums[1]);
+        if (op->minimums) {
+            const float even = (float)sum_ints(total[0]) * scale, odd = (float)sum_ints(total[1]) * scale;
+            op->extras[at] = (int32_t)(round_one(even) | (uint32_t)round_one(odd) << 16);
+        } else op->extras[at] = -128 * sum_ints(total[0] + total[1]);
     }
 }
 
@@ -115,14 +143,16 @@ INLINE void load_scales(const bf16 *scales, wide *out) {
     memcpy(out, both, sizeof both);
 }
 
-// Integer sums of `rows` rows times 32 columns over `quads` steps of four.
-INLINE void integer_sums(const int rows, const int four, const int quads, const uint8_t *w, const int8_t *x, int64_t stride,
+// Integer sums of `rows` rows times 32 columns over `quads` steps of four; `ahead` bytes behind the weights lie the next ones.
+INLINE void integer_sums(const int rows, const int four, const int quads, const uint8_t *w, const int8_t *x, int64_t ahead,
                          wide_int sum[TILE_ROWS][TILE_VECTORS]) {
-    for (int q = 0; q < quads; q++) {
+    for (int q = 0; q < quads; q++, x += 4 * rows, w += (four ? LANES : COLUMNS) * 4) {
         weight_quads weight[TILE_VECTORS];
+        if (rows >= FETCH_ROWS) __builtin_prefetch(w + ahead, 0, 2);
+        if (rows >= FETCH_ROWS && !four) __builtin_prefetch(w + ahead + 64, 0, 2);
 #pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS / (four ? 2 : 1); v++) {
-            const wide_pairs bytes = load_wide_pairs(w + (q * (four ? LANES : COLUMNS) + v * WIDE) * 4);
+            const wide_pairs bytes = load_wide_pairs(w + v * WIDE * 4);
             if (four) {
                 weight[v] = split_weights(bytes & 0x0f0f0f0fu);
                 weight[v + TILE_VECTORS / 2] = split_weights((bytes >> 4) & 0x0f0f0f0fu);
@@ -131,7 +161,7 @@ INLINE void integer_sums(const int rows, const int four, const int quads, const 
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             uint32_t four_bytes;
-            memcpy(&four_bytes, x + r * stride + 4 * q, 4);
+            memcpy(&four_bytes, x + 4 * r, 4);
             const input_quads input = split_input(four_bytes);
 #pragma GCC unroll 8
             for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = dot4(sum[r][v], weight[v], input);
@@ -140,41 +170,43 @@ INLINE void integer_sums(const int rows, const int four, const int quads, const 
 }
 
 // 4 bits: the minimums' part of each output, one chain of dp over the pairs of half groups.
-INLINE void minimum_chains(const int rows, const struct quantized *op, int64_t row, int64_t tile,
+INLINE void minimum_chains(const int rows, const struct quantized *op, const int32_t *extras, int64_t tile,
                            wide sum[TILE_ROWS][TILE_VECTORS]) {
     const bf16 *minimums = op->minimums + tile * op->groups * COLUMNS * 2;
-    for (int64_t g = 0; g < op->groups; g++)
+    for (int64_t g = 0; g < op->groups; g++, extras += rows)
 #pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++) {
             const wide_pairs pairs = load_wide_pairs(minimums + (g * COLUMNS + v * WIDE) * 2);
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; r++)
-                sum[r][v] = dp(sum[r][v], (uint32_t)op->extras[(row + r) * op->groups + g], pairs);
+            for (int r = 0; r < rows; r++) sum[r][v] = dp(sum[r][v], (uint32_t)extras[r], pairs);
         }
 }
 
-INLINE void quantized_tile(const int rows, const int four, const struct quantized *op, int64_t row, int64_t tile) {
-    const int64_t groups = op->groups, stride = groups * GROUP;
-    const int8_t *x = op->inputs + row * stride;
-    const uint8_t *w = op->weights + tile * stride * (four ? LANES : COLUMNS);
+INLINE void quantized_tile(const int rows, const int four, const struct quantized *op, int64_t row, int64_t tile, int fetch) {
+    const int64_t groups = op->groups, tile_bytes = groups * GROUP * (four ? LANES : COLUMNS);
+    const int8_t *x = op->inputs + row * groups * GROUP;
+    const float *input_scales = op->input_scales + row * groups;
+    const int32_t *extras = op->extras + row * groups;
+    const uint8_t *w = op->weights + tile * tile_bytes;
     const bf16 *scales = op->scales + tile * groups * COLUMNS * (four ? 2 : 1);
     wide sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = (wide){0};
     claim_output(rows, &op->out, row, tile);
-    if (four) minimum_chains(rows, op, row, tile, sum);
-    for (int64_t g = 0; g < groups; g++, x += GROUP) {
+    if (four) minimum_chains(rows, op, extras, tile, sum);
+    for (int64_t g = 0; g < groups; g++, input_scales += rows, extras += rows) {
         wide part[TILE_ROWS][TILE_VECTORS], scale[TILE_VECTORS];
         for (int half = 0; half <= four; half++) {
+            const int quads = four ? HALF / 4 : GROUP / 4;
             wide_int dots[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    dots[r][v] = (four ? 0 : op->extras[(row + r) * groups + g]) - (wide_int){0};
-            integer_sums(rows, four, four ? HALF / 4 : GROUP / 4, w, x + half * HALF, stride, dots);
-            w += four ? HALF * LANES : GROUP * COLUMNS;
+                for (int v = 0; v < TILE_VECTORS; v++) dots[r][v] = (four ? 0 : extras[r]) - (wide_int){0};
+            integer_sums(rows, four, quads, w, x, fetch ? tile_bytes : 0, dots);
+            x += 4 * quads * rows;
+            w += 4 * quads * (four ? LANES : COLUMNS);
             load_scales(scales, scale);
             scales += COLUMNS;
 #pragma GCC unroll 12
@@ -188,8 +220,7 @@ INLINE void quantized_tile(const int rows, const int four, const struct quantize
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < TILE_VECTORS; v++)
-                sum[r][v] = sum[r][v] + part[r][v] * op->input_scales[(row + r) * groups + g];
+            for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = sum[r][v] + part[r][v] * input_scales[r];
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c += LANES)
@@ -197,11 +228,11 @@ INLINE void quantized_tile(const int rows, const int four, const struct quantize
 }
 
 #define DEFINE_TILE(rows)                                                                                         \
-    static __attribute__((noinline)) void tile8_##rows(const struct quantized *op, int64_t row, int64_t tile) {    \
-        quantized_tile(rows, 0, op, row, tile);                                                                    \
+    static __attribute__((noinline)) void tile8_##rows(const struct quantized *op, int64_t row, int64_t tile, int fetch) {    \
+        quantized_tile(rows, 0, op, row, tile, fetch);                                                                    \
     }                                                                                                              \
-    static __attribute__((noinline)) void tile4_##rows(const struct quantized *op, int64_t row, int64_t tile) {    \
-        quantized_tile(rows, 1, op, row, tile);                                                                    \
+    static __attribute__((noinline)) void tile4_##rows(const struct quantized *op, int64_t row, int64_t tile, int fetch) {    \
+        quantized_tile(rows, 1, op, row, tile, fetch);                                                                    \
     }
 DEFINE_TILE(1)
 DEFINE_TILE(2)
@@ -220,37 +251,40 @@ DEFINE_TILE(12)
 #else
 #define TILES(n) {NULL, n##1, n##2}
 #endif
-typedef void (*tile_function)(const struct quantized *, int64_t, int64_t);
+typedef void (*tile_function)(const struct quantized *, int64_t, int64_t, int);
 static const tile_function tiles[2][TILE_ROWS + 1] = {TILES(tile8_), TILES(tile4_)};
 
 // ---- the whole product
 
-static void quantized_blocks(const struct quantized *op, int64_t block_rows) {
-    const int64_t blocks = (op->rows + block_rows - 1) / block_rows, count = (op->out.N + COLUMNS - 1) / COLUMNS;
+// Panels from `first` to `end` times one weight tile. Few rows wait for the weights: the last panel asks for the next tile's.
+static void panels_by_tile(const struct quantized *op, int64_t first, int64_t end, int64_t tile, int few) {
     const tile_function *by_rows = tiles[op->minimums != NULL];
+    for (int64_t index = first; index < end; index++) {
+        const struct panel panel = panel_at(op->rows, index);
+        by_rows[panel.rows](op, panel.first, tile, few && index + 1 == end);
+    }
+}
+
+static void quantized_blocks(const struct quantized *op) {
+    const int64_t fitting = BLOCK_BYTES / (op->groups * (GROUP + 8)) / TILE_ROWS, block = fitting < 8 ? 8 : fitting;
+    const int64_t panels = panel_count(op->rows), count = (op->out.N + COLUMNS - 1) / COLUMNS;
 #pragma omp for collapse(2) schedule(dynamic, 4) nowait
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t tile = 0; tile < count; tile++) {
-            const int64_t start = block * block_rows;
-            const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
-            for (int64_t row = start, n; row < end; row += n) {
-                n = tile_rows(end - row, TILE_ROWS);
-                by_rows[n](op, row, tile);
-            }
-        }
+    for (int64_t first = 0; first < panels; first += block)
+        for (int64_t tile = 0; tile < count; tile++)
+            panels_by_tile(op, first, first + block < panels ? first + block : panels, tile, 0);
     team_barrier();
 }
 
 static void quantized_few_rows(const struct quantized *op) {
     const int64_t count = (op->out.N + COLUMNS - 1) / COLUMNS;
-    const tile_function *by_rows = tiles[op->minimums != NULL];
 #pragma omp for schedule(static) nowait
-    for (int64_t tile = 0; tile < count; tile++)
-        for (int64_t row = 0, n; row < op->rows; row += n) {
-            n = tile_rows(op->rows - row, TILE_ROWS);
-            by_rows[n](op, row, tile);
-        }
+    for (int64_t tile = 0; tile < count; tile++) panels_by_tile(op, 0, panel_count(op->rows), tile, 1);
     team_barrier();
+}
+
+static void quantize_panel(const struct quantized *op, const bf16 *x, int64_t K, int64_t index) {
+    const struct panel panel = panel_at(op->rows, index);
+    for (int64_t row = 0; row < panel.rows; row++) quantize_row(op, x + (panel.first + row) * K, K, panel, row);
 }
 
 static void place_inputs(struct quantized *op, char *memory) {
@@ -265,21 +299,19 @@ EXPORT void lapis_linear_quantized_team(const bf16 *x, int64_t rows, int64_t K, 
                                         int fp32, char *work) {
     const int64_t groups = (K + GROUP - 1) / GROUP, bytes = rows * groups * (GROUP + 8);
     struct quantized op = {rows, groups, weights, scales, minimums, NULL, NULL, NULL, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
+    const int64_t panels = panel_count(rows);
     char local[LOCAL_BYTES] __attribute__((aligned(64)));
     if (bytes <= LOCAL_BYTES) {
         place_inputs(&op, local);
-        for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
+        for (int64_t index = 0; index < panels; index++) quantize_panel(&op, x, K, index);
     } else {
         place_inputs(&op, work);
 #pragma omp for schedule(static) nowait
-        for (int64_t row = 0; row < rows; row++) quantize_row(&op, x, K, row);
+        for (int64_t index = 0; index < panels; index++) quantize_panel(&op, x, K, index);
         team_barrier();
     }
     if (rows <= 2 * TILE_ROWS) quantized_few_rows(&op);
-    else {
-        const int64_t fitting = BLOCK_BYTES / (groups * (GROUP + 8)) / TILE_ROWS;
-        quantized_blocks(&op, (fitting < 8 ? 8 : fitting) * TILE_ROWS);
-    }
+    else quantized_blocks(&op);
 }
 
 EXPORT void lapis_linear_quantized(const bf16 *x, int64_t rows, int64_t K, const uint8_t *weights, const bf16 *scales,
