@@ -101,6 +101,32 @@ def test_any_traffic_has_the_bits_of_the_training_forward() -> None:
 
 
 @compiled
+@pytest.mark.usefixtures("threads")
+def test_large_steps_have_the_bits_of_the_training_forward() -> None:
+    model, rng, most = make_model(), random.Random(9), 150
+    texts = [[rng.randrange(CONFIG.vocab_size) for _ in range(length)] for length in (150, 131, 96, 150, 70)]
+    with torch.inference_mode():
+        steps = ReplayedSteps(model, model.new_caches(11), 10, TEXTS, most)
+        replayed = 0
+        for _ in range(3):
+            for ids in texts:
+                pages = rng.sample(range(10), 8)
+                parts = [Part(ids[:64], 0, pages), Part(ids[64:], 64, pages)] if rng.random() < 0.5 else []
+                parts = parts or [Part(ids[:50], 0, pages[5:7]), Part(ids, 0, pages[:5])][len(ids) > 100 :]
+                found = steps.hidden(parts)
+                if found is None:
+                    continue
+                replayed += 1
+                rows = sum(len(part.ids) for part in parts)
+                assert len(found) == rows
+                assert torch.equal(
+                    found[rows - len(ids) :], model.hidden(torch.tensor(ids), packed([len(ids)]))
+                )
+        assert replayed >= 8
+        assert steps.hidden([Part(texts[0] + texts[1], 0, range(8))]) is None  # larger than was asked for
+
+
+@compiled
 def test_a_row_that_is_not_finite_is_told_and_stays_alone() -> None:
     model = make_model()
     with torch.inference_mode():

@@ -130,7 +130,7 @@ class LocalEngine(EngineLoop):
             )
         if weights == "int8" or weights == "int4":
             loaded.model.quantize(weights)
-        runner = ModelRunner(loaded, cache_bytes, cache_dtype)
+        runner = ModelRunner(loaded, cache_bytes, cache_dtype, step_tokens)
         context = loaded.config.context
         limits = Limits(context, runner.pages, step_tokens, running, queued_tokens, drafts=drafts)
         self.chat = loaded.chat

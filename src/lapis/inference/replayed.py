@@ -1,10 +1,11 @@
-"""Small steps of the engine without Python: static buffers are filled, and one C call computes the forward.
+"""Steps of the engine without Python: static buffers are filled, and one C call computes the forward.
 
 A recording depends on the number of rows T and of logits R alone, since positions, sequences and pages are
 data: decoding, the rows that verify drafts and short prompts are all the same to it. Where T or R lie between
 the recorded sizes, dead rows fill up: one run of tokens on a page of its own, whose results nobody reads.
+Of larger steps, which prompts fill, the recording ends with the hidden rows, so that it depends on T alone.
 
-Dims: T tokens of the step, R rows with logits, S sequences, P pages of the longest, V vocabulary.
+Dims: T tokens of the step, R rows with logits, S sequences, P pages of the longest, V vocabulary, H width.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lapis.kernels.replay import Replay, Unrecordable
 from lapis.log import logger
 from lapis.model.families import Decoder
 
-MOST_ROWS = 64  # of a replayed step: in a larger one Python's share is too small to matter
+MOST_ROWS = 64  # of a step that is replayed with its logits
 EXACT_ROWS = 16  # up to here each number of rows has its recording, since a dead row costs as much as any
 ROW_STEP = 4
 
@@ -42,30 +43,43 @@ def recorded_size(rows: int) -> int:
 
 
 class ReplayedSteps:
-    """Steps of up to 64 tokens of one model over one key/value memory, `scratch` being a page nobody owns.
+    """Steps of up to `most` tokens of one model over one key/value memory, `scratch` being a page nobody owns.
 
     `active` is false where they cannot be recorded; `reason` then says why.
     """
 
-    def __init__(self, model: Decoder, caches: Sequence[LayerCache], scratch: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        scratch: int,
+        vocabulary: int,
+        most: int = MOST_ROWS,
+    ) -> None:
         self.reason = ""
+        self.most = max(most, MOST_ROWS)
         self._model, self._caches, self._vocabulary = model, caches, vocabulary
-        self._ids_T = np.zeros(MOST_ROWS, np.int64)
+        room = recorded_size(self.most)
+        self._ids_T = np.zeros(room, np.int64)
         self._rows_R = np.zeros(MOST_ROWS, np.int64)
-        self._sequence_T = np.zeros(MOST_ROWS, np.int32)
-        self._position_T = np.zeros(MOST_ROWS, np.int32)
-        self._table_SP = np.zeros((MOST_ROWS + 1, pages_for(model.config.context)), np.int32)
-        self._table_SP[MOST_ROWS] = scratch
+        self._sequence_T = np.zeros(room, np.int32)
+        self._position_T = np.zeros(room, np.int32)
+        self._table_SP = np.zeros((room + 1, pages_for(model.config.context)), np.int32)
+        self._dead = room  # the sequence of dead rows
+        self._table_SP[room] = scratch
         host = (self._ids_T, self._rows_R, self._sequence_T, self._position_T, self._table_SP)
         self._host = [torch.from_numpy(array) for array in host]
         self._static = [tensor.to(model.ops.device) for tensor in self._host]  # the same ones on a CPU
         self._batches: dict[int, Batch] = {}
+        self._met: set[int] = set()  # sizes of larger steps that have been asked for
         self._replay: Replay | CudaGraphs | None = None
+        self._large: Replay | None = None  # apart, so that its arena's blocks need not fit logits of all rows
         try:
             if model.ops.device.type == "cuda":
                 self._replay = CudaGraphs(list(model.parameters()))
             else:
                 self._replay = Replay(model.ops, list(model.parameters()), MOST_ROWS)
+                self._large = Replay(model.ops, list(model.parameters()), room)
         except Unrecordable as why:
             self.reason = str(why)
 
@@ -98,10 +112,34 @@ class ReplayedSteps:
         try:
             logits_RV, best_R = self._replay.run((size, picked if some else 0), size, forward)
         except Unrecordable as why:
-            logger.warning("decoding calls each kernel from Python: %s", why)
-            self.reason, self._replay = str(why), None
+            self._give_up(why)
             return None
         return logits_RV[: len(rows)], best_R[: len(rows)].tolist()
+
+    def hidden(self, parts: Sequence[Part]) -> Tensor | None:
+        """Hidden rows (T, H) of all tokens, overwritten by the next call; None if the step is not replayed.
+
+        A size is recorded when it is met again: that costs a forward more, which a size met once is not worth.
+        """
+        tokens = sum(len(part.ids) for part in parts)
+        size = recorded_size(tokens)
+        if self._large is None or tokens > self.most:
+            return None
+        if size not in self._met:
+            self._met.add(size)
+            return None
+        self._fill(parts)
+        batch, ids_T = self._batch(size), self._static[0][:size]
+        try:
+            (x_TH,) = self._large.run(size, size, lambda: (self._model.hidden(ids_T, batch),))
+        except Unrecordable as why:
+            self._give_up(why)
+            return None
+        return x_TH[:tokens]
+
+    def _give_up(self, why: Unrecordable) -> None:
+        logger.warning("steps call each kernel from Python: %s", why)
+        self.reason, self._replay, self._large = str(why), None, None
 
     def _fill(self, parts: Sequence[Part]) -> int:
         ids: list[int] = []
@@ -120,7 +158,7 @@ class ReplayedSteps:
         self._position_T[:tokens] = positions
         self._position_T[tokens:size] = range(size - tokens)
         self._sequence_T[:tokens] = sequences
-        self._sequence_T[tokens:size] = MOST_ROWS
+        self._sequence_T[tokens:size] = self._dead
         return tokens
 
     def _upload(self, size: int, picked: int, sequences: int) -> None:

@@ -42,11 +42,15 @@ class LoadedAdapter:
 class ModelRunner:
     """A loaded model with paged key/value memory of `cache_bytes` (default: 16 full contexts, at most 2 GiB).
 
-    There is always room for one full context, even if that is more.
+    There is always room for one full context, even if that is more. Steps of up to `step_tokens` are replayed.
     """
 
     def __init__(
-        self, loaded: LoadedModel, cache_bytes: int | None = None, cache_dtype: str = "bf16"
+        self,
+        loaded: LoadedModel,
+        cache_bytes: int | None = None,
+        cache_dtype: str = "bf16",
+        step_tokens: int = MOST_ROWS,
     ) -> None:
         self.loaded = loaded
         self.model = loaded.model.eval()
@@ -57,7 +61,9 @@ class ModelRunner:
         # Rows of the embedding beyond the tokenizer's entries are padding: they have no text.
         self._sampled_vocabulary = min(loaded.tokenizer.vocab_size, loaded.config.vocab_size)
         self._mixed: tuple[tuple[LoadedAdapter, ...], list[dict[str, list[AdapterPair]]]] = ((), [])
-        self.steps = ReplayedSteps(self.model, self._caches, self.pages, self._sampled_vocabulary)
+        self.steps = ReplayedSteps(
+            self.model, self._caches, self.pages, self._sampled_vocabulary, step_tokens
+        )
 
     @property
     def bit_exact(self) -> bool:
@@ -103,28 +109,37 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]
     ) -> tuple[Tensor, list[int]] | None:
         """Logits and best tokens of the rows by one C call, if the step is such that it can be."""
-        if not self.steps.active:
+        if any(reads(chunk.sequence) for chunk in chunks):
             return None
-        if any(chunk.sequence.adapter is not None or reads(chunk.sequence) for chunk in chunks):
+        parts = self._parts(chunks, cache)
+        return None if parts is None else self.steps.run(parts, rows)
+
+    def _parts(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Part] | None:
+        """The step as it is replayed, if it can be."""
+        if not self.steps.active or any(chunk.sequence.adapter is not None for chunk in chunks):
             return None
-        parts = [Part(chunk.ids, chunk.start, cache.table(chunk.sequence.number)) for chunk in chunks]
-        return self.steps.run(parts, rows)
+        return [Part(chunk.ids, chunk.start, cache.table(chunk.sequence.number)) for chunk in chunks]
+
+    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+        """Hidden rows of all tokens: by one C call, or op by op."""
+        tokens = sum(chunk.count for chunk in chunks)
+        parts = self._parts(chunks, cache) if MOST_ROWS < tokens <= self.steps.most else None
+        x_TH = None if parts is None else self.steps.hidden(parts)
+        return self.model.hidden(*self._fill(chunks, cache)) if x_TH is None else x_TH
 
     def _forward(
         self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]
     ) -> tuple[Tensor | None, list[Result]]:
-        """Logits of the rows, if any, and what is read from the prompts' hidden rows, op by op."""
-        ids_T, batch = self._fill(chunks, cache)
+        """Logits of the rows, if any, and what is read from the prompts' hidden rows."""
+        x_TH = self._hidden(chunks, cache)
         read = [NOTHING] * len(chunks)
         if any(reads(chunk.sequence) for chunk in chunks):
-            x_TH = self.model.hidden(ids_T, batch)
-            parts = torch.split(x_TH, [chunk.count for chunk in chunks])
-            read = [self._read(chunk, x_PH) for chunk, x_PH in zip(chunks, parts, strict=True)]
-            return (self.model.logits(x_TH[rows]) if rows else None), read
+            pieces = torch.split(x_TH, [chunk.count for chunk in chunks])
+            read = [self._read(chunk, x_PH) for chunk, x_PH in zip(chunks, pieces, strict=True)]
         if not rows:
-            self.model.hidden(ids_T, batch)
             return None, read
-        return self.model(ids_T, batch, None if len(rows) == len(ids_T) else torch.tensor(rows)), read
+        x_RH = x_TH if len(rows) == len(x_TH) else self.model.ops.embedding(torch.tensor(rows), x_TH)
+        return self.model.logits(x_RH), read
 
     def _fill(self, chunks: Sequence[Chunk], cache: KVCache) -> tuple[Tensor, Batch]:
         tables = [cache.table(chunk.sequence.number) for chunk in chunks]
