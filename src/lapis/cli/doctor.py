@@ -18,6 +18,7 @@ from lapis.cli.output import json_option, print_json, print_table, say
 EXTRAS = {
     "html": ("resiliparse", "reading HTML and WARC"),
     "console": ("nicegui", "the console in the browser"),
+    "gpu": ("triton", "kernels for NVIDIA GPUs, not yet tried on one"),
     "postgres": ("psycopg", "PostgreSQL as the database"),
 }
 LOW_DISK = 5e9  # bytes below which a checkpointed run gets tight
@@ -107,7 +108,9 @@ def _torch() -> Check:
 
 def _gpu() -> Check:
     if shutil.which("nvidia-smi"):
-        return Check("gpu", "optional", "an NVIDIA driver; this version of Lapis runs on the CPU")
+        return Check(
+            "gpu", "optional", "an NVIDIA driver; used where torch sees the GPU and Triton is installed"
+        )
     return Check("gpu", "optional", "none; Lapis runs on the CPU")
 
 

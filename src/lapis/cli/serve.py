@@ -14,7 +14,7 @@ from lapis.home import Home
 
 if TYPE_CHECKING:
     from lapis.inference.engine import CacheDtype, Weights
-    from lapis.server import RunningServer
+    from lapis.server import Load, RunningServer
 
 
 @click.command("serve")
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     help="Keys and values in int8 take half the memory, and are read faster in long contexts; answers may differ.",
 )
 @click.option(
+    "--engine",
+    type=click.Choice(["lapis", "vllm"]),
+    default="lapis",
+    show_default=True,
+    help="vllm: an installed vLLM computes, for models that it knows; answers are then not those of training.",
+)
+@click.option(
     "--memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB",
@@ -49,6 +56,7 @@ def command(
     port: int,
     weights: Weights | None,
     kv_cache: CacheDtype,
+    engine: str,
     memory: float | None,
     no_console: bool,
 ) -> None:
@@ -66,13 +74,25 @@ def command(
     from lapis.inference.engine import LocalEngine
     from lapis.server import serve
 
-    load = partial(LocalEngine.load, weights=weights, cache_dtype=kv_cache)
+    load: Load = partial(LocalEngine.load, weights=weights, cache_dtype=kv_cache)
+    if engine == "vllm":
+        load = _vllm_load(weights, kv_cache)
     budget = MemoryBudget(
         int(SHARE * machine_memory() if memory is None else memory * 1e9),
         lambda servable: _bytes(servable.folder, weights, kv_cache),
     )
     console = not no_console
     serve(Home.default(), models, host, port, console=console, ready=_announce, load=load, memory=budget)
+
+
+def _vllm_load(weights: Weights | None, kv_cache: CacheDtype) -> Load:
+    """Raises UnavailableError without vLLM, ConfigError for options that are the other engine's."""
+    from lapis.inference.vllm import VllmEngine, require_vllm
+
+    if weights is not None or kv_cache != "bf16":
+        raise ConfigError("--weights and --kv-cache are options of Lapis's own engine, not of --engine vllm.")
+    require_vllm()
+    return VllmEngine.load
 
 
 def _bytes(folder: Path, weights: Weights | None, kv_cache: CacheDtype) -> int:
