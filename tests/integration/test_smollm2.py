@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import pytest
@@ -29,9 +30,10 @@ from torch import Tensor
 from lapis.errors import LapisError
 from lapis.home import Home
 from lapis.kernels.batch import Batch, packed
+from lapis.kernels.quantized import Kind
 from lapis.kernels.stock import StockOps
 from lapis.model.catalogue import CATALOGUE
-from lapis.model.families import Llama
+from lapis.model.families import Decoder, Llama
 from lapis.model.pull import pull
 from lapis.model.store import ModelStore
 from lapis.model.weights import LoadedModel, read_model
@@ -43,6 +45,7 @@ transformers = pytest.importorskip(
 NAME = "smollm2-135m-instruct"
 TOKENS = 32
 NEAR_TIE = 0.15
+KINDS: dict[Kind, float] = {"int8": 0.01, "int4": 0.03}  # how much higher the perplexity may be
 CLEAR = (  # every token of the reference's answer leads by more than NEAR_TIE
     "How do plants make food?",
     "Name the four seasons.",
@@ -256,3 +259,31 @@ def test_texts_have_the_ids_of_byte_pair_encoding_written_out(folder: Path, load
                     parts[at : at + 2] = ["".join(parts[at : at + 2])]
                 ids += [model["vocab"][part] for part in parts]
         assert loaded.tokenizer.encode(text) == ids, text
+
+
+@torch.inference_mode()
+def losses(model: Decoder, windows_WT: Tensor) -> Tensor:
+    """Negative log probabilities (W, T - 1) of every token after the first of a window."""
+    rows = []
+    for ids_T in windows_WT:
+        hidden_TH = model.hidden(ids_T, packed([len(ids_T)]))
+        rows.append(-model.ops.linear_logprobs(hidden_TH[:-1].contiguous(), model.head_weight, ids_T[1:]))
+    return torch.stack(rows).double()
+
+
+def test_weights_in_8_and_4_bits_cost_little_perplexity(folder: Path, loaded: LoadedModel) -> None:
+    """At most 1 % and 3 %, as far as 4,000 tokens can tell: a bound is passed by three standard errors, or kept.
+
+    The text is Python's own reference. Tokens are compared one by one with bf16, and the differences of a window count
+    as one. `benchmarks/quality.py` decides more closely, on as much text as it is given.
+    """
+    ids = loaded.tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
+    windows_WT = torch.tensor(ids[: 32 * 128]).view(32, 128)
+    plain_WT = losses(loaded.model, windows_WT)
+    for kind, bound in KINDS.items():
+        model = read_model(folder).model
+        model.quantize(kind)
+        lost_W = (losses(model, windows_WT) - plain_WT).mean(1)
+        error = float(lost_W.std()) / len(lost_W) ** 0.5
+        assert error < 0.005, "the text is too short to tell"
+        assert float(lost_W.mean().expm1()) < bound + 3 * error, kind
