@@ -98,6 +98,8 @@ def test_row_ops_keep_the_contract(ops: cpu.CpuOps) -> None:
     assert torch.equal(ops.silu_mul(x), reference.silu_mul(x))
     assert torch.equal(ops.gelu(x), reference.gelu(x))
     assert torch.equal(ops.embedding(torch.tensor([2, 0]), x), x[[2, 0]])
+    places = torch.tensor([1, 8], dtype=torch.int32)
+    assert torch.equal(ops.embedding(torch.tensor([2, 0]), x, (places, 3 * x)), x[[2, 0]] + (3 * x)[[1, 8]])
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -15,8 +15,8 @@ from lapis.kernels.batch import PAGE, Batch, packed
 from lapis.kernels.cpu import CpuOps, load
 from lapis.kernels.replay import Replay, Unrecordable
 from lapis.kernels.stock import StockOps
-from lapis.model.families import Llama
-from tests.small_models import config
+from lapis.model.families import Llama, build
+from tests.small_models import config, families
 
 CONFIG = config()
 pytestmark = pytest.mark.skipif(not variants.status().bit_exact, reason="no compiled kernels here")
@@ -32,8 +32,9 @@ def run(replay: Replay, forward: Callable[[], Tensor], rows: int = 4) -> Tensor:
         return replay.run("step", rows, lambda: (forward(),))[0]
 
 
-def test_a_decode_step_of_a_model_has_the_bits_of_its_forward(ops: CpuOps) -> None:
-    model = Llama(CONFIG, ops).eval()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_decode_step_of_a_model_has_the_bits_of_its_forward(ops: CpuOps, name: str) -> None:
+    model = build(families()[name], ops).eval()
     model.init_weights(3)
     rows, pages = 5, 4
     table = torch.randperm(rows * pages).view(rows, pages).to(torch.int32)

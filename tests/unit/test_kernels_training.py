@@ -81,6 +81,12 @@ def test_gradients_of_row_ops(ops: Ops) -> None:
     check_gradients(ops.gelu, lambda x: F.gelu(x, approximate="tanh"), x, cosine=0.999)
     ids = torch.randint(0, 40, (200,))
     check_gradients(lambda w: ops.embedding(ids, w), lambda w: F.embedding(ids, w), rows(50, 64))
+    places = torch.randint(0, 30, (200,), dtype=torch.int32)
+    check_gradients(
+        lambda w, p: ops.embedding(ids, w, (places, p)),
+        lambda w, p: F.embedding(ids, w) + F.embedding(places.long(), p),
+        *(rows(50, 64), rows(30, 64)),
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -99,6 +99,31 @@ EXPORT void lapis_gather(const char *table, int64_t count, const int64_t *index,
     lapis_gather_team(table, count, index, y, rows, bytes);
 }
 
+// Sums of a row of one table and a row of another, rounded once; NaN where one of them is not there.
+EXPORT void lapis_gather_add_team(const bf16 *table, int64_t count, const int64_t *index, const bf16 *other,
+                                  int64_t others, const int32_t *place, bf16 *y, int64_t rows, int64_t width) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        bf16 *out = y + row * width;
+        if (index[row] < 0 || index[row] >= count || place[row] < 0 || place[row] >= others) {
+            memset(out, 0xff, (size_t)width * 2);
+            continue;
+        }
+        const bf16 *a = table + index[row] * width, *b = other + place[row] * width;
+        for (int64_t i = 0; i < width; i += LANES) store_bf16(out + i, load_bf16(a + i) + load_bf16(b + i));
+    }
+}
+
+EXPORT void lapis_gather_add(const bf16 *table, int64_t count, const int64_t *index, const bf16 *other,
+                             int64_t others, const int32_t *place, bf16 *y, int64_t rows, int64_t width) {
+#pragma omp parallel if (rows > 64)
+    {
+        const uint64_t mode = flush_subnormals();
+        lapis_gather_add_team(table, count, index, other, others, place, y, rows, width);
+        restore_mode(mode);
+    }
+}
+
 // Log softmax at ids: 0 where the id is -1, NaN where it is beyond the row.
 EXPORT void lapis_logprobs(const float *logits, int64_t rows, int64_t width, const int64_t *ids, float *logprobs) {
 #pragma omp parallel if (rows > 1)

@@ -53,10 +53,14 @@ class CpuOps:
         """Pages in the layout of the kernels; what lies in them before they are written does not matter."""
         return self.kernels.new_cache(pages, kv_heads, head_size, int8)
 
-    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
-        """Rows of the table."""
-        if torch.is_grad_enabled() and w_VH.requires_grad:
-            return cast(Tensor, _Embedding.apply(self.kernels, ids_T, w_VH))  # type: ignore[no-untyped-call]
+    def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rows of the table, and of the second one."""
+        place_T, other_PH = (None, None) if add is None else add
+        if torch.is_grad_enabled() and (w_VH.requires_grad or _wants_grad(other_PH)):
+            apply = _Embedding.apply
+            return cast(Tensor, apply(self.kernels, ids_T, w_VH, place_T, other_PH))  # type: ignore[no-untyped-call]
+        if place_T is not None and other_PH is not None:
+            return self.kernels.gather_add(ids_T.contiguous(), w_VH, place_T.contiguous(), other_PH)
         return self.kernels.gather(ids_T.contiguous(), w_VH)
 
     def linear(
@@ -256,17 +260,30 @@ class CpuOps:
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, ids_T: Tensor, w_VH: Tensor) -> Tensor:
-        ctx.kernels, ctx.weight = kernels, w_VH
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        ids_T: Tensor,
+        w_VH: Tensor,
+        place_T: Tensor | None,
+        other_PH: Tensor | None,
+    ) -> Tensor:
+        ctx.kernels, ctx.weight, ctx.other, ctx.place_T = kernels, w_VH, other_PH, place_T
         ctx.save_for_backward(ids_T.contiguous())
-        return w_VH.index_select(0, ids_T)
+        if place_T is None or other_PH is None:
+            return w_VH.index_select(0, ids_T)
+        return kernels.gather_add(ids_T.contiguous(), w_VH, place_T.contiguous(), other_PH)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (ids_T,) = ctx.saved_tensors
-        dw_VH, returned = gradient_buffer(ctx.weight)
-        ctx.kernels.embedding_backward(ids_T, grads[0].contiguous(), dw_VH)
-        return None, None, returned
+        (ids_T,), g_TH, returned, other = ctx.saved_tensors, grads[0].contiguous(), None, None
+        if ctx.needs_input_grad[2]:
+            dw_VH, returned = gradient_buffer(ctx.weight)
+            ctx.kernels.embedding_backward(ids_T, g_TH, dw_VH)
+        if ctx.needs_input_grad[4]:
+            dother_PH, other = gradient_buffer(ctx.other)
+            ctx.kernels.embedding_backward(ctx.place_T.long(), g_TH, dother_PH)
+        return None, None, returned, None, other
 
 
 class _Linear(torch.autograd.Function):

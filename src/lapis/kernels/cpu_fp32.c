@@ -292,3 +292,28 @@ EXPORT void lapis_weighted_sum_fp32(const float *z, const float *weights, const 
         restore_mode(mode);
     }
 }
+
+// As gather_add of cpu.c.
+EXPORT void lapis_gather_add_fp32_team(const float *table, int64_t count, const int64_t *index, const float *other,
+                                       int64_t others, const int32_t *place, float *y, int64_t rows, int64_t width) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        float *out = y + row * width;
+        if (index[row] < 0 || index[row] >= count || place[row] < 0 || place[row] >= others) {
+            memset(out, 0xff, (size_t)width * 4);
+            continue;
+        }
+        const float *a = table + index[row] * width, *b = other + place[row] * width;
+        for (int64_t i = 0; i < width; i += LANES) store(out + i, load(a + i) + load(b + i));
+    }
+}
+
+EXPORT void lapis_gather_add_fp32(const float *table, int64_t count, const int64_t *index, const float *other,
+                                  int64_t others, const int32_t *place, float *y, int64_t rows, int64_t width) {
+#pragma omp parallel if (rows > 64)
+    {
+        const uint64_t mode = flush_subnormals();
+        lapis_gather_add_fp32_team(table, count, index, other, others, place, y, rows, width);
+        restore_mode(mode);
+    }
+}

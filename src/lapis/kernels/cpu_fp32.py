@@ -26,6 +26,7 @@ class Fp32Kernels(Kernels):
 
     dtype = FP32
     _pack_name = "pack_fp32"
+    _gather_add_name = "gather_add_fp32"
 
     # ---- linear
 

@@ -52,6 +52,7 @@ class Kernels:
 
     dtype = BF16  # of rows and weights
     _pack_name = "pack"
+    _gather_add_name = "gather_add"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = bind(library)
@@ -194,6 +195,19 @@ class Kernels:
         row_bytes = table_CH.stride(0) * table_CH.element_size()
         pointers = (table_CH.data_ptr(), len(table_CH), index_R.data_ptr(), y_RH.data_ptr())
         self._c.gather(*pointers, index_R.numel(), row_bytes)
+        return y_RH
+
+    def gather_add(self, index_R: Tensor, table_CH: Tensor, place_R: Tensor, other_PH: Tensor) -> Tensor:
+        """Rows of a table plus rows of another by int32 places, rounded once; NaN where one is not there."""
+        assert (
+            index_R.dtype is torch.int64 and place_R.dtype is torch.int32 and index_R.shape == place_R.shape
+        )
+        assert table_CH.dtype is other_PH.dtype is self.dtype and table_CH.shape[1] == other_PH.shape[1]
+        assert all(tensor.is_contiguous() for tensor in (index_R, place_R, table_CH, other_PH))
+        y_RH = torch.empty(len(index_R), table_CH.shape[1], dtype=self.dtype)
+        first = (table_CH.data_ptr(), len(table_CH), index_R.data_ptr())
+        second = (other_PH.data_ptr(), len(other_PH), place_R.data_ptr())
+        getattr(self._c, self._gather_add_name)(*first, *second, y_RH.data_ptr(), *y_RH.shape)
         return y_RH
 
     def rms_norm(self, x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:

@@ -108,8 +108,11 @@ class Ops(Protocol):
     def new_cache(self, pages: int, kv_heads: int, head_size: int, *, int8: bool = False) -> LayerCache:
         """Empty pages for the keys and values of one layer, in bf16 or in int8 with a scale per token and head."""
 
-    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
-        """Rows of the table. The gradient sums equal ids in fp32, in the order of T."""
+    def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rows of the table, `add`ed to those of a second one at int32 places (T,), with one rounding.
+
+        The gradient of a table sums equal ids in fp32, in the order of T.
+        """
 
     def linear(
         self,

@@ -39,9 +39,10 @@ class StockOps:
         dtype = torch.int8 if int8 else self.dtype
         return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
-    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
-        """Rows of the table."""
-        return F.embedding(ids_T, w_VH)
+    def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rows of the table, and of the second one."""
+        y_TH = F.embedding(ids_T, w_VH)
+        return y_TH if add is None else y_TH + F.embedding(add[0].long(), add[1])
 
     def linear(
         self,

@@ -239,8 +239,7 @@ class GPT2(Decoder):
 
     def embedded(self, ids_T: Tensor, batch: Batch) -> Tensor:
         """Token and position vector of each row, added with one rounding."""
-        x_TH = self.ops.embedding(ids_T, self.embed)
-        return x_TH + self.ops.embedding(batch.position_T.long(), self.positions)
+        return self.ops.embedding(ids_T, self.embed, (batch.position_T, self.positions))
 
     def normed(self, x_TH: Tensor) -> Tensor:
         """The final layer norm."""
