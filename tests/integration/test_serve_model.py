@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from click.testing import CliRunner
@@ -91,6 +92,9 @@ def test_its_facts_are_listed(client: openai.OpenAI) -> None:
     assert facts["context"] == 256
     assert facts["kernels"]
     assert isinstance(facts["bit_exact"], bool)
+    metrics = httpx.get(str(client.base_url).removesuffix("/v1/") + "/metrics").text
+    for name in ("bit_exact", "replay"):
+        assert f'lapis_engine_{name}{{model="talker"}} {int(facts[name])}' in metrics
 
 
 def test_a_model_that_makes_room_leaves_no_memory_behind(home: Home) -> None:

@@ -2,7 +2,8 @@
 
 Prompts of random lengths go through one engine: in chunks, beside each other, over shared prefixes, preempted,
 with guessed tokens, greedy and sampled. Each text is then run through the forward of training, several packed
-into one batch with gradients on. No logprob may differ. Plain torch in the same test shows that it can fail.
+into one batch with gradients on. No logprob may differ, with low-rank adapters neither. Plain torch in the same
+test shows that it can fail. Weights in fewer bits have no training; there, serving alone is the judge.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lapis.inference.kv_cache import PAGE
 from lapis.inference.request import Output, Request, SamplingParams
 from lapis.kernels.batch import packed
 from lapis.kernels.stock import StockOps
+from lapis.model.adapters import Adapter, for_batch, read_adapter, write_adapter
 from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, build
 from lapis.model.manifest import Source
@@ -46,8 +48,8 @@ class Traffic:
     tokens: int
     longest: int
 
-    def requests(self, numbers: random.Random) -> list[Request]:
-        """Prompts short and long, some that begin alike, each read in its own way."""
+    def requests(self, numbers: random.Random, adapters: Sequence[str | None] = (None,)) -> list[Request]:
+        """Prompts short and long, some that begin alike, each read in its own way and by one of the adapters."""
         prefix = [numbers.randrange(3, VOCABULARY) for _ in range(self.longest // 2)]
         found: list[Request] = []
         while sum(len(request.prompt_ids) for request in found) < self.tokens:
@@ -65,7 +67,7 @@ class Traffic:
                 prompt_logprobs=numbers.choice([None, 0]),
                 stop_ids=frozenset(),
             )
-            found.append(Request(str(len(found)), prompt, params))
+            found.append(Request(str(len(found)), prompt, params, adapter=numbers.choice(adapters)))
         return found
 
 
@@ -85,13 +87,25 @@ def answers(engine: LocalEngine, requests: Sequence[Request]) -> list[Output]:
     return [stream.result() for stream in streams]
 
 
-def trained(model: Decoder, texts: Sequence[list[int]], packs: random.Random) -> list[list[float]]:
-    """Each text's logprobs by the forward of training, a few texts packed into each batch."""
+def trained(
+    model: Decoder,
+    texts: Sequence[list[int]],
+    packs: random.Random,
+    wanted: Sequence[int],
+    adapters: Sequence[Adapter],
+) -> list[list[float]]:
+    """Each text's logprobs by the forward of training with the adapter that it wants (-1: none), a few in a batch."""
     found: list[list[float]] = []
     while len(found) < len(texts):
-        some = texts[len(found) : len(found) + packs.randrange(1, 6)]
+        part = slice(len(found), len(found) + packs.randrange(1, 6))
+        some, counts = texts[part], torch.tensor([len(text) for text in texts[part]])
         ids_T = torch.tensor([token for text in some for token in text])
-        logits_TV = model(ids_T, packed([len(text) for text in some]))
+        batch = packed(counts.tolist())
+        if adapters:
+            adapter_T = torch.tensor(wanted[part], dtype=torch.int32).repeat_interleave(counts)
+            pairs = for_batch(adapters, model.config.layers)
+            batch = replace(batch, adapter_T=adapter_T, adapters=pairs)
+        logits_TV = model(ids_T, batch)
         assert logits_TV.requires_grad
         flat = model.ops.logprobs(logits_TV, ids_T.roll(-1)).tolist()
         for text in some:
@@ -100,20 +114,34 @@ def trained(model: Decoder, texts: Sequence[list[int]], packs: random.Random) ->
     return found
 
 
+def room(loaded: LoadedModel, traffic: Traffic) -> int:
+    """Bytes of a cache so small that some are preempted."""
+    return (traffic.longest // PAGE + 24) * PAGE * loaded.config.kv_bytes_per_token
+
+
 def differing(
-    loaded: LoadedModel, judge: Decoder, traffic: Traffic, options: dict[str, Any], seed: int
+    loaded: LoadedModel,
+    judge: Decoder,
+    traffic: Traffic,
+    options: dict[str, Any],
+    seed: int,
+    adapters: Sequence[Path] = (),
 ) -> tuple[int, int]:
     """How many of how many logprobs that were served are not those of training."""
     numbers = random.Random(seed)
-    requests = traffic.requests(numbers)
-    page_bytes = PAGE * loaded.config.kv_bytes_per_token
-    room = (traffic.longest // PAGE + 24) * page_bytes  # so little that some are preempted
-    with closing(LocalEngine(loaded, "tiny", cache_bytes=room, **options)) as engine:
+    requests = traffic.requests(numbers, [None, *(folder.name for folder in adapters)])
+    with closing(LocalEngine(loaded, "tiny", cache_bytes=room(loaded, traffic), **options)) as engine:
+        for folder in adapters:
+            engine.add_adapter(folder.name, folder)
         outputs = answers(engine, requests)
         assert engine.stats()["pages_used"] == 0
     texts = [[*r.prompt_ids, *o.token_ids] for r, o in zip(requests, outputs, strict=True)]
     wrong = count = 0
-    for request, output, logprobs in zip(requests, outputs, trained(judge, texts, numbers), strict=True):
+    names = [folder.name for folder in adapters]
+    wanted = [names.index(request.adapter) if request.adapter else -1 for request in requests]
+    read = [read_adapter(folder, loaded.config) for folder in adapters]
+    expected_logprobs = trained(judge, texts, numbers, wanted, read)
+    for request, output, logprobs in zip(requests, outputs, expected_logprobs, strict=True):
         assert output.completion_tokens == request.params.max_tokens
         prompt = len(request.prompt_ids)
         served = [token.logprob for token in (*output.prompt_logprobs, *output.logprobs)]
@@ -139,6 +167,35 @@ def test_no_logprob_differs(tmp_path: Path, name: str) -> None:
         wrong, count = differing(loaded, loaded.model, SHORT, options, seed)
         assert count > 200
         assert wrong == 0, f"{wrong} of {count} logprobs differ"
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe", "gpt2"])
+def test_no_logprob_differs_with_adapters(tmp_path: Path, name: str) -> None:
+    shape = FAMILIES[name]
+    loaded, folders = exact(tmp_path / "model", shape), [tmp_path / "one", tmp_path / "two"]
+    for seed, folder in enumerate(folders):
+        write_adapter(folder, shape, small_models.random_adapter(shape, seed), "model")
+    for seed, options in enumerate(ENGINES[:2]):
+        wrong, count = differing(loaded, loaded.model, SHORT, options, seed, folders)
+        assert count > 200
+        assert wrong == 0, f"{wrong} of {count} logprobs differ"
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_in_fewer_bits_answer_alone_as_in_any_batch(
+    tmp_path: Path, name: str, weights: Literal["int8", "int4"]
+) -> None:
+    loaded = exact(tmp_path / "model", FAMILIES[name])
+    requests = SHORT.requests(random.Random(7))
+    options = {"cache_bytes": room(loaded, SHORT), "weights": weights}
+    with closing(LocalEngine(loaded, "tiny", **ENGINES[1], **options)) as engine:
+        together = answers(engine, requests)
+    with closing(LocalEngine(loaded, "tiny", **ENGINES[0], **options)) as engine:
+        alone = [engine.submit(request).result() for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+        assert one.prompt_logprobs == other.prompt_logprobs
 
 
 @pytest.mark.long

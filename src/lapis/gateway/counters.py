@@ -22,6 +22,11 @@ GAUGES = frozenset(
         "uptime_seconds",
     }
 )
+# What an engine is, 1 or 0: slower or less exact than it could be where it is 0.
+FACTS = {
+    "bit_exact": "Whether answers are those of the trained model, bit for bit.",
+    "replay": "Whether small steps are replayed by one call.",
+}
 
 
 class Counters:
@@ -75,6 +80,7 @@ class Counters:
             for model, histogram in sorted(histograms.items()):
                 yield from histogram.lines(name, f'model="{_label(model)}"')
         yield from _engine_lines(engines)
+        yield from _fact_lines(engines)
 
     def _request_lines(self) -> Iterator[str]:
         requests = sorted(self.requests.items())
@@ -96,6 +102,15 @@ def _engine_lines(engines: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
         for model, stats in sorted(engines.items()):
             if _is_number(stats.get(name)):
                 yield f'{shown}{{model="{_label(model)}"}} {stats[name]}'
+
+
+def _fact_lines(engines: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    for name, text in FACTS.items():
+        told = {model: stats[name] for model, stats in sorted(engines.items()) if name in stats}
+        if told:
+            yield from _head(f"lapis_engine_{name}", "gauge", text)
+        for model, value in told.items():
+            yield f'lapis_engine_{name}{{model="{_label(model)}"}} {int(bool(value))}'
 
 
 def _is_number(value: object) -> bool:

@@ -171,7 +171,12 @@ class LocalEngine(EngineLoop):
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""
-        facts = {"kernels": self.kernels, "bit_exact": self.bit_exact, "replay": self._replayed.active}
+        facts = {
+            "kernels": self.kernels,
+            "bit_exact": self.bit_exact,
+            "replay": self._replayed.active,
+            "replay_refused": self._replayed.reason,
+        }
         return {**super().stats(), **facts, **self._stored}
 
 

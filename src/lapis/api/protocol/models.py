@@ -22,6 +22,7 @@ class ModelObject(BaseModel):
     context: int | None
     bit_exact: bool | None
     kernels: str | None
+    replay: bool | None  # small steps are repeated by one call, not computed op by op
     weights: str | None  # "bf16", "fp32", or the bits that they are kept in
     cache_dtype: str | None  # of keys and values
 

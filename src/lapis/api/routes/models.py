@@ -42,6 +42,7 @@ def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
         context=engine.context if engine else None,
         bit_exact=engine.bit_exact if engine else None,
         kernels=facts.get("kernels"),
+        replay=facts.get("replay"),
         weights=facts.get("weights"),
         cache_dtype=facts.get("cache_dtype"),
     )
