@@ -59,9 +59,10 @@ class TritonOps:
         shape = (pages, kv_heads, PAGE, head_size)
         return LayerCache(*(torch.empty(shape, dtype=BF16, device=self.device) for _ in range(2)))
 
-    def embedding(self, ids_T: Tensor, w_VH: Tensor) -> Tensor:
-        """Rows of the table."""
-        return _run(launch.gather, F.embedding, ids_T.to(self.device), w_VH)
+    def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rows of the table, and of the second one."""
+        y_TH = _run(launch.gather, F.embedding, ids_T.to(self.device), w_VH)
+        return y_TH if add is None else y_TH + self.embedding(add[0].long(), add[1])
 
     def linear(
         self,
