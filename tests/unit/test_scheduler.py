@@ -203,20 +203,6 @@ def test_urgent_work_displaces_the_rest_which_then_goes_on() -> None:
     assert {len(sequence.ids) for sequence in batch} == {30}
 
 
-def test_a_weight_is_a_larger_share() -> None:
-    work = Scheduler(
-        KVCache(64), step_tokens=32, max_running=4, max_queued_tokens=10**6, weights={"heavy": 3}
-    )
-    for kind in range(60):
-        add(work, 30, max_tokens=20, tenant="heavy", kind=kind)
-        add(work, 30, max_tokens=20, tenant="light", kind=kind)
-    served: Counter[str] = Counter()
-    for _ in range(300):
-        for chunk in run(work).chunks:
-            served[chunk.sequence.request.tenant] += chunk.count
-    assert 2.3 < served["heavy"] / served["light"] < 3.7
-
-
 def test_prompts_of_several_tenants_share_a_step_by_turns() -> None:
     work = scheduler(step_tokens=64)
     for kind in (1, 2, 3):

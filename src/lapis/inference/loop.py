@@ -10,8 +10,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.errors import LapisError, NotFoundError, UnavailableError, nearest
@@ -68,7 +68,6 @@ class Limits:
     queued: int = 1024  # requests that wait
     drafts: int = 0  # tokens that speculation may guess ahead for one request; 0 for none
     draft_rows: int = 8  # rows that a step with guesses has at most
-    weights: Mapping[str, int] = field(default_factory=dict)  # tenants whose share is not 1
 
 
 @dataclass
@@ -390,5 +389,4 @@ class EngineLoop:
             max_queued=limits.queued,
             max_drafts=limits.drafts,
             draft_rows=limits.draft_rows,
-            weights=limits.weights,
         )

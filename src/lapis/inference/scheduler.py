@@ -11,7 +11,6 @@ a younger one, and the least served tenant never for another, so everyone finish
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 PROMPT_WEIGHT = 1  # a generated token costs about as much as two prompt tokens (section 4 of the VTC paper)
 OUTPUT_WEIGHT = 2
-UNIT = 5040  # of the counters, so that small weights divide it
 LEAD_STEPS = 2  # a tenant may be ahead by so many full steps before another takes its places
 LOOK = 16  # sequences of a tenant's queue that are looked at for one that can run now
 
@@ -113,9 +111,8 @@ class Step:
 
 @dataclass
 class Tenant:
-    """A tenant's waiting sequences, urgent and old ones first, and its virtual token counter in UNITs."""
+    """A tenant's waiting sequences, urgent and old ones first, and its virtual token counter."""
 
-    weight: int = 1  # its share, relative to others
     waiting: list[Sequence] = field(default_factory=list)
     counter: int = 0
 
@@ -124,7 +121,7 @@ class Scheduler:
     """The waiting and the running sequences. Calls alternate: schedule, then commit what was computed.
 
     `max_drafts` is how many tokens a sequence may guess ahead in one step, `draft_rows` the rows that a step
-    with guesses has at most. `weights` gives some tenants a larger share than 1.
+    with guesses has at most.
     """
 
     def __init__(
@@ -137,7 +134,6 @@ class Scheduler:
         max_queued: int = 1 << 30,
         max_drafts: int = 0,
         draft_rows: int = 0,
-        weights: Mapping[str, int] | None = None,
     ) -> None:
         assert 0 < max_running <= step_tokens  # every running sequence gets its token in every step
         self.cache = cache
@@ -153,7 +149,6 @@ class Scheduler:
         self.drafted = 0
         self.accepted = 0
         self.running: list[Sequence] = []  # in order of arrival
-        self._weights = dict(weights or {})
         self._tenants: dict[str, Tenant] = {}
         self._chunks: dict[Sequence, Chunk] = {}  # of the step that is being put together
         self._arrivals = 0
@@ -363,7 +358,7 @@ class Scheduler:
                 return False
             lead = self._tenant(other).counter - own
             newcomer = sequence.request.tenant not in places
-            return lead > LEAD_STEPS * self.step_tokens * UNIT or (
+            return lead > LEAD_STEPS * self.step_tokens or (
                 newcomer and lead >= 0 and places[other.request.tenant] > 1
             )
 
@@ -426,7 +421,7 @@ class Scheduler:
         prompt = max(0, min(done, sequence.prompt_tokens) - sequence.charged)
         output = done - sequence.charged - prompt
         tenant = self._tenant(sequence)
-        tenant.counter += UNIT * (PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * output) // tenant.weight
+        tenant.counter += PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * output
         sequence.charged = done
 
     def _tenant(self, sequence: Sequence) -> Tenant:
@@ -440,7 +435,7 @@ class Scheduler:
         return min((self._tenants[name].counter for name in busy), default=0)
 
     def _activate(self, name: str) -> Tenant:
-        tenant = self._tenants.setdefault(name, Tenant(self._weights.get(name, 1)))
+        tenant = self._tenants.setdefault(name, Tenant())
         busy = self._busy()
         if name not in busy:
             # A tenant that comes back has saved up no credit: it starts level with the least served one.
