@@ -109,6 +109,40 @@ def test_bytes_of_a_weight() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_experts_keep_the_contract(ops: cpu.CpuOps, kind: Kind) -> None:
+    """Stacks of a width that fills no tiles, rows that few or many others share an expert with, unused experts."""
+    x, residual = rows(70, 80), rows(70, 80)
+    gate_up = quantize(rows(5, 96, 80, scale=0.2), kind)
+    down = quantize(rows(5, 80, 48, scale=0.2), kind)
+    logits = torch.randn(70, 5)
+    logits[:, 3] += 3  # a favourite
+    logits[:, 1] -= 20
+    expert, weight = ops.route(logits, 2, True)
+    want = reference_products.experts(x, expert, weight, gate_up, down, residual)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for part in (slice(0, 70), slice(0, 1), slice(5, 14), slice(20, 60)):
+            inputs = (x[part], expert[part], weight[part], gate_up, down, residual[part])
+            assert torch.equal(ops.experts(*inputs), want[part])
+    torch.set_num_threads(before)
+    near = StockOps().experts(x, expert, weight, gate_up, down, residual)
+    assert ((near - want).float().norm() / want.float().norm()).item() < 0.02
+
+
+def test_a_stack_holds_the_weights_it_was_made_of() -> None:
+    w = rows(3, 40, 70)
+    for kind in KINDS:
+        stack = quantize(w, kind)
+        assert stack.dequantize().shape == w.shape
+        for index in range(3):
+            alone = quantize(w[index], kind)
+            assert torch.equal(stack.part(index).values, alone.values)
+            assert torch.equal(stack.dequantize()[index], alone.dequantize())
+
+
+@compiled
 def test_quantised_products_have_no_gradient() -> None:
     x, w = rows(2, 64).requires_grad_(), quantize(rows(32, 64), "int8")
     assert isinstance(w, Quantized)

@@ -32,14 +32,16 @@ def test_a_quantised_model_is_smaller_and_close(name: str, kind: Kind) -> None:
     ids = torch.randint(0, 300, (70,), generator=torch.Generator().manual_seed(2))
     plain, before = model(ids, packed([70])), model.weight_bytes
     assert before == FAMILIES[name].weight_bytes
-    kept = model.embed.nbytes + sum(w.nbytes for w in model.parameters() if w.ndim == 3)  # experts stay
+    kept = model.embed.nbytes
     model.quantize(kind)
     assert "layers.0.qkv" not in model.state_dict()
     head = 0.55 * model.embed.nbytes  # int8, beside the embedding
     assert model.weight_bytes < kept + head + (before - kept) * {"int8": 0.6, "int4": 0.4}[kind]
     logits = model(ids, packed([70]))
-    error = (logits - plain).square().mean().sqrt() / plain.std()
-    assert error < {"int8": 0.05, "int4": 0.35}[kind]
+    error_T = (logits - plain).square().mean(1).sqrt() / plain.std()
+    # the median: where two experts are nearly as likely, a row may choose the other one
+    assert error_T.median() < {"int8": 0.045, "int4": 0.35}[kind]
+    assert error_T.max() < {"int8": 0.5, "int4": 1.0}[kind]
     if model.ops.bit_exact:
         assert torch.equal(serve(model, ids.tolist(), [33, 1, 36], [3, 0, 2], model.new_caches(4)), logits)
     scores = model.ops.linear_logprobs(model.hidden(ids, packed([70]))[:-1], model.head_weight, ids[1:])

@@ -94,13 +94,14 @@ class CpuOps:
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """The rows of an expert in one product; the weighted sum in the order of A, the residual last."""
         inputs = (x_TH, expert_TA, weight_TA, gate_up_ENH, down_EHF, residual_TH)
-        if torch.is_grad_enabled() and any(map(_wants_grad, inputs)):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            assert isinstance(gate_up_ENH, Tensor), NO_GRADIENT
             return cast(Tensor, Experts.apply(self.groups, *inputs))  # type: ignore[no-untyped-call]
         return self.groups.experts(*inputs)
 

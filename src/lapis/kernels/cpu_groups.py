@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapis.kernels.batch import AdapterPair
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, gradient_buffer, weight_version
+from lapis.kernels.quantized import GROUP, Quantized
 from lapis.kernels.stock_groups import chosen
 
 MOST_EXPERTS = 1024  # as in cpu_experts.c
@@ -42,8 +43,8 @@ class Groups:
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """Gate and up, silu · mul and down of each token's experts, their weighted sum and the residual."""
@@ -51,9 +52,9 @@ class Groups:
         assert weight_TA.dtype is FP32 and weight_TA.is_contiguous() and residual_TH.is_contiguous()
         (tokens, top), width = expert_TA.shape, x_TH.shape[1]
         group_R = expert_TA.view(-1)
-        h_RN = self._grouped(x_TH, top, group_R, self._stack(gate_up_ENH), gate_up_ENH.shape[1])
+        h_RN = self._by_expert(x_TH, top, group_R, gate_up_ENH, fp32=False)
         s_RF = self.kernels.silu_mul(h_RN)
-        z_RH = self._grouped(s_RF, 1, group_R, self._stack(down_EHF), width, fp32=True)
+        z_RH = self._by_expert(s_RF, 1, group_R, down_EHF, fp32=True)
         y_TH = torch.empty_like(residual_TH)
         pointers = (tensor.data_ptr() for tensor in (z_RH, weight_TA, residual_TH, y_TH))
         self.kernels._c.weighted_sum(*pointers, tokens, top, width)
@@ -84,6 +85,34 @@ class Groups:
     def slices(self, w_ENK: Tensor) -> list[Tensor]:
         """The weights of a stack one by one: always the same tensors, so that their packed copies are kept."""
         return self._stack(w_ENK).slices
+
+    def _by_expert(
+        self, x_TK: Tensor, shared: int, group_R: Tensor, w_ENK: Tensor | Quantized, *, fp32: bool
+    ) -> Tensor:
+        if isinstance(w_ENK, Tensor):
+            return self._grouped(x_TK, shared, group_R, self._stack(w_ENK), w_ENK.shape[1], fp32=fp32)
+        (groups, columns, inner), rows = w_ENK.shape, len(group_R)
+        assert x_TK.dtype is BF16 and x_TK.is_contiguous() and x_TK.shape == (rows // shared, inner)
+        y_RN = torch.empty(rows, columns, dtype=FP32 if fp32 else BF16)
+        work = torch.empty(
+            8 * (groups + 2) + rows * (8 + -(-inner // GROUP) * (GROUP + 8)), dtype=torch.uint8
+        )
+        minimums = None if w_ENK.minimums is None else w_ENK.minimums.data_ptr()
+        weights = (w_ENK.values.data_ptr(), w_ENK.scales.data_ptr(), minimums)
+        self.kernels._c.linear_quantized_stack(
+            x_TK.data_ptr(),
+            rows,
+            shared,
+            inner,
+            group_R.data_ptr(),
+            groups,
+            *weights,
+            columns,
+            y_RN.data_ptr(),
+            fp32,
+            work.data_ptr(),
+        )
+        return y_RN
 
     def _grouped(
         self,
@@ -163,12 +192,15 @@ class Fp32Groups(Groups):
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """Gate and up, silu · mul and down of each token's experts, their weighted sum and the residual."""
         assert weight_TA.dtype is residual_TH.dtype is FP32
+        assert isinstance(gate_up_ENH, Tensor) and isinstance(down_EHF, Tensor), (
+            "no fp32 rows with 8 or 4 bits"
+        )
         assert weight_TA.is_contiguous() and residual_TH.is_contiguous()
         (tokens, top), width = expert_TA.shape, x_TH.shape[1]
         z_TAH, kernels = torch.empty(tokens, top, width), self.kernels

@@ -14,6 +14,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pack": (None, [_P, _P, _I, _I]),
     "linear": (None, [_P, _I, _I, _P, _I, _P, _P, _P, c_int]),
     "linear_quantized": (None, [_P, _I, _I, _P, _P, _P, _I, _P, _P, _P, c_int, _P]),
+    "linear_quantized_stack": (None, [_P, _I, _I, _I, _P, _I, _P, _P, _P, _I, _P, c_int, _P]),
     "linear_grouped": (None, [_P, _I, _I, _I, _P, _P, _I, _I, _P, _P, c_int, _P]),
     "route": (None, [_P, _I, _I, _I, c_int, _P, _P]),
     "weighted_sum": (None, [_P, _P, _P, _P, _I, _I, _I]),

@@ -210,25 +210,17 @@ static struct grouped place_groups(char *work, const struct weight *weights, int
     return op;
 }
 
-// Counting sort by group, then segments of at most a block of rows. Returns how many.
+// Sorts rows by group, then makes segments of at most a block of rows. Returns how many.
 static int64_t sort_rows(const struct grouped *op, const int32_t *group) {
-    int64_t segments = 0, tiles = 0, *next = op->starts;
-    memset(next, 0, (size_t)(op->groups + 1) * 8);
-    for (int64_t row = 0; row < op->rows; row++)
-        if (group[row] >= 0) next[group[row] + 1]++;
+    int64_t segments = 0, tiles = 0;
+    sort_by_group(group, op->rows, op->groups, op->starts, op->order);
     for (int64_t g = 0; g < op->groups; g++) {
-        const int64_t block = rows_of_block(op->weights[g].K);
-        for (int64_t first = 0; first < next[g + 1]; first += block) {
-            const int64_t rows = next[g + 1] - first < block ? next[g + 1] - first : block;
+        const int64_t block = rows_of_block(op->weights[g].K), end = op->starts[g + 1];
+        for (int64_t first = op->starts[g]; first < end; first += block) {
             tiles += (op->weights[g].N + COLUMNS - 1) / COLUMNS;
-            op->segment[segments++] = (struct segment){g, next[g] + first, rows, tiles};
+            op->segment[segments++] = (struct segment){g, first, end - first < block ? end - first : block, tiles};
         }
-        next[g + 1] += next[g];
     }
-    for (int64_t row = 0; row < op->rows; row++)
-        if (group[row] >= 0) op->order[next[group[row]]++] = (int32_t)row;
-    for (int64_t g = op->groups; g > 0; g--) next[g] = next[g - 1];
-    next[0] = 0;
     return segments;
 }
 

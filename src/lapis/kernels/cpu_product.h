@@ -51,6 +51,18 @@ INLINE void claim_output(const int rows, const struct output *out, int64_t row, 
     }
 }
 
+// Counting sort of rows by their group, -1 for none: the first sorted row of each of `groups` + 1, the row that each one was.
+INLINE void sort_by_group(const int32_t *group, int64_t rows, int64_t groups, int64_t *starts, int32_t *order) {
+    memset(starts, 0, (size_t)(groups + 1) * 8);
+    for (int64_t row = 0; row < rows; row++)
+        if (group[row] >= 0) starts[group[row] + 1]++;
+    for (int64_t g = 0; g < groups; g++) starts[g + 1] += starts[g];
+    for (int64_t row = 0; row < rows; row++)
+        if (group[row] >= 0) order[starts[group[row]]++] = (int32_t)row;
+    for (int64_t g = groups; g > 0; g--) starts[g] = starts[g - 1];
+    starts[0] = 0;
+}
+
 // Rows of the next register tile of at most `most`: a full one, or the rest in equal parts.
 INLINE int64_t tile_rows(int64_t left, int64_t most) {
     if (left <= most) return left;

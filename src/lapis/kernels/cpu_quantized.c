@@ -324,3 +324,87 @@ EXPORT void lapis_linear_quantized(const bf16 *x, int64_t rows, int64_t K, const
         restore_mode(mode);
     }
 }
+
+// ---- each row by the weight of its group out of a stack (experts)
+
+struct stack {
+    struct quantized all;  // inputs in sorted order, panels group by group
+    int64_t groups;
+    int64_t *starts;       // [groups + 1]: the first sorted row of each group
+    int32_t *order;        // the row that each sorted row was
+};
+
+static struct quantized member(const struct stack *op, int64_t group) {
+    struct quantized one = op->all;
+    const int64_t start = op->starts[group], inner = one.groups, tiles = (one.out.N + COLUMNS - 1) / COLUMNS;
+    const int64_t before = group * tiles * inner * COLUMNS;  // groups of 64 weights
+    one.rows = op->starts[group + 1] - start;
+    one.weights += before * (one.minimums ? GROUP / 2 : GROUP);
+    one.scales += before * (one.minimums ? 2 : 1);
+    if (one.minimums) one.minimums += before * 2;
+    one.inputs += start * inner * GROUP;
+    one.input_scales += start * inner;
+    one.extras += start * inner;
+    one.out.order = op->order + start;
+    return one;
+}
+
+// The inputs of a sorted row, into its panel.
+static void quantize_sorted(const struct stack *op, const bf16 *x, int64_t shared, int64_t K, const int32_t *group, int64_t at) {
+    const int64_t row = op->order[at];
+    const struct quantized one = member(op, group[row]);
+    const int64_t inside = at - op->starts[group[row]];
+    int64_t index = inside / TILE_ROWS ? inside / TILE_ROWS - 1 : 0;
+    while (panel_at(one.rows, index).first + panel_at(one.rows, index).rows <= inside) index++;
+    const struct panel panel = panel_at(one.rows, index);
+    quantize_row(&one, x + row / shared * K, K, panel, inside - panel.first);
+}
+
+static void stack_tiles(const struct stack *op) {
+    const int64_t tiles = (op->all.out.N + COLUMNS - 1) / COLUMNS;
+    if (op->all.rows <= 2 * TILE_ROWS) {  // few groups have rows: threads share the tiles of each
+#pragma omp for schedule(static) nowait
+        for (int64_t tile = 0; tile < tiles; tile++)
+            for (int64_t g = 0; g < op->groups; g++) {
+                const struct quantized one = member(op, g);
+                panels_by_tile(&one, 0, panel_count(one.rows), tile, 1);
+            }
+    } else {
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
+        for (int64_t g = 0; g < op->groups; g++)
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const struct quantized one = member(op, g);
+                panels_by_tile(&one, 0, panel_count(one.rows), tile, 0);
+            }
+    }
+    team_barrier();
+}
+
+// Row r of y[rows][N] = row r / shared of x[..][K] times the weight of group[r] in a stack of them.
+// work: 8 * (groups + 2) + rows * (8 + ceil(K/64) * 72) bytes.
+EXPORT void lapis_linear_quantized_stack_team(const bf16 *x, int64_t rows, int64_t shared, int64_t K, const int32_t *group,
+                                              int64_t groups, const uint8_t *weights, const bf16 *scales, const bf16 *minimums,
+                                              int64_t N, void *y, int fp32, char *work) {
+    struct stack op = {{rows, (K + GROUP - 1) / GROUP, weights, scales, minimums, NULL, NULL, NULL, {.y = y, .N = N, .fp32 = fp32}},
+                       groups, (int64_t *)work, NULL};
+    op.order = (int32_t *)(op.starts + groups + 1);
+    place_inputs(&op.all, (char *)(op.order + 2 * rows));
+#pragma omp single nowait
+    sort_by_group(group, rows, groups, op.starts, op.order);
+    team_barrier();
+#pragma omp for schedule(static) nowait
+    for (int64_t at = 0; at < op.starts[groups]; at++) quantize_sorted(&op, x, shared, K, group, at);
+    team_barrier();
+    stack_tiles(&op);
+}
+
+EXPORT void lapis_linear_quantized_stack(const bf16 *x, int64_t rows, int64_t shared, int64_t K, const int32_t *group,
+                                         int64_t groups, const uint8_t *weights, const bf16 *scales, const bf16 *minimums,
+                                         int64_t N, void *y, int fp32, char *work) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+        lapis_linear_quantized_stack_team(x, rows, shared, K, group, groups, weights, scales, minimums, N, y, fp32, work);
+        restore_mode(mode);
+    }
+}

@@ -139,13 +139,14 @@ class Ops(Protocol):
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """Residual + the weighted sum of what each token's A experts, SwiGLU layers all, make of it (Shazeer 2017).
 
-        A token has an expert at most once. gate_up is (E, 2F, H), gate first; rounded once.
+        A token has an expert at most once. gate_up is (E, 2F, H), gate first; rounded once. Quantised stacks, both
+        or none, have no gradient.
         """
 
     def lora(self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:

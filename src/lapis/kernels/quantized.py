@@ -48,8 +48,16 @@ class Quantized:
         if self.minimums is not None:
             minimums_NG = self.minimums.float().movedim(1, 2).flatten(0, 1).flatten(1)
             w_NK = w_NK + minimums_NG.repeat_interleave(HALF, dim=1)
-        rows = self.shape[:-1].numel()
-        return w_NK[:rows, : self.shape[-1]].reshape(self.shape).contiguous()
+        rows, inner = self.shape[-2:]
+        padded = w_NK.view(*self.shape[:-2], -1, w_NK.shape[1])
+        return padded[..., :rows, :inner].contiguous()
+
+    def part(self, index: int) -> Quantized:
+        """One weight (N, K) of a stack."""
+        tiles = len(self.values) // self.shape[0]
+        at = slice(index * tiles, (index + 1) * tiles)
+        minimums = None if self.minimums is None else self.minimums[at]
+        return Quantized(self.kind, self.shape[1:], self.values[at], self.scales[at], minimums)
 
     def levels(self) -> Tensor:
         """The whole numbers q as (N, K), both padded: int16."""
@@ -62,15 +70,14 @@ class Quantized:
 
 
 def quantize(w_NK: Tensor, kind: Kind) -> Quantized:
-    """Rounds a weight, or a stack of weights (E, N, K) with N a multiple of 32, to 8 or 4 bits.
+    """Rounds a weight (N, K), or a stack of weights (E, N, K), to 8 or 4 bits.
 
     int8 is symmetric; int4 keeps minimum and maximum of each group, so the levels of a Q4_1 file survive.
     """
-    assert w_NK.dim() == 2 or w_NK.shape[-2] % TILE == 0, "stacked weights have a multiple of 32 rows"
     with torch.no_grad():
-        rows_NK = w_NK.detach().float().reshape(-1, w_NK.shape[-1])
-        padding = (0, -rows_NK.shape[1] % GROUP, 0, -rows_NK.shape[0] % TILE)
-        parts = _int8(F.pad(rows_NK, padding)) if kind == "int8" else _int4(F.pad(rows_NK, padding))
+        padding = (0, -w_NK.shape[-1] % GROUP, 0, -w_NK.shape[-2] % TILE)
+        rows_NK = F.pad(w_NK.detach().float(), padding).flatten(0, -2)
+        parts = _int8(rows_NK) if kind == "int8" else _int4(rows_NK)
     return Quantized(kind, w_NK.shape, *parts)
 
 

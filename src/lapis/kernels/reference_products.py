@@ -96,8 +96,8 @@ def experts(
     x_TH: Tensor,
     expert_TA: Tensor,
     weight_TA: Tensor,
-    gate_up_ENH: Tensor,
-    down_EHF: Tensor,
+    gate_up_ENH: Tensor | Quantized,
+    down_EHF: Tensor | Quantized,
     residual_TH: Tensor,
 ) -> Tensor:
     """From +0 in the order of A: + weight · (fp32 chain of down); then the residual, then one rounding."""
@@ -105,11 +105,17 @@ def experts(
     for t in range(len(x_TH)):
         sum_H: Array = np.zeros(x_TH.shape[1], np.float32)
         for e, weight in zip(expert_TA[t].tolist(), weight_TA[t].tolist(), strict=True):
-            h = silu_mul(linear(x_TH[t : t + 1], gate_up_ENH[e]))
-            z_H: Array = linear(h, down_EHF[e], fp32=True)[0].numpy()
+            h = silu_mul(_linear_of(gate_up_ENH, e, x_TH[t : t + 1], fp32=False))
+            z_H: Array = _linear_of(down_EHF, e, h, fp32=True)[0].numpy()
             sum_H = sum_H + z_H * np.float32(weight)
         rows.append(sum_H + _array(residual_TH[t]))
     return _bf16(np.stack(rows))
+
+
+def _linear_of(w_ENK: Tensor | Quantized, e: int, x_TK: Tensor, *, fp32: bool) -> Tensor:
+    if isinstance(w_ENK, Quantized):
+        return linear_quantized(x_TK, w_ENK.part(e), fp32=fp32)
+    return linear(x_TK, w_ENK[e], fp32=fp32)
 
 
 def lora(y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:

@@ -73,11 +73,15 @@ class StockOps:
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """Expert by expert."""
+        if isinstance(gate_up_ENH, Quantized):
+            gate_up_ENH = gate_up_ENH.dequantize().to(x_TH.dtype)
+        if isinstance(down_EHF, Quantized):
+            down_EHF = down_EHF.dequantize().to(x_TH.dtype)
         return stock_groups.experts(x_TH, expert_TA, weight_TA, gate_up_ENH, down_EHF, residual_TH)
 
     def lora(self, y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:

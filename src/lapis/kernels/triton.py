@@ -96,11 +96,14 @@ class TritonOps:
         x_TH: Tensor,
         expert_TA: Tensor,
         weight_TA: Tensor,
-        gate_up_ENH: Tensor,
-        down_EHF: Tensor,
+        gate_up_ENH: Tensor | Quantized,
+        down_EHF: Tensor | Quantized,
         residual_TH: Tensor,
     ) -> Tensor:
         """The rows of an expert in tiles of their own; the weighted sum in the order of A, the residual last."""
+        assert isinstance(gate_up_ENH, Tensor) and isinstance(down_EHF, Tensor), (
+            "a quantised model runs on the CPU"
+        )
         tensors = (x_TH, expert_TA, weight_TA, gate_up_ENH, down_EHF, residual_TH)
         return _run(launch.experts, stock_groups.experts, *tensors)
 

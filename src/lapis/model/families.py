@@ -21,8 +21,8 @@ INIT_STD = 0.02
 LINEAR = frozenset(
     {"qkv", "out", "gate_up", "up", "down", "router", "head"}
 )  # weights of linear and nothing else
-# the linear maps of a layer that every token goes through
-QUANTIZED = ("qkv", "out", "gate_up", "up", "down")
+# the large linear maps of a layer: what 8 or 4 bits are for
+QUANTIZED = ("qkv", "out", "gate_up", "up", "down", "experts_gate_up", "experts_down")
 
 
 def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     def quantize(self, kind: Kind) -> None:
         """Keep the linear maps of the layers in 8 or 4 bits and the head in 8, for inference only.
 
-        The bf16 weights of these are dropped; embedding, experts, routers, norms and biases stay. Raises
+        The bf16 weights of these are dropped; embedding, routers, norms and biases stay. Raises
         UnavailableError on a GPU.
         """
         if self.ops.device.type != "cpu":
