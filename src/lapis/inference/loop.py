@@ -62,7 +62,7 @@ class Limits:
 
     context: int  # tokens of prompt and completion together
     pages: int  # of the KV cache
-    step_tokens: int = 256  # tokens of one forward: larger is faster prefill, smaller is smoother decoding
+    step_tokens: int = 512  # tokens of one forward: larger is faster prefill, smaller is smoother decoding
     running: int = 64  # requests that are worked on at a time
     queued_tokens: int = 32768
     queued: int = 1024  # requests that wait

@@ -151,7 +151,7 @@ INLINE int64_t rows_of_block(int64_t K) {
 static void linear_blocks(const struct linear *op, int64_t tiles) {
     const int64_t block_rows = rows_of_block(op->K);
     const int64_t blocks = (op->rows + block_rows - 1) / block_rows;
-#pragma omp for collapse(2) schedule(dynamic, 4) nowait
+#pragma omp for collapse(2) schedule(dynamic, 1) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t start = block * block_rows;

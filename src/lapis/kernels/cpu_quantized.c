@@ -268,7 +268,7 @@ static void panels_by_tile(const struct quantized *op, int64_t first, int64_t en
 static void quantized_blocks(const struct quantized *op) {
     const int64_t fitting = BLOCK_BYTES / (op->groups * (GROUP + 8)) / TILE_ROWS, block = fitting < 8 ? 8 : fitting;
     const int64_t panels = panel_count(op->rows), count = (op->out.N + COLUMNS - 1) / COLUMNS;
-#pragma omp for collapse(2) schedule(dynamic, 4) nowait
+#pragma omp for collapse(2) schedule(dynamic, 1) nowait
     for (int64_t first = 0; first < panels; first += block)
         for (int64_t tile = 0; tile < count; tile++)
             panels_by_tile(op, first, first + block < panels ? first + block : panels, tile, 0);
