@@ -7,9 +7,13 @@
 #if defined(__AVX512F__)
 #define TILE_ROWS 12  // 24 sums of 16 lanes in 32 registers
 #define WIDE_ROWS 4   // so few rows take two weight tiles at once, to have enough sums under way
+#define FETCH_ROWS 5  // from so many to FEW_ROWS, a pass over a tile asks for the next one
+#define FEW_ROWS 24
 #else
 #define TILE_ROWS 3
 #define WIDE_ROWS 1
+#define FETCH_ROWS 4  // never
+#define FEW_ROWS 0
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define IN_TWOS 1  // two rows at a time are faster, each, than three
@@ -50,7 +54,7 @@ INLINE int64_t next_rows(int64_t left) {
 // `rows` rows times `tiles` neighbouring weight tiles: one chain of dp over all of K for each output.
 // With `panels`, x is packed as [rows/TILE_ROWS][K/2][TILE_ROWS][2] and rows beyond the matrix are not stored.
 INLINE void linear_tile(const int rows, const int tiles, const int panels, const struct linear *op, int64_t row,
-                        int64_t tile) {
+                        int64_t tile, struct fetch fetch) {
     wide sum[TILE_ROWS][2 * TILE_VECTORS];
     float out[TILE_ROWS][2 * COLUMNS];
     const int vectors = tiles * TILE_VECTORS;
@@ -63,6 +67,7 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
         for (int v = 0; v < vectors; v++) sum[r][v] = (wide){0};
     if (rows > WIDE_ROWS) claim_output(rows, &op->out, row, tile);
     for (int64_t k = 0; k < pairs; k++, w += COLUMNS) {
+        if (rows >= FETCH_ROWS && !panels) fetch_step(fetch, k);
         wide_pairs weight[2 * TILE_VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++)
@@ -97,8 +102,8 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
 
 #define DEFINE_TILE(rows, tiles)                                                                            \
     static __attribute__((noinline)) void tile_##rows##x##tiles(const struct linear *op, int64_t row,       \
-                                                                int64_t tile) {                             \
-        linear_tile(rows, tiles, 0, op, row, tile);                                                           \
+                                                                int64_t tile, struct fetch fetch) {         \
+        linear_tile(rows, tiles, 0, op, row, tile, fetch);                                                    \
     }
 DEFINE_TILE(1, 1)
 DEFINE_TILE(1, 2)
@@ -119,7 +124,7 @@ DEFINE_TILE(11, 1)
 DEFINE_TILE(12, 1)
 #endif
 
-typedef void (*tile_function)(const struct linear *, int64_t, int64_t);
+typedef void (*tile_function)(const struct linear *, int64_t, int64_t, struct fetch);
 static const tile_function wide_tiles[] = {
     NULL, tile_1x2,
 #if TILE_ROWS == 12
@@ -137,9 +142,22 @@ static void linear_few_rows(const struct linear *op, int64_t tiles) {
     const int64_t pairs_of_tiles = (tiles + 1) / 2;
 #pragma omp for schedule(static) nowait
     for (int64_t pair = 0; pair < pairs_of_tiles; pair++) {
-        if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair);
-        else tiles_by_rows[op->rows](op, 0, 2 * pair);
+        if (2 * pair + 1 < tiles) wide_tiles[op->rows](op, 0, 2 * pair, fetch_nothing(op->packed));
+        else tiles_by_rows[op->rows](op, 0, 2 * pair, fetch_nothing(op->packed));
     }
+    team_barrier();
+}
+
+// Some rows: they wait for the weights, so the last of them ask for the next tile.
+static void linear_some_rows(const struct linear *op, int64_t tiles) {
+#pragma omp for schedule(static) nowait
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t row = 0, n; row < op->rows; row += n) {
+            n = tile_rows(op->rows - row, TILE_ROWS);
+            const int64_t bytes = op->K * COLUMNS * 2;
+            const char *next = (const char *)op->packed + (tile + 1) * bytes;
+            tiles_by_rows[n](op, row, tile, fetch_part(next, bytes, op->K / 2, row > 0, op->rows > TILE_ROWS ? 2 : 1));
+        }
     team_barrier();
 }
 
@@ -158,7 +176,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
             const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
             for (int64_t row = start; row < end;) {
                 const int64_t n = next_rows(end - row);
-                tiles_by_rows[n](op, row, tile);
+                tiles_by_rows[n](op, row, tile, fetch_nothing(op->packed));
                 row += n;
             }
         }
@@ -170,6 +188,7 @@ EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16
     const struct linear op = {x, packed, rows, K, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
     const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
     if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
+    else if (rows <= FEW_ROWS) linear_some_rows(&op, tiles);
     else linear_blocks(&op, tiles);
 }
 
@@ -235,7 +254,7 @@ static void grouped_tile(const struct grouped *op, const struct output *out, int
     const int64_t tile = (w->N + COLUMNS - 1) / COLUMNS - (s->end - item);
     for (int64_t row = 0, n; row < s->rows; row += n) {
         n = tile_rows(s->rows - row, TILE_ROWS);
-        tiles_by_rows[n](&one, row, tile);
+        tiles_by_rows[n](&one, row, tile, fetch_nothing(w->packed));
     }
 }
 
@@ -340,7 +359,7 @@ static void linear_panels(const struct linear *op) {
         for (int64_t start = 0; start < op->rows; start += block_rows)
             for (int64_t tile = 0; tile < tiles; tile++)
                 for (int64_t row = start; row < start + block_rows && row < op->rows; row += TILE_ROWS)
-                    linear_tile(TILE_ROWS, 1, 1, op, row, tile);
+                    linear_tile(TILE_ROWS, 1, 1, op, row, tile, fetch_nothing(op->packed));
         restore_mode(mode);
     }
 }

@@ -17,6 +17,20 @@ struct output {
     const int32_t *order;  // the row of y and residual that each row is; NULL: itself
 };
 
+// What a pass over a weight tile asks for meanwhile: few rows would wait for the weights otherwise.
+struct fetch {
+    const char *from;  // of the next tile
+    int64_t step;      // bytes for each step along K: a whole step of weights, or half if two passes share them; 0: nothing
+};
+INLINE struct fetch fetch_part(const void *next, int64_t bytes, int64_t steps, int64_t pass, int64_t passes) {
+    return (struct fetch){(const char *)next + pass * (bytes / passes), bytes / steps / passes};
+}
+INLINE struct fetch fetch_nothing(const void *mapped) { return (struct fetch){mapped, 0}; }
+INLINE void fetch_step(struct fetch fetch, int64_t index) {
+    __builtin_prefetch(fetch.from + index * fetch.step, 0, 2);
+    __builtin_prefetch(fetch.from + index * fetch.step + fetch.step / 2, 0, 2);
+}
+
 INLINE int64_t output_start(const struct output *out, int64_t row) {
     return (out->order ? out->order[row] : row) * (out->stride ? out->stride : out->N);
 }

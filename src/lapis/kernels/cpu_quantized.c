@@ -6,7 +6,7 @@
 #define HALF (GROUP / 2)  // 4-bit weights with one scale and minimum
 #define LOCAL_BYTES 16384  // inputs up to this size are quantised by every thread for itself: no barrier
 #define TINY 1e-30f       // a group of inputs below it counts as zero
-#define FETCH_ROWS 4     // fewer rows leave nothing to do while weights come
+#define FETCH_ROWS 5     // fewer rows leave nothing to do while weights come
 #if defined(__AVX512F__)
 #define TILE_ROWS 12
 #else
@@ -143,13 +143,12 @@ INLINE void load_scales(const bf16 *scales, wide *out) {
     memcpy(out, both, sizeof both);
 }
 
-// Integer sums of `rows` rows times 32 columns over `quads` steps of four; `ahead` bytes behind the weights lie the next ones.
-INLINE void integer_sums(const int rows, const int four, const int quads, const uint8_t *w, const int8_t *x, int64_t ahead,
+// Integer sums of `rows` rows times 32 columns over `quads` steps of four.
+INLINE void integer_sums(const int rows, const int four, const int quads, const uint8_t *w, const int8_t *x, struct fetch fetch,
                          wide_int sum[TILE_ROWS][TILE_VECTORS]) {
     for (int q = 0; q < quads; q++, x += 4 * rows, w += (four ? LANES : COLUMNS) * 4) {
         weight_quads weight[TILE_VECTORS];
-        if (rows >= FETCH_ROWS) __builtin_prefetch(w + ahead, 0, 2);
-        if (rows >= FETCH_ROWS && !four) __builtin_prefetch(w + ahead + 64, 0, 2);
+        if (rows >= FETCH_ROWS) fetch_step(fetch, q);
 #pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS / (four ? 2 : 1); v++) {
             const wide_pairs bytes = load_wide_pairs(w + v * WIDE * 4);
@@ -182,7 +181,7 @@ INLINE void minimum_chains(const int rows, const struct quantized *op, const int
         }
 }
 
-INLINE void quantized_tile(const int rows, const int four, const struct quantized *op, int64_t row, int64_t tile, int fetch) {
+INLINE void quantized_tile(const int rows, const int four, const struct quantized *op, int64_t row, int64_t tile, struct fetch fetch) {
     const int64_t groups = op->groups, tile_bytes = groups * GROUP * (four ? LANES : COLUMNS);
     const int8_t *x = op->inputs + row * groups * GROUP;
     const float *input_scales = op->input_scales + row * groups;
@@ -204,7 +203,8 @@ INLINE void quantized_tile(const int rows, const int four, const struct quantize
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
                 for (int v = 0; v < TILE_VECTORS; v++) dots[r][v] = (four ? 0 : extras[r]) - (wide_int){0};
-            integer_sums(rows, four, quads, w, x, fetch ? tile_bytes : 0, dots);
+            integer_sums(rows, four, quads, w, x, fetch, dots);
+            fetch.from += fetch.step * quads;
             x += 4 * quads * rows;
             w += 4 * quads * (four ? LANES : COLUMNS);
             load_scales(scales, scale);
@@ -228,10 +228,10 @@ INLINE void quantized_tile(const int rows, const int four, const struct quantize
 }
 
 #define DEFINE_TILE(rows)                                                                                         \
-    static __attribute__((noinline)) void tile8_##rows(const struct quantized *op, int64_t row, int64_t tile, int fetch) {    \
+    static __attribute__((noinline)) void tile8_##rows(const struct quantized *op, int64_t row, int64_t tile, struct fetch fetch) {    \
         quantized_tile(rows, 0, op, row, tile, fetch);                                                                    \
     }                                                                                                              \
-    static __attribute__((noinline)) void tile4_##rows(const struct quantized *op, int64_t row, int64_t tile, int fetch) {    \
+    static __attribute__((noinline)) void tile4_##rows(const struct quantized *op, int64_t row, int64_t tile, struct fetch fetch) {    \
         quantized_tile(rows, 1, op, row, tile, fetch);                                                                    \
     }
 DEFINE_TILE(1)
@@ -251,17 +251,20 @@ DEFINE_TILE(12)
 #else
 #define TILES(n) {NULL, n##1, n##2}
 #endif
-typedef void (*tile_function)(const struct quantized *, int64_t, int64_t, int);
+typedef void (*tile_function)(const struct quantized *, int64_t, int64_t, struct fetch);
 static const tile_function tiles[2][TILE_ROWS + 1] = {TILES(tile8_), TILES(tile4_)};
 
 // ---- the whole product
 
-// Panels from `first` to `end` times one weight tile. Few rows wait for the weights: the last panel asks for the next tile's.
+// Panels from `first` to `end` times one weight tile; if they are few, they ask for the next tile.
 static void panels_by_tile(const struct quantized *op, int64_t first, int64_t end, int64_t tile, int few) {
     const tile_function *by_rows = tiles[op->minimums != NULL];
     for (int64_t index = first; index < end; index++) {
         const struct panel panel = panel_at(op->rows, index);
-        by_rows[panel.rows](op, panel.first, tile, few && index + 1 == end);
+        const int64_t bytes = op->groups * GROUP * (op->minimums ? LANES : COLUMNS);
+        const uint8_t *next = op->weights + (tile + 1) * bytes;
+        const struct fetch fetch = fetch_part(next, bytes, op->groups * GROUP / 4, index - first, end - first);
+        by_rows[panel.rows](op, panel.first, tile, few ? fetch : fetch_nothing(op->weights));
     }
 }
 
