@@ -41,9 +41,7 @@ def _weight_bytes(config: ModelConfig, weights: str) -> int:
     table = config.vocab_size * config.width
     if weights in ("bf16", "fp32"):  # a tied table is kept as rows and as the head's matrix
         return int((config.parameters + table * config.tied) * VALUE_BYTES[weights])
-    few = sum(
-        config.attention_parameters if config.is_mixture(layer) else config.layer_parameters(layer)
-        for layer in range(config.layers)
-    )
+    routers = config.experts * config.width * sum(map(config.is_mixture, range(config.layers)))
+    few = sum(map(config.layer_parameters, range(config.layers))) - routers
     rest = config.parameters - few - (0 if config.tied else table)
     return int(few * VALUE_BYTES[weights] + table * VALUE_BYTES["int8"] + rest * VALUE_BYTES["bf16"])
