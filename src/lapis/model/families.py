@@ -5,6 +5,8 @@ Dims: T tokens of a batch, H width, F ffn, V vocabulary, R rows with logits, P p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torc
     return model.to(model.ops.device)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """A decoder over `Ops`: embedding, layers, final norm, head. The families fill in what differs."""
 
     def __init__(
@@ -60,9 +62,9 @@ class Decoder(nn.Module):
             self.head = weight(dtype, config.vocab_size, config.width)
         self._quantized_head: Quantized | None = None
 
+    @abstractmethod
     def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
         """The weights of one layer, not set yet."""
-        raise NotImplementedError
 
     @property
     def head_weight(self) -> Tensor | Quantized:
