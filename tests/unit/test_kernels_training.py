@@ -170,6 +170,19 @@ def test_the_loss_has_the_bits_of_serving(variant: str) -> None:
     assert torch.equal(ops.linear_cross_entropy(x.requires_grad_(), w, targets).detach(), expected)
 
 
+def test_a_frozen_weight_passes_the_same_gradient_on_and_gets_none(ops: Ops) -> None:
+    x, inner, table = rows(70, 64), rows(64, 64), rows(96, 64)
+    targets = torch.randint(0, 96, (70,))
+    found = []
+    for frozen in (False, True):
+        leaf = x.clone().requires_grad_()
+        weights = [weight.clone().requires_grad_(not frozen) for weight in (inner, table)]
+        ops.linear_cross_entropy(ops.linear(leaf, weights[0]), weights[1], targets).backward()
+        assert [weight.grad is None for weight in weights] == [frozen, frozen]
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 def test_ignored_targets_cost_nothing(ops: Ops) -> None:
     x, w = rows(4, 64).requires_grad_(), rows(50, 64).requires_grad_()
     loss = ops.linear_cross_entropy(x, w, torch.full((4,), -1))

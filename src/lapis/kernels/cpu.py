@@ -299,7 +299,7 @@ class _Linear(torch.autograd.Function):
         fp32: bool,
     ) -> Tensor:
         ctx.kernels, ctx.weight, ctx.residual, ctx.bias = kernels, w, residual is not None, bias
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if w.requires_grad else None)  # a frozen weight's gradient needs no inputs
         return kernels.linear(x, w, residual, fp32, bias)
 
     @staticmethod
@@ -307,7 +307,7 @@ class _Linear(torch.autograd.Function):
         (x_TK,) = ctx.saved_tensors
         g_TN, dx_TK, returned, dbias_N = grads[0].to(ctx.kernels.dtype).contiguous(), None, None, None
         if ctx.needs_input_grad[1]:
-            dx_TK = torch.empty_like(x_TK)
+            dx_TK = torch.empty(len(g_TN), ctx.weight.shape[1], dtype=ctx.kernels.dtype)
             ctx.kernels.linear_backward(g_TN, ctx.weight, dx_TK)
         if ctx.needs_input_grad[2]:
             dw_NK, returned = gradient_buffer(ctx.weight)
@@ -445,12 +445,14 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         targets_T = targets_T.contiguous()
         weights_T = torch.ones(targets_T.shape) if weights_T is None else weights_T.float().contiguous()
-        losses_T, dx_TH, dw_VH = torch.empty(targets_T.shape), torch.empty_like(x_TH), torch.zeros_like(w_VH)
+        losses_T, dx_TH = torch.empty(targets_T.shape), torch.empty_like(x_TH)
+        dw_VH = torch.zeros_like(w_VH) if w_VH.requires_grad else None
         for rows in _chunks(x_TH.shape[0], w_VH.shape[0]):
             logits_RV = kernels.linear(x_TH[rows], w_VH, None, True)
             grad_RV = kernels.cross_entropy(logits_RV, targets_T[rows], weights_T[rows], losses_T[rows])
             kernels.linear_backward(grad_RV, w_VH, dx_TH[rows])
-            kernels.add_weight_gradient(grad_RV, x_TH[rows], dw_VH)
+            if dw_VH is not None:
+                kernels.add_weight_gradient(grad_RV, x_TH[rows], dw_VH)
         ctx.weight = w_VH
         ctx.save_for_backward(dx_TH, dw_VH)
         return exact_sum(losses_T)
@@ -459,6 +461,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_TH, dw_VH = ctx.saved_tensors
         factor = float(grads[0])
+        if dw_VH is None:
+            return None, dx_TH * factor, None, None, None
         if ctx.weight.grad is None:
             return None, dx_TH * factor, dw_VH * factor, None, None
         ctx.weight.grad.add_(dw_VH, alpha=factor)

@@ -295,7 +295,7 @@ class Lora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, h_TR, adapter_T = ctx.saved_tensors
         kernels, g_TN = ctx.groups.kernels, grads[0].contiguous()
-        dx_TK = torch.zeros(x_TK.shape)
+        dx_TK = torch.zeros_like(x_TK)
         flat: list[Tensor | None] = []
         for index, pair in enumerate(ctx.pairs):
             if pair is None:
@@ -306,15 +306,17 @@ class Lora(torch.autograd.Function):
             (rows_S,) = (adapter_T == index).nonzero(as_tuple=True)
             if not len(rows_S):
                 continue
-            x_SK, g_SN = x_TK[rows_S], g_TN[rows_S]
-            h_SR = h_TR[rows_S, : len(da_RK)].contiguous()
-            gh_SR, dx_SK = torch.empty_like(h_SR), torch.empty_like(x_SK)
+            whole = len(rows_S) == len(x_TK)  # one adapter for all: nothing to pick
+            x_SK, g_SN = (x_TK, g_TN) if whole else (x_TK[rows_S], g_TN[rows_S])
+            h_SR = (h_TR if whole else h_TR[rows_S])[:, : len(da_RK)].contiguous()
+            gh_SR, dx_SK = torch.empty_like(h_SR), dx_TK if whole else torch.empty_like(x_SK)
             kernels.add_weight_gradient(g_SN, h_SR, db_NR)
             kernels.linear_backward(g_SN, pair[1], gh_SR)
             kernels.add_weight_gradient(gh_SR, x_SK, da_RK)
             kernels.linear_backward(gh_SR, pair[0], dx_SK)
-            dx_TK[rows_S] += dx_SK
-        return None, g_TN, dx_TK.to(x_TK.dtype), None, *flat
+            if not whole:
+                dx_TK[rows_S] = dx_SK  # a row has one adapter
+        return None, g_TN, dx_TK, None, *flat
 
 
 class Route(torch.autograd.Function):

@@ -484,7 +484,7 @@ def describe(batch: Batch, rope: Rope | None) -> Descriptor:
 
 def gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where a weight's gradient is added: weight.grad itself, or zeros that are returned to autograd."""
-    if weight.grad is not None and weight.grad.is_contiguous():
+    if weight.is_leaf and weight.grad is not None and weight.grad.is_contiguous():
         return weight.grad, None
     zeros = torch.zeros_like(weight)
     return zeros, zeros

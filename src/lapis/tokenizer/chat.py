@@ -58,29 +58,36 @@ class ChatTemplate:
         text = self._render(marked, True, [_mark(tool, marker, tokenizer) for tool in tools])
         return _encode(text, marker, tokenizer)
 
-    def encode(self, messages: Messages, tokenizer: Tokenizer) -> ChatTokens:
+    def encode(
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        tools: Messages = (),
+        trained: Sequence[bool] | None = None,
+    ) -> ChatTokens:
         """Token ids for training, and which of them an assistant said.
 
-        Each assistant text is encoded by itself after its prompt, as a served model produces it. Raises
-        InputError if the template rewrites earlier turns, so that no turn has a place of its own.
+        Each assistant text is encoded by itself after its prompt, as a served model produces it. `trained` says
+        of each assistant turn whether it counts; by default all do. Raises InputError if the template rewrites
+        earlier turns, so that no turn has a place of its own.
         """
-        marker = _free_marker(messages)
+        marker = _free_marker([*messages, *tools])
         marked = [_mark(message, marker, tokenizer) for message in messages]
+        shown = [_mark(tool, marker, tokenizer) for tool in tools]
         ids: list[int] = []
         mask: list[bool] = []
         done = ""
-        for n, message in enumerate(marked):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(marked[:n], add_generation_prompt=True)
-            whole = self._render(marked[: n + 1], add_generation_prompt=False)
+        turns = [n for n, message in enumerate(marked) if message["role"] == "assistant"]
+        for n, counts in zip(turns, trained or (True,) * len(turns), strict=True):
+            prompt = self._render(marked[:n], add_generation_prompt=True, tools=shown)
+            whole = self._render(marked[: n + 1], add_generation_prompt=False, tools=shown)
             before = _encode(_rest(done, prompt), marker, tokenizer)
             answer = _encode(_rest(prompt, whole), marker, tokenizer)
-            said = _said(answer, tokenizer)
+            said = _said(answer, tokenizer) if counts else 0
             ids += before + answer
             mask += [False] * len(before) + [True] * said + [False] * (len(answer) - said)
             done = whole
-        rest = _encode(_rest(done, self._render(marked, False)), marker, tokenizer)
+        rest = _encode(_rest(done, self._render(marked, False, shown)), marker, tokenizer)
         return ChatTokens(ids + rest, mask + [False] * len(rest))
 
     def close(self) -> None:

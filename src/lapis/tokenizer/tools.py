@@ -25,7 +25,7 @@ from typing import Any
 
 from lapis.errors import InputError
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.tokenizer.chat import ChatTemplate, Messages
+from lapis.tokenizer.chat import ChatTemplate, ChatTokens, Messages
 from lapis.tokenizer.grammar import Grammar, literal, schema_text
 from lapis.tokenizer.tool_parser import Dialect, ToolParser
 
@@ -127,13 +127,8 @@ def prompt_with_tools(
     choice = choice or ToolChoice()
     if not choice.calls:
         tools = ()
-    known = dialect_of(chat.template)
-    dialect = known or Dialect.HERMES
-    prepared = [_prepared(message, dialect) for message in messages]
-    if known is None:
-        ids = chat.prompt(_explained(prepared, tools), tokenizer)
-    else:
-        ids = chat.prompt(prepared, tokenizer, [tool.shown() for tool in tools])
+    dialect = dialect_of(chat.template) or Dialect.HERMES
+    ids = chat.prompt(*_for_template(chat, tokenizer, messages, tools))
     if not tools:
         return ToolPrompt(ids)
     visible = {tokenizer.token_id(marker) for marker in dialect.markers} & tokenizer.special_ids
@@ -145,6 +140,28 @@ def prompt_with_tools(
         frozenset(tool.name for tool in tools),
         None if parallel else 1,
     )
+
+
+def encode_with_tools(
+    chat: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Messages,
+    tools: Sequence[Tool],
+    trained: Sequence[bool] | None = None,
+) -> ChatTokens:
+    """A conversation for training, prompts as `prompt_with_tools` gives them; `trained` as in ChatTemplate.encode."""
+    return chat.encode(*_for_template(chat, tokenizer, messages, tools), trained)
+
+
+def _for_template(
+    chat: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Sequence[Tool]
+) -> tuple[Messages, Tokenizer, Messages]:
+    """Messages and tools as the template takes them: one that knows no tools has them explained in the messages."""
+    known = dialect_of(chat.template)
+    prepared = [_prepared(message, known or Dialect.HERMES) for message in messages]
+    if known is None:
+        return _explained(prepared, tools), tokenizer, ()
+    return prepared, tokenizer, [tool.shown() for tool in tools]
 
 
 def dialect_of(template: str) -> Dialect | None:
