@@ -61,6 +61,31 @@ def test_query_key_value_and_gate_up_are_matrices_of_their_own() -> None:
     ) == config.layers * config.layer_parameters(0)
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_the_state_is_a_tensor_per_parameter_and_another_optimizer_goes_on_from_it(muon: bool) -> None:
+    models = tiny(), Llama(NAMED["tiny"])
+    flats = [FlatParameters(model) for model in models]
+    first, second = (
+        Optimizer(flat, model.ops, muon=muon, clip=1.0, weight_decay=0.0)
+        for flat, model in zip(flats, models, strict=True)
+    )
+    for seed in (1, 2):
+        flats[0].grad.normal_(generator=torch.Generator().manual_seed(seed))
+        first.step(lr=0.1, embed_lr=0.1)
+    state = {name: tensor.clone() for name, tensor in first.state().items()}
+    for name, parameter in models[0].named_parameters():
+        assert torch.equal(state[f"master.{name}"].bfloat16(), parameter)
+        assert state[f"first.{name}"].any()
+        hidden = parameter.ndim >= 2 and name.startswith("layers.")
+        assert (f"second.{name}" in state) == (not muon or not hidden)  # Muon has one moment
+    second.load(state, steps=2)
+    for flat, optimizer in zip(flats, (first, second), strict=True):
+        flat.grad.normal_(generator=torch.Generator().manual_seed(3))
+        optimizer.step(lr=0.1, embed_lr=0.1)
+    assert torch.equal(flats[0].weight, flats[1].weight)
+    assert all(torch.equal(tensor, second.state()[name]) for name, tensor in first.state().items())
+
+
 @pytest.mark.parametrize("name", ["biases", "qwen3", "gpt2", "olmoe", "qwen3 moe"])
 def test_every_family_learns_its_text_by_heart(name: str) -> None:
     config = small_models.families()[name]

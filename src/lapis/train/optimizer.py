@@ -37,18 +37,29 @@ class FlatParameters:
         self.grad = torch.zeros(total, dtype=torch.bfloat16, device=device)
         self.master = torch.zeros(total, device=device)
         self.blocks: list[Matrix] = []
+        self.places: dict[str, tuple[int, torch.Size]] = {}  # where each parameter starts, and its shape
         self.matrices = 0
         start = 0
         for (name, parameter), size in zip(named, sizes, strict=True):
             end = start + parameter.numel()
             self.master[start:end] = parameter.detach().flatten()
             self.weight[start:end] = parameter.detach().flatten()
+            self.places[name] = start, parameter.shape
             parameter.data = self.weight[start:end].view(parameter.shape)
             parameter.grad = self.grad[start:end].view(parameter.shape)
             if is_hidden_matrix(name, parameter):
                 self.blocks += _blocks(name, start, parameter, model.config)
                 self.matrices = start + size
             start += size
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """A buffer beside the weights, as one view per parameter. A shorter one has no hidden matrices."""
+        cut = len(self.weight) - len(buffer)
+        return {
+            name: buffer[start - cut : start - cut + shape.numel()].view(shape)
+            for name, (start, shape) in self.places.items()
+            if start >= cut
+        }
 
 
 class Optimizer:
@@ -82,14 +93,21 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the bf16 weights."""
-        return {"master": self.flat.master, "first": self.first, "second": self.second}
+        """What a checkpoint keeps beside the bf16 weights, by parameter: `master.layers.0.qkv`, `first.…`, `second.…`.
+
+        The tensors are views: what is written into them is the optimizer's state.
+        """
+        buffers = {"master": self.flat.master, "first": self.first, "second": self.second}
+        return {
+            f"{kind}.{name}": view
+            for kind, buffer in buffers.items()
+            for name, view in self.flat.views(buffer).items()
+        }
 
     def load(self, state: dict[str, Tensor], steps: int) -> None:
         """Continue from a checkpoint's state; the bf16 weights follow from the master weights."""
-        self.flat.master.copy_(state["master"])
-        self.first.copy_(state["first"])
-        self.second.copy_(state["second"])
+        for name, view in self.state().items():
+            view.copy_(state[name])
         self.flat.weight.copy_(self.flat.master)
         self.flat.grad.zero_()
         self.steps = steps
