@@ -23,9 +23,9 @@ from lapis.data.loader import TokenBatch
 from lapis.kernels.memory import keep_freed_memory
 from lapis.model.config import NAMED
 from lapis.model.families import Llama
-from lapis.train.objective import pretrain_loss
 from lapis.train.optimizer import FlatParameters, Optimizer
 from lapis.train.peak import gemm_flops
+from lapis.train.pretrain import token_loss
 
 SEQUENCE, BATCH = 256, 8
 CONFIG = NAMED["laptop"]
@@ -44,7 +44,7 @@ def lapis_step(optimizer_name: str) -> Callable[[int], None]:
     optimizer = Optimizer(flat, model.ops, muon=optimizer_name == "muon", clip=1.0, weight_decay=0.0)
 
     def step(number: int) -> None:
-        torch.autograd.backward(pretrain_loss(model, tokens(number)))
+        torch.autograd.backward(token_loss(model, tokens(number), BATCH * SEQUENCE))
         optimizer.step(lr=1e-3, embed_lr=1e-3)
 
     return step

@@ -29,6 +29,7 @@ from lapis.storage import lock
 from lapis.tenants.keys import ApiKeys
 from lapis.train.export import exported_run, last_checkpoint
 from lapis.train.measure import measure_run
+from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import find_or_create, train
@@ -117,7 +118,8 @@ def quickstart_recipe(texts: Sequence[Path], minutes: float) -> Recipe:
         "name": NAME,
         "data": {"sources": sources, "max_bytes": 0 if texts else DEFAULT_BYTES},
         "model": {"context": CONTEXT},
-        "train": {"minutes": float(minutes), "checkpoint_seconds": 30.0},
+        "train": {"minutes": float(minutes)},
+        "checkpoint": {"seconds": 30.0},
     }
     return config.parse(values, Recipe, where="quickstart")
 
@@ -156,12 +158,13 @@ def _prepare(walk: Quickstart, recipe: Recipe) -> Dataset:
 
 
 def _train(walk: Quickstart, recipe: Recipe, dataset: Dataset) -> Run:
-    run = find_or_create(walk.home, recipe, config.to_toml(recipe), dataset)
+    objective = Pretraining(recipe.train, dataset)
+    run = find_or_create(walk.home, recipe, config.to_toml(recipe), objective)
 
     def work() -> tuple[str, str, str, bool]:
         new = run.status() != "finished"
         with progress("train") as report:
-            train(recipe, dataset, run, report)
+            train(recipe, objective, run, report)
         summary = run.summary()
         assert summary.parameters and summary.tokens and summary.step and summary.loss and summary.seconds
         came_in = f"{summary.tokens:,} tokens"

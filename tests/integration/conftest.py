@@ -15,7 +15,7 @@ from lapis.train.recipe import Recipe
 from tests.corpus import write_corpus
 
 
-def tiny_recipe(texts: Path, **train: object) -> Recipe:
+def tiny_recipe(texts: Path, *, checkpoint: dict[str, object] | None = None, **train: object) -> Recipe:
     """A recipe for the tiny model on a folder of texts."""
     values = {
         "name": "tiny",
@@ -23,6 +23,7 @@ def tiny_recipe(texts: Path, **train: object) -> Recipe:
         "tokenizer": {"vocab_size": 512},
         "model": {"name": "tiny"},
         "train": {"steps": 30, "sequence": 64, "batch": 4, "warmup": 5, **train},
+        "checkpoint": checkpoint or {},
     }
     return config.parse(values, Recipe)
 

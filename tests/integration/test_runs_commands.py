@@ -25,6 +25,7 @@ from lapis.inference.engine import LocalEngine
 from lapis.model.weights import read_model
 from lapis.release.registry import Registry
 from lapis.train.export import exported_run
+from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import find_or_create, train
@@ -54,8 +55,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     }
     recipe = config.parse(values, Recipe)
     dataset = prepare(recipe.data, recipe.tokenizer, home, workers=1)
-    run = find_or_create(home, recipe, config.to_toml(recipe), dataset)
-    train(recipe, dataset, run)
+    objective = Pretraining(recipe.train, dataset)
+    run = find_or_create(home, recipe, config.to_toml(recipe), objective)
+    train(recipe, objective, run)
     return Trained(home, run)
 
 

@@ -23,10 +23,11 @@ from lapis.inference.engine import LocalEngine
 from lapis.kernels.batch import packed
 from lapis.model.weights import read_model
 from lapis.train.export import exported_run
+from lapis.train.pretrain import Pretraining, trained_tokens
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.schedule import Plan
-from lapis.train.trainer import Trainer, find_or_create, train, trained_tokens
+from lapis.train.trainer import Trainer, find_or_create, train
 
 from .conftest import tiny_recipe
 
@@ -35,21 +36,21 @@ import sys
 from pathlib import Path
 from lapis import config
 from lapis.data.shards import Dataset
-from lapis.hashing import digest_bytes, digest_json
-from lapis.hashing import digest_bytes, digest_json
 from lapis.home import Home
+from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
-from lapis.train.schedule import Plan
 from lapis.train.trainer import train
 home, run, recipe, dataset = sys.argv[1:]
 print("ready", flush=True)
-train(config.load(Path(recipe), Recipe), Dataset.open(Path(dataset)), Run.open(Home(Path(home)), run))
+recipe = config.load(Path(recipe), Recipe)
+objective = Pretraining(recipe.train, Dataset.open(Path(dataset)))
+train(recipe, objective, Run.open(Home(Path(home)), run))
 """
 
 
 def begin(home: Home, recipe: Recipe, dataset: Dataset) -> Run:
-    return find_or_create(home, recipe, config.to_toml(recipe), dataset)
+    return find_or_create(home, recipe, config.to_toml(recipe), Pretraining(recipe.train, dataset))
 
 
 def losses(run: Run) -> dict[int, str]:
@@ -87,7 +88,7 @@ def start_child(home: Home, run: Run, dataset: Dataset) -> subprocess.Popen[str]
 
 def test_a_run_learns_and_tells_what_happened(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts, steps=60)
-    run = train(recipe, dataset, begin(home, recipe, dataset))
+    run = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     steps = run.steps()
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
     assert run.status() == "finished"
@@ -96,13 +97,13 @@ def test_a_run_learns_and_tells_what_happened(home: Home, texts: Path, dataset: 
     assert start["dataset_digest"] == dataset.digest
     assert begin(home, recipe, dataset).id == run.id  # the same recipe on the same data is the same run
     before = run.events.read()
-    train(recipe, dataset, run)
+    train(recipe, Pretraining(recipe.train, dataset), run)
     assert run.events.read() == before  # and what is finished is not done again
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts)
-    whole = train(recipe, dataset, begin(home, recipe, dataset))
+    whole = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
 
     halves = Run.create(home, "halves", config.to_toml(recipe), "0" * 64)
 
@@ -113,17 +114,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(home: Home, texts: Path, dataset: Dat
             return len(halves.events.read("step")) >= 13
 
     with pytest.raises(KeyboardInterrupt):
-        Trainer(recipe, dataset, halves).loop(lambda *_, **__: None, After())  # type: ignore[arg-type]
+        Trainer(recipe, Pretraining(recipe.train, dataset), halves).loop(lambda *_, **__: None, After())  # type: ignore[arg-type]
     assert halves.status() == "stopped"
-    train(recipe, dataset, halves)
+    train(recipe, Pretraining(recipe.train, dataset), halves)
     assert halves.events.read("resume")[0]["step"] == 13
     assert losses(halves) == losses(whole)
     assert weights_digest(halves) == weights_digest(whole)
 
 
 def test_a_killed_run_ends_with_the_same_weights(home: Home, texts: Path, dataset: Dataset) -> None:
-    recipe = tiny_recipe(texts, steps=800, checkpoint_seconds=0.05)
-    whole = train(recipe, dataset, begin(home, recipe, dataset))
+    recipe = tiny_recipe(texts, steps=800, checkpoint={"seconds": 0.05})
+    whole = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     run = Run.create(home, "killed", config.to_toml(recipe), "1" * 64)
     for _ in range(3):
         child = start_child(home, run, dataset)
@@ -132,7 +133,7 @@ def test_a_killed_run_ends_with_the_same_weights(home: Home, texts: Path, datase
             time.sleep(0.01)
         child.kill()
         child.communicate()
-    train(recipe, dataset, run)
+    train(recipe, Pretraining(recipe.train, dataset), run)
     assert len(run.events.read("resume")) >= 2
     assert weights_digest(run) == weights_digest(whole)
 
@@ -145,7 +146,7 @@ def test_an_interrupt_saves_and_ends_at_once(home: Home, texts: Path, dataset: D
         assert child.poll() is None, child.communicate()
         time.sleep(0.02)
     with pytest.raises(ConflictError, match="in use by process"):
-        train(recipe, dataset, run)
+        train(recipe, Pretraining(recipe.train, dataset), run)
     os.kill(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=30)
     assert "KeyboardInterrupt" in stderr
@@ -160,7 +161,7 @@ def test_a_run_by_minutes_ends_in_time_and_resumes_with_its_plan(
     home: Home, texts: Path, dataset: Dataset
 ) -> None:
     recipe = tiny_recipe(texts, steps=None, minutes=0.03)
-    run = train(recipe, dataset, begin(home, recipe, dataset))
+    run = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     plan = run.events.read("plan")[0]
     end = run.events.read("end")[0]
     assert end["step"] == plan["steps"]
@@ -175,14 +176,14 @@ def test_numbers_that_explode_end_the_run_with_a_clear_error(
     recipe = tiny_recipe(texts, optimizer="adamw", lr=1e30, embed_lr=1e30)
     run = begin(home, recipe, dataset)
     with pytest.raises(TrainingError, match="no longer finite") as caught:
-        train(recipe, dataset, run)
+        train(recipe, Pretraining(recipe.train, dataset), run)
     assert "lower rate" in caught.value.hint
     assert run.status() == "failed"
 
 
 def test_the_5_gram_gets_exactly_the_trained_windows(texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts)
-    tokens = trained_tokens(recipe, dataset, 3)
+    tokens = trained_tokens(recipe.train, dataset, 3)
     assert tokens.shape == (12, 64)
     loader = TokenLoader(dataset, sequence=64, batch=4, seed=0)
     for step in range(3):
@@ -191,7 +192,7 @@ def test_the_5_gram_gets_exactly_the_trained_windows(texts: Path, dataset: Datas
 
 def test_a_checkpoint_of_another_dataset_is_refused(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts, steps=3)
-    run = train(recipe, dataset, begin(home, recipe, dataset))
+    run = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     other = Run.create(home, "other", config.to_toml(recipe), "2" * 64)
     other.checkpoints.parent.mkdir(exist_ok=True)
     run.checkpoints.rename(other.checkpoints)
@@ -199,19 +200,19 @@ def test_a_checkpoint_of_another_dataset_is_refused(home: Home, texts: Path, dat
         {**recipe.model_dump(mode="json", exclude_none=True), "model": {"name": "tiny", "ffn": 256}}, Recipe
     )
     with pytest.raises(ConflictError, match="another model"):
-        train(wider, dataset, other)
+        train(wider, Pretraining(wider.train, dataset), other)
 
 
 def test_what_is_trained_is_what_is_served_bit_for_bit(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts, steps=20)
-    run = train(recipe, dataset, begin(home, recipe, dataset))
+    run = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     with exported_run(home, run.id) as exported:
         loaded = read_model(exported.folder)
     if not loaded.model.ops.bit_exact:
         pytest.skip("no compiled kernels here: plain torch makes no such promise")
     documents = [loaded.tokenizer.encode(text.text)[:90] for text in dataset.heldout()[:4]]
     sequences = [[loaded.tokenizer.end_id, *ids] for ids in documents]
-    trained = Trainer(recipe, dataset, run)
+    trained = Trainer(recipe, Pretraining(recipe.train, dataset), run)
     checkpoint = latest(run.checkpoints)
     assert checkpoint is not None
     trained._resume(checkpoint)

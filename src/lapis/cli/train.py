@@ -24,6 +24,7 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     from lapis.data.pipeline import prepare
     from lapis.home import Home
     from lapis.log import progress
+    from lapis.train.pretrain import Pretraining
     from lapis.train.recipe import Recipe
     from lapis.train.trainer import find_or_create, train
 
@@ -31,11 +32,12 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     resolved = config.load(recipe, Recipe, sets)
     with progress("data") as report:
         dataset = prepare(resolved.data, resolved.tokenizer, home, workers=workers, progress=report)
-    run = find_or_create(home, resolved, config.to_toml(resolved), dataset)
+    objective = Pretraining(resolved.train, dataset)
+    run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not as_json:
         say(f"{run.id}: training on {dataset.tokens:,} tokens")
     with progress("train") as report:
-        train(resolved, dataset, run, report)
+        train(resolved, objective, run, report)
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))

@@ -5,6 +5,7 @@ Letters: T = batch x sequence tokens of one step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class TokenBatch(NamedTuple):
     ids_T: NDArray[np.int64]
     targets_T: NDArray[np.int64]
     lengths: tuple[int, ...]
+    weights_T: NDArray[np.float32] | None = None  # what each target counts in the loss; None: all count 1
 
 
 class TokenLoader:
@@ -38,10 +40,15 @@ class TokenLoader:
 
     def at(self, step: int) -> TokenBatch:
         """The batch of a step (from 0 on)."""
-        windows = [
-            self._window(sample_at(index, self.samples, self.seed))
-            for index in range(step * self.batch, (step + 1) * self.batch)
-        ]
+        return self.windows(self.samples_at(step * self.batch, self.batch))
+
+    def samples_at(self, first: int, count: int) -> tuple[int, ...]:
+        """The windows that stand at `count` places of the run's order from `first` on."""
+        return tuple(sample_at(index, self.samples, self.seed) for index in range(first, first + count))
+
+    def windows(self, samples: Sequence[int]) -> TokenBatch:
+        """Windows of the stream by their number, laid one after the other."""
+        windows = [self._window(sample) for sample in samples]
         ids_T = np.concatenate([window.ids_T for window in windows])
         targets_T = np.concatenate([window.targets_T for window in windows])
         return TokenBatch(ids_T, targets_T, tuple(length for window in windows for length in window.lengths))

@@ -18,9 +18,9 @@ from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
 from lapis.model.families import build
 from lapis.train.export import dataset_folder, last_checkpoint
+from lapis.train.pretrain import trained_tokens
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
-from lapis.train.trainer import trained_tokens
 
 
 class Ground(NamedTuple):
@@ -35,7 +35,9 @@ def ground_of_run(run: Run, steps: int) -> Ground:
     if steps < 1:
         raise ConflictError(f"The run {run.id} has not done a step yet.", hint="`lapis train RECIPE.toml`")
     dataset = Dataset.open(dataset_folder(run))
-    return Ground(dataset, trained_tokens(config.load(run.folder / "recipe.toml", Recipe), dataset, steps))
+    return Ground(
+        dataset, trained_tokens(config.load(run.folder / "recipe.toml", Recipe).train, dataset, steps)
+    )
 
 
 def measure_run(run: Run, ground: Ground | None = None, progress: Progress = silent) -> EvalReport:

@@ -56,7 +56,7 @@ class ModelSection(Section):
 
 
 class TrainSection(Section):
-    """How long, in which steps, and with which optimizer."""
+    """What is learned, how long, in which steps, and with which optimizer."""
 
     steps: Positive | None = None
     """Number of optimizer steps. Give this or `minutes`."""
@@ -64,8 +64,12 @@ class TrainSection(Section):
     """Training time in minutes; the number of steps follows from the speed that is measured on the way."""
     sequence: Positive = 256
     """Tokens in one training window; documents inside it do not see each other."""
+    objective: Literal["pretrain"] = "pretrain"
+    """What is learned: to continue text."""
     batch: Positive = 8
-    """Windows in one optimizer step."""
+    """Windows in one optimizer step, on all ranks together."""
+    micro_batch: Positive | None = None
+    """Windows in one forward pass of a rank: fewer take less memory. By default all of its share."""
     seed: int = 0
     """Decides the first weights and the order of the data."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -82,16 +86,21 @@ class TrainSection(Section):
     """Steps in which the learning rate rises."""
     decay: Fraction = 0.6
     """Fraction of the run, at its end, in which the learning rate falls to zero."""
-    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Time between two checkpoints."""
-    keep: Positive = 2
-    """Checkpoints kept; the last good one always is."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("give exactly one of train.steps and train.minutes")
         return self
+
+
+class CheckpointSection(Section):
+    """When the state of a run is saved, and what is kept."""
+
+    seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Time between two checkpoints."""
+    keep: Positive = 2
+    """Checkpoints kept; the last good one always is."""
 
 
 class Recipe(Section):
@@ -107,6 +116,8 @@ class Recipe(Section):
     """The model."""
     train: TrainSection
     """The training."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """The checkpoints."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -13,15 +13,11 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.checkpoint.sharded import Checkpoint, latest, load, save
-from lapis.data.loader import TokenLoader
-from lapis.data.shards import Dataset
-from lapis.errors import ConfigError, ConflictError, TrainingError
+from lapis.errors import ConflictError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
@@ -29,26 +25,26 @@ from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
 from lapis.model.families import build
 from lapis.train import schedule
-from lapis.train.objective import pretrain_loss
+from lapis.train.objective import Objective, StepBatch
 from lapis.train.optimizer import FlatParameters, Optimizer
 from lapis.train.peak import gemm_flops
-from lapis.train.recipe import Recipe, TrainSection
+from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
 
 
-def find_or_create(home: Home, recipe: Recipe, recipe_text: str, dataset: Dataset) -> Run:
-    """The run of this recipe on this dataset: the one that was begun before, or a new one."""
-    digest = digest_json([recipe.digest(), dataset.digest])
+def find_or_create(home: Home, recipe: Recipe, recipe_text: str, objective: Objective) -> Run:
+    """The run of this recipe on this data: the one that was begun before, or a new one."""
+    digest = digest_json([recipe.digest(), objective.digest])
     for run in reversed(Run.list(home)):
         if run.events.read("create")[0].get("recipe_digest") == digest and run.status() != "failed":
             return run
     return Run.create(home, recipe.name, recipe_text, digest)
 
 
-def train(recipe: Recipe, dataset: Dataset, run: Run, progress: Progress = silent) -> Run:
+def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = silent) -> Run:
     """Train a run to its end, from its last good checkpoint if it has one; a finished run is left as it is.
 
     Raises KeyboardInterrupt after SIGINT or SIGTERM, when the state is safely in a checkpoint; TrainingError when
@@ -58,29 +54,19 @@ def train(recipe: Recipe, dataset: Dataset, run: Run, progress: Progress = silen
         return run
     keep_freed_memory()
     with run.hold(), _stop_signals() as stop:
-        Trainer(recipe, dataset, run).loop(progress, stop)
+        Trainer(recipe, objective, run).loop(progress, stop)
     return run
-
-
-def trained_tokens(recipe: Recipe, dataset: Dataset, steps: int) -> NDArray[np.int64]:
-    """The tokens that the first `steps` steps of a run see, in order: one training window a row."""
-    loader = token_loader(recipe.train, dataset)
-    return np.concatenate([loader.at(step).ids_T for step in range(steps)]).reshape(-1, recipe.train.sequence)
-
-
-def token_loader(section: TrainSection, dataset: Dataset) -> TokenLoader:
-    """The loader of a run's data order."""
-    return TokenLoader(dataset, sequence=section.sequence, batch=section.batch, seed=section.seed)
 
 
 class Trainer:
     """Everything that a run is at one moment; `loop` moves it forward, a checkpoint keeps it."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, run: Run) -> None:
-        self.recipe, self.section, self.dataset, self.run = recipe, recipe.train, dataset, run
-        self.config = recipe.model.resolve(dataset.tokenizer.vocab_size)
+    def __init__(self, recipe: Recipe, objective: Objective, run: Run) -> None:
+        self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
+        self.config = recipe.model.resolve(objective.tokenizer.vocab_size)
         self.model = build(self.config)
         self.model.init_weights(self.section.seed)
+        objective.begin(self.model)
         self.flat = FlatParameters(self.model)
         self.optimizer = Optimizer(
             self.flat,
@@ -89,29 +75,29 @@ class Trainer:
             clip=self.section.clip,
             weight_decay=self.section.weight_decay,
         )
-        self.loader = token_loader(self.section, dataset)
-        self.tokens_per_step = self.section.sequence * self.section.batch
         self.step = 0  # steps done
+        self.tokens = 0  # seen in them
         self.trained_s = 0.0
         self.loss: float | None = None  # of the last step
         self.plan = self._first_plan()
         self.peak = gemm_flops()
-        self.durations: deque[float] = deque(maxlen=SPEED_OVER)
+        self.recent: deque[tuple[float, int]] = deque(maxlen=SPEED_OVER)  # seconds and tokens of a step
 
     def loop(self, progress: Progress, stop: threading.Event) -> None:
         """Step until the plan is done or `stop` is set. The last state is always in a checkpoint."""
         self._begin()
         saved, recorded, last = time.monotonic(), 0.0, time.monotonic()
         while not self.plan.done(self.step) and not stop.is_set():
+            before = self.tokens
             norm = self._one_step()
             now = time.monotonic()
-            self.durations.append(now - last)
+            self.recent.append((now - last, self.tokens - before))
             self.trained_s, last = self.trained_s + now - last, now
             if now - recorded >= RECORD_EVERY_S or self.plan.done(self.step):
                 recorded = now
                 self._record(norm, progress)
             self._close_plan()
-            if now - saved >= self.section.checkpoint_seconds:
+            if now - saved >= self.recipe.checkpoint.seconds:
                 self.save()
                 saved = last = time.monotonic()  # saving is not training time
         self.save()
@@ -124,27 +110,27 @@ class Trainer:
         """Commit the present state as a checkpoint."""
         state = {
             "step": self.step,
+            "tokens": self.tokens,
             "trained_s": self.trained_s,
             "loss": self.loss,
             "plan": asdict(self.plan),
             "optimizer_steps": self.optimizer.steps,
             "model": asdict(self.config),
             "recipe_digest": self.recipe.digest(),
-            "dataset_digest": self.dataset.digest,
+            "data_digest": self.objective.digest,
         }
         groups = {"model": self._weights(), "optimizer": self.optimizer.state()}
-        checkpoint = save(self.run.checkpoints, self.step, groups, state, self.section.keep)
+        checkpoint = save(self.run.checkpoints, self.step, groups, state, self.recipe.checkpoint.keep)
         self.run.events.write(
             "checkpoint", step=self.step, folder=checkpoint.folder.name, digest=checkpoint.digest
         )
         return checkpoint
 
     def _one_step(self) -> float:
-        loss = pretrain_loss(self.model, self.loader.at(self.step))
-        torch.autograd.backward(loss)
+        batch = self.objective.step(self.step, 0, 1)
+        value = self._gradients(batch)
         scale = self.plan.scale(self.step)
         norm = self.optimizer.step(lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale)
-        value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.run.events.write("end", step=self.step, loss=None, seconds=self.trained_s, reason="failed")
             raise TrainingError(
@@ -152,15 +138,23 @@ class Trainer:
                 hint="The last checkpoint is good. Train with a lower rate: --set train.lr=… --set train.embed_lr=…",
             )
         self.step, self.loss = self.step + 1, value
+        self.tokens += sum(len(micro.ids_T) for micro in batch.micros)
         return norm
+
+    def _gradients(self, batch: StepBatch) -> float:
+        """Add the gradients of all micro-batches; returns the loss of this rank's share."""
+        total = 0.0
+        for micro in batch.micros:
+            loss = self.objective.loss(self.model, micro, batch.weight)
+            torch.autograd.backward(loss)
+            total += loss.item()
+        return total
 
     def _begin(self) -> None:
         facts: dict[str, Any] = {
             "parameters": self.config.parameters,
-            "tokens": self.dataset.tokens,
+            **self.objective.facts(),
             "recipe_digest": self.recipe.digest(),
-            "dataset_digest": self.dataset.digest,
-            "dataset": str(self.dataset.folder),
             "kernels": self.model.ops.name,
             "bit_exact": self.model.ops.bit_exact,
             "threads": torch.get_num_threads(),
@@ -174,23 +168,19 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         loaded = load(checkpoint)
         state = loaded.state
-        if ModelConfig(**state["model"]) != self.config or state["dataset_digest"] != self.dataset.digest:
+        if ModelConfig(**state["model"]) != self.config or state["data_digest"] != self.objective.digest:
             raise ConflictError(
-                f"The checkpoint {checkpoint.folder} belongs to another model or dataset than this recipe.",
+                f"The checkpoint {checkpoint.folder} belongs to other data or another model than this recipe.",
                 hint="Give the recipe another name, so that it becomes a run of its own.",
             )
         self.optimizer.load(loaded.groups["optimizer"], state["optimizer_steps"])
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
+        self.tokens = state["tokens"]
         self.plan = schedule.Plan(**state["plan"])
         self.run.events.write("resume", step=self.step, checkpoint=checkpoint.folder.name)
 
     def _first_plan(self) -> schedule.Plan:
         section = self.section
-        if self.loader.samples == 0:
-            raise ConfigError(
-                f"The dataset has {self.dataset.tokens:,} tokens, less than one window of {section.sequence}.",
-                hint="Add text to data.sources, or use a smaller train.sequence.",
-            )
         if section.steps is not None:
             return schedule.by_steps(section.steps, section.warmup, section.decay)
         return schedule.by_minutes(section.warmup)
@@ -208,13 +198,12 @@ class Trainer:
         speed = self._speed()
         mfu = speed * self.config.flops_per_token(self.section.sequence) / self.peak
         lr = self.section.lr * self.plan.scale(self.step - 1)
-        tokens = self.step * self.tokens_per_step
         self.run.events.write(
             "step",
             step=self.step,
             loss=self.loss,
             lr=lr,
-            tokens=tokens,
+            tokens=self.tokens,
             tokens_per_s=round(speed, 1),
             mfu=round(mfu, 4),
             grad_norm=norm,
@@ -231,13 +220,13 @@ class Trainer:
 
     def _speed(self) -> float:
         """Tokens per second over the last steps; the first step of a process warms up and is not counted."""
-        steady = list(self.durations)[1:] if len(self.durations) < SPEED_OVER else list(self.durations)
-        steady = steady or list(self.durations)
-        return self.tokens_per_step * len(steady) / sum(steady)
+        steady = list(self.recent)[1:] if len(self.recent) < SPEED_OVER else list(self.recent)
+        seconds, tokens = zip(*(steady or self.recent), strict=True)
+        return float(sum(tokens) / sum(seconds))
 
     def _left_s(self, speed: float) -> float:
         if self.plan.steps is not None:
-            return (self.plan.steps - self.step) * self.tokens_per_step / speed
+            return (self.plan.steps - self.step) * self.tokens / self.step / speed
         assert self.section.minutes is not None, "a run without minutes has its steps planned from the start"
         return max(0.0, self.section.minutes * 60 - self.trained_s)
 

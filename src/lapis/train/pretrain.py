@@ -1,0 +1,96 @@
+"""Pretraining: every token predicts the next one of its own document. Attention never crosses a document's border.
+
+Dims: T tokens of a micro-batch, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lapis.data.loader import TokenBatch, TokenLoader
+from lapis.data.shards import Dataset
+from lapis.errors import ConfigError
+from lapis.kernels.batch import packed
+from lapis.model.families import Decoder
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.train.objective import StepBatch
+from lapis.train.recipe import TrainSection
+
+
+class Pretraining:
+    """The objective over a dataset's training stream, cut into windows of equal length."""
+
+    def __init__(self, section: TrainSection, dataset: Dataset) -> None:
+        self.section, self.dataset = section, dataset
+        self.loader = token_loader(section, dataset)
+
+    @property
+    def digest(self) -> str:
+        """The dataset's."""
+        return self.dataset.digest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The dataset's."""
+        return self.dataset.tokenizer
+
+    def facts(self) -> Mapping[str, Any]:
+        """Where the dataset lies and how large it is."""
+        return {
+            "tokens": self.dataset.tokens,
+            "dataset_digest": self.dataset.digest,
+            "dataset": str(self.dataset.folder),
+        }
+
+    def begin(self, model: Decoder) -> None:
+        """Nothing is needed of the first weights."""
+
+    def step(self, step: int, rank: int, ranks: int) -> StepBatch:
+        """The rank's adjacent part of the step's windows. Raises ConfigError if the ranks cannot share them evenly."""
+        section = self.section
+        share, rest = divmod(section.batch, ranks)
+        micro = section.micro_batch or share
+        if rest or share % micro:
+            raise ConfigError(
+                f"train.batch = {section.batch} windows cannot be shared by {ranks} data-parallel ranks in "
+                f"micro-batches of {micro}.",
+                hint="Make train.batch a multiple of ranks × train.micro_batch.",
+                param="train.batch",
+            )
+        first = step * section.batch + rank * share
+        samples = self.loader.samples_at(first, share)
+        micros = tuple(
+            self.loader.windows(samples[start : start + micro]) for start in range(0, share, micro)
+        )
+        return StepBatch(micros, float(section.batch * section.sequence), samples)
+
+    def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
+        """Sum of the tokens' cross-entropies in nats, times their weights, over `weight`."""
+        return token_loss(model, micro, weight)
+
+
+def token_loss(model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
+    """Sum of weight · cross-entropy over the tokens of a micro-batch / `weight`, logits never whole."""
+    ids_T, targets_T = torch.from_numpy(micro.ids_T), torch.from_numpy(micro.targets_T)
+    weights_T = None if micro.weights_T is None else torch.from_numpy(micro.weights_T)
+    head = model.head_weight
+    assert isinstance(head, Tensor), "a quantised model is not trained"
+    x_TH = model.hidden(ids_T, packed(micro.lengths))
+    return model.ops.linear_cross_entropy(x_TH, head, targets_T, weights_T) / weight
+
+
+def token_loader(section: TrainSection, dataset: Dataset) -> TokenLoader:
+    """The loader of a run's data order."""
+    return TokenLoader(dataset, sequence=section.sequence, batch=section.batch, seed=section.seed)
+
+
+def trained_tokens(section: TrainSection, dataset: Dataset, steps: int) -> NDArray[np.int64]:
+    """The tokens that the first `steps` steps of a run see, in order: one training window a row."""
+    loader = token_loader(section, dataset)
+    return np.concatenate([loader.at(step).ids_T for step in range(steps)]).reshape(-1, section.sequence)
