@@ -170,6 +170,27 @@ class TokenizerConfig(Section):
     """How many bytes of the training documents the vocabulary is trained on."""
 
 
+class ExamplesConfig(Section):
+    """The section [examples]: what a model is fine-tuned on, in place of [data]."""
+
+    files: tuple[str, ...]
+    """JSON lines: chats, prompts with completions, or preferences (docs/finetune.md has the forms)."""
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The part of the examples that is never trained on but measured."""
+    heldout_files: tuple[str, ...] = ()
+    """Files of examples to measure on, in place of a part of `files`."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What happens to an example longer than train.sequence; how many were dropped is reported."""
+    template: str = ""
+    """A file with the chat template to use in place of the model's own."""
+
+    @model_validator(mode="after")
+    def _some(self) -> ExamplesConfig:
+        if not self.files:
+            raise ValueError("at least one file of examples is needed")
+        return self
+
+
 def kind_named(value: object) -> Kind:
     """The kind that a column's value names."""
     return "code" if value == "code" else "prose"

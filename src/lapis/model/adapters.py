@@ -79,7 +79,7 @@ def read_adapter(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.b
     layers = tuple(
         {
             name: (pair[0].to(dtype), pair[1].to(dtype))
-            for name, parts in _modules(config).items()
+            for name, parts in modules_of(config).items()
             if (pair := _take(tensors, config, index, parts, alpha, rslora, folder)) is not None
         }
         for index in range(config.layers)
@@ -103,7 +103,7 @@ def write_adapter(folder: Path, config: ModelConfig, adapter: Adapter, base: str
     found = [_split(layer, config) for layer in adapter.layers]
     modules = sorted({module for layer in found for module in layer})
     rank = max((a_RK.shape[0] for layer in found for a_RK, _ in layer.values()), default=1)
-    sizes = {module: size for parts in _modules(config).values() for module, size in parts.items()}
+    sizes = {module: size for parts in modules_of(config).values() for module, size in parts.items()}
     tensors = {}
     for index, layer in enumerate(found):
         for module in modules:
@@ -140,8 +140,8 @@ def for_batch(adapters: Sequence[Adapter], layers: int) -> list[dict[str, list[A
     ]
 
 
-def _modules(config: ModelConfig) -> dict[str, dict[str, tuple[int, int]]]:
-    """Our weight -> the modules of transformers that it joins, each with its outputs and inputs."""
+def modules_of(config: ModelConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """Our weight -> the modules of transformers that it joins, each with its outputs and inputs, in their order."""
     query, key, width = config.heads * config.head_size, config.kv_heads * config.head_size, config.width
     if config.family == "gpt2":
         return {
@@ -215,7 +215,7 @@ def _split(layer: Mapping[str, Pair], config: ModelConfig) -> dict[str, Pair]:
     """The pairs of transformers' modules: each keeps the ranks that its own rows of B use."""
     result = {}
     for name, (a_RK, b_NR) in layer.items():
-        parts = _modules(config)[name]
+        parts = modules_of(config)[name]
         rows_of_parts = torch.split(b_NR, [rows for rows, _ in parts.values()])
         for module, rows_NR in zip(parts, rows_of_parts, strict=True):
             used = rows_NR.any(0)

@@ -55,6 +55,8 @@ class Decoder(nn.Module, ABC):
             if config.rotary
             else None
         )
+        # adapters in training: called with a batch that has none, it gives the batch that has them
+        self.lora: nn.Module | None = None
         self.embed = weight(dtype, config.vocab_size, config.width)
         self.layers = nn.ModuleList(self.new_layer(index, dtype) for index in range(config.layers))
         self.norm = weight(dtype, config.width)
@@ -100,6 +102,8 @@ class Decoder(nn.Module, ABC):
         """Hidden rows (T, H) after the final norm; keys and values go into the batch's caches."""
         if self.rope is not None:
             self.rope.reach(batch.positions)
+        if self.lora is not None and batch.adapters is None:
+            batch = self.lora(batch)
         ids_T, batch = ids_T.to(self.ops.device), batch.on(self.ops.device)
         x_TH = self.embedded(ids_T, batch)
         for layer in self.layers:

@@ -45,3 +45,9 @@ class Objective(Protocol):
 
     def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
         """Weighted losses of the micro-batch / weight, an fp32 scalar: the shares of a step add up to its loss."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """What else the step event tells of the last step."""
+
+    def heldout(self, model: Decoder) -> Mapping[str, float]:
+        """How the model does on held-out examples; empty where there are none, or where others measure them."""

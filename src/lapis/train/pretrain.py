@@ -74,6 +74,14 @@ class Pretraining:
         """Sum of the tokens' cross-entropies in nats, times their weights, over `weight`."""
         return token_loss(model, micro, weight)
 
+    def metrics(self) -> Mapping[str, float]:
+        """Nothing but the loss."""
+        return {}
+
+    def heldout(self, model: Decoder) -> Mapping[str, float]:
+        """Nothing: `lapis evaluate` measures held-out text."""
+        return {}
+
 
 def token_loss(model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
     """Sum of weight · cross-entropy over the tokens of a micro-batch / `weight`, logits never whole."""

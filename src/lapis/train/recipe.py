@@ -94,6 +94,26 @@ class TrainSection(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters are trained in place of the model's own weights (Hu et al. 2021)."""
+
+    rank: Positive = 16
+    """Inner width of an adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Which linear maps of the layers, by PEFT's names such as q_proj; none named: all of them."""
+
+
+class DpoSection(Section):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to where it started: larger is closer."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The part of the preferences that is thought to be the wrong way round."""
+
+
 class CheckpointSection(Section):
     """When the state of a run is saved, and what is kept."""
 
