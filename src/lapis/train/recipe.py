@@ -123,6 +123,21 @@ class CheckpointSection(Section):
     """Checkpoints kept; the last good one always is."""
 
 
+class SupervisorSection(Section):
+    """When ranks count as lost or slow, and how often a group starts again (`lapis train --ranks`)."""
+
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts without a new checkpoint in between after which it gives up."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """A group is hung when no rank gives a sign for so long, and for `hang_factor` steps."""
+    hang_factor: Annotated[float, Field(ge=1)] = 20.0
+    """Multiple of the median step."""
+    start_seconds: Annotated[float, Field(gt=0)] = 900.0
+    """The same limit where a rank is not stepping: it starts, compiles, loads or saves."""
+    slow_factor: Annotated[float, Field(gt=1)] = 1.5
+    """A rank is slow when its own work takes so many times that of the other ranks."""
+
+
 class Recipe(Section):
     """One run: what is read, how it is cut into tokens, which model is trained on it, and how."""
 
@@ -138,6 +153,8 @@ class Recipe(Section):
     """The training."""
     checkpoint: CheckpointSection = CheckpointSection()
     """The checkpoints."""
+    supervisor: SupervisorSection = SupervisorSection()
+    """The supervisor of several ranks."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

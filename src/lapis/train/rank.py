@@ -1,0 +1,30 @@
+"""What every rank of `lapis train --ranks` runs: the training of one run, in the place the environment names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lapis import config
+from lapis.data.shards import Dataset
+from lapis.home import Home
+from lapis.log import progress
+from lapis.train.launch import Program
+from lapis.train.pretrain import Pretraining
+from lapis.train.recipe import Recipe
+from lapis.train.run import RECIPE, Run
+from lapis.train.trainer import train
+
+
+def program(home: Home, run: Run, dataset: Dataset) -> Program:
+    """The program of a run's ranks."""
+    return Program(__name__, (str(home.root), run.id, str(dataset.folder)))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train: `arguments` are the home, the run's id and the dataset's folder."""
+    home, run_id, dataset = arguments
+    run = Run.open(Home(Path(home)), run_id)
+    with progress("train") as report:
+        recipe = config.load(run.folder / RECIPE, Recipe)
+        train(recipe, Pretraining(recipe.train, Dataset.open(Path(dataset))), run, report)

@@ -1,0 +1,195 @@
+"""The supervisor over real processes: what is lost starts again, what cannot be mended ends, nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.checkpoint.manifest import parse_name
+from lapis.checkpoint.sharded import latest, load
+from lapis.log import EventLog
+from lapis.train.launch import Group, Program
+from lapis.train.recipe import SupervisorSection
+from lapis.train.supervisor import End, supervise
+from tests.rank_program import weights_after
+
+FAST = SupervisorSection(hang_seconds=1.0, restarts=3)
+
+# A supervisor of its own process, for tests that kill it: prints nothing, ends with the group's status.
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from tests.integration.test_supervisor import run
+sys.exit(run(Path(sys.argv[1]), *sys.argv[2:]).status)
+"""
+
+
+def newest_step(folder: Path) -> int:
+    checkpoints = folder / "checkpoints"
+    paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return max((name.step for path in paths if (name := parse_name(path.name))), default=-1)
+
+
+def run(
+    folder: Path,
+    steps: int | str = 40,
+    *faults: str,
+    section: SupervisorSection = FAST,
+    spares: int = 1,
+    attack: Callable[[Group], None] | None = None,
+    every: int = 10,
+    step_s: float = 0.02,
+) -> End:
+    """Run the small program on two ranks to its end, while `attack` does harm in a thread."""
+    program = Program("tests.rank_program", (str(folder), str(steps), str(every), str(step_s), *faults))
+    with Group(program, 2, folder / "ranks") as group:
+        attacker = threading.Thread(target=attack, args=(group,)) if attack else None
+        if attacker:
+            attacker.start()
+        end = supervise(group, spares, section, events_of(folder), lambda: newest_step(folder))
+        if attacker:
+            attacker.join()
+        assert None not in group.exits
+    return end
+
+
+def events_of(folder: Path) -> EventLog:
+    return EventLog(folder / "events.jsonl")
+
+
+def told(folder: Path, event: str) -> list[dict[str, Any]]:
+    return events_of(folder).read(event)
+
+
+def last_weights(folder: Path) -> torch.Tensor:
+    checkpoint = latest(folder / "checkpoints")
+    assert checkpoint is not None
+    return load(checkpoint).groups["model"]["weights"]
+
+
+def after(
+    folder: Path, step: int, pid: Callable[[Group], int | None], number: int
+) -> Callable[[Group], None]:
+    """An attack: a signal once that step is done."""
+
+    def attack(group: Group) -> None:
+        until(lambda: any(event["step"] >= step for event in told(folder, "step")))
+        found = pid(group)
+        assert found is not None
+        os.kill(found, number)
+
+    return attack
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    give_up = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < give_up, "waited for nothing"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_killed_rank_is_replaced_by_the_spare_and_nothing_is_lost(tmp_path: Path) -> None:
+    attack = after(tmp_path, 15, lambda group: group.pids[1], signal.SIGKILL)
+    assert run(tmp_path, attack=attack) == End("finished", 0)
+    assert torch.equal(last_weights(tmp_path), weights_after(40, ranks=2))
+    lost, restart = told(tmp_path, "rank_lost")[0], told(tmp_path, "restart")[0]
+    assert (lost["rank"], lost["cause"], lost["attempt"]) == (1, "was killed by SIGKILL", 1)
+    assert (restart["attempt"], restart["step"], restart["slots"]) == (2, 10, [0, 2])
+    resumed = told(tmp_path, "resume")[1]
+    assert resumed["step"] == 10
+    assert resumed["time"] - lost["time"] < 15
+    assert "rank 1 is done" in (tmp_path / "ranks" / "rank-0001.log").read_text()
+
+
+def test_a_hanging_rank_is_found_and_replaced(tmp_path: Path) -> None:
+    attack = after(tmp_path, 15, lambda group: group.pids[1], signal.SIGSTOP)
+    assert run(tmp_path, attack=attack) == End("finished", 0)
+    lost = told(tmp_path, "rank_lost")
+    assert [(event["rank"], event["exit"]) for event in lost] == [(1, None)]
+    assert "gave no sign" in lost[0]["cause"]
+    assert told(tmp_path, "restart")[0]["step"] == 10
+
+
+def test_a_rank_that_always_fails_is_given_up(tmp_path: Path) -> None:
+    end = run(tmp_path, 40, "1:15:1")
+    assert (end.outcome, end.status) == ("gave_up", 10)
+    assert len(told(tmp_path, "restart")) == FAST.restarts
+    gave_up = told(tmp_path, "gave_up")[0]
+    assert gave_up["causes"] == ["rank 1 ended with status 1 after step 15"] * 4
+    assert "no new checkpoint" in gave_up["reason"]
+    assert (tmp_path / "ranks" / "rank-0001.log").read_text().count("it fails on purpose") == 4
+
+
+def test_what_a_restart_cannot_mend_ends_at_once(tmp_path: Path) -> None:
+    assert run(tmp_path / "config", 40, "0:0:2").status == 2
+    assert not told(tmp_path / "config", "restart")
+    end = run(
+        tmp_path / "numbers", 40, "1:12:10"
+    )  # tried once again: a fault of the machine would not come back
+    assert (end.status, end.reason) == (10, "it failed the same way twice")
+    assert len(told(tmp_path / "numbers", "restart")) == 1
+
+
+def test_a_slow_rank_is_told_and_goes_on(tmp_path: Path) -> None:
+    assert run(tmp_path, 60, "1:5:slow", step_s=0.01, every=30) == End("finished", 0)
+    slow = told(tmp_path, "slow_rank")
+    assert [event["rank"] for event in slow] == [1]
+    assert slow[0]["times"] > 1.5
+
+
+def test_the_process_that_bears_the_ranks_may_die_too(tmp_path: Path) -> None:
+    attack = after(tmp_path, 15, lambda group: group._nursery.pid, signal.SIGKILL)
+    assert run(tmp_path, attack=attack) == End("finished", 0)
+    assert len(told(tmp_path, "restart")) == 1
+
+
+def start(folder: Path, steps: int) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A supervisor of its own, and the processes below it once they train."""
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(steps)]
+    supervisor = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, **paths()})
+    until(lambda: len(told(folder, "step")) > 2)
+    nursery = children(supervisor.pid)
+    return supervisor, [*nursery, *(rank for pid in nursery for rank in children(pid))]
+
+
+def paths() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    return {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_supervisor_leaves_nobody_behind(tmp_path: Path) -> None:
+    supervisor, below = start(tmp_path, 100_000)
+    assert len(below) == 3
+    os.kill(below[1], signal.SIGSTOP)  # also one that does not run
+    supervisor.kill()
+    supervisor.wait()
+    until(lambda: not any(alive(pid) for pid in below), seconds=10)
+
+
+def test_a_stop_is_passed_on_and_the_last_step_is_kept(tmp_path: Path) -> None:
+    supervisor, below = start(tmp_path, 100_000)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(30) == 130
+    assert newest_step(tmp_path) == told(tmp_path, "step")[-1]["step"]
+    assert not told(tmp_path, "rank_lost")
+    assert not any(alive(pid) for pid in below)

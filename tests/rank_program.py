@@ -1,0 +1,96 @@
+"""A small training program for tests of the supervisor: an all-reduce each step, a checkpoint every few steps.
+
+Its weights after n steps are a function of n and the number of ranks alone, so a run that was broken can be
+compared with what it should be (`weights_after`). `main(folder, steps, every, step_s, fault…)`; a fault is
+"RANK:STEP:WHAT" with WHAT an exit status, "slow" (from that step on) or "hang".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lapis.checkpoint.sharded import latest, load, save
+from lapis.log import EventLog
+from lapis.train.heartbeat import Heartbeat
+
+SIZE = 1 << 18
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, steps, every, step_s = (
+        Path(arguments[0]),
+        int(arguments[1]),
+        int(arguments[2]),
+        float(arguments[3]),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, events = dist.get_rank(), EventLog(folder / "events.jsonl")
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stops.append(number))
+    heartbeat, step, weights = Heartbeat.of_environment(), 0, torch.zeros(SIZE, dtype=torch.float64)
+    checkpoint = latest(folder / "checkpoints")
+    if checkpoint is not None:
+        loaded = load(checkpoint)
+        weights, step = loaded.groups["model"]["weights"].clone(), loaded.state["step"]
+    if rank == 0:
+        events.write("resume", step=step, slot=int(os.environ["LOCAL_RANK"]))
+    heartbeat.stepped(step)
+    while step < steps:
+        began = time.monotonic()
+        gradient = gradient_of(weights, step, rank)
+        time.sleep(step_s)
+        _fail(arguments[4:], rank, step, step_s)
+        heartbeat.waits(time.monotonic() - began)
+        dist.all_reduce(gradient)
+        stop = torch.tensor(len(stops))
+        dist.all_reduce(stop)
+        weights, step = 0.5 * weights + gradient, step + 1
+        heartbeat.stepped(step)
+        if rank == 0:
+            events.write("step", step=step)
+        if step % every == 0 or step == steps or stop:
+            with heartbeat.busy():
+                if rank == 0:
+                    save(
+                        folder / "checkpoints", step, {"model": {"weights": weights}}, {"step": step}, keep=2
+                    )
+                dist.barrier()
+        if stop:
+            raise KeyboardInterrupt
+    print(f"rank {rank} is done")
+
+
+def gradient_of(weights: torch.Tensor, step: int, rank: int) -> torch.Tensor:
+    """What a rank adds to the weights in a step."""
+    return torch.sin(weights + step + rank)
+
+
+def weights_after(steps: int, ranks: int) -> torch.Tensor:
+    """The weights after so many steps, without any other process. Two ranks' sum has one order: the same bits."""
+    weights = torch.zeros(SIZE, dtype=torch.float64)
+    for step in range(steps):
+        weights = 0.5 * weights + sum(gradient_of(weights, step, rank) for rank in range(ranks))
+    return weights
+
+
+def _fail(faults: Sequence[str], rank: int, step: int, step_s: float) -> None:
+    for fault in faults:
+        where, when, what = fault.split(":")
+        if int(where) != rank or step < int(when):
+            continue
+        if what == "slow":
+            time.sleep(4 * step_s)
+        elif what == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            print("it fails on purpose", file=sys.stderr, flush=True)
+            sys.exit(int(what))
