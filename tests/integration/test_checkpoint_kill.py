@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import latest, load, save
 
 KILLS = 12
@@ -19,6 +20,7 @@ DRIVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
+from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import save
 
 torch.set_num_threads(1)
@@ -31,7 +33,7 @@ for line in sys.stdin:
         while True:
             step += 1
             model = {"w": torch.full((1 << 21,), step, dtype=torch.int64)}
-            save(folder, step, {"model": model}, {"step": step}, keep=2)
+            save(folder, step, {"model": model}, {"step": step}, keep=Retention(2))
             os.write(writer, step.to_bytes(8, "little"))
     os.close(writer)
     time.sleep(float(line))
@@ -73,5 +75,5 @@ def test_killed_at_a_dozen_random_moments_the_newest_checkpoint_loads(tmp_path: 
     assert driver.returncode == 0
     assert reported > 0
     assert interrupted > 0, "no kill fell into a save: the test would prove nothing"
-    save(tmp_path, reported + 2, {"model": {"w": torch.zeros(1)}}, {}, keep=1)
+    save(tmp_path, reported + 2, {"model": {"w": torch.zeros(1)}}, {}, keep=Retention(1))
     assert len([path for path in tmp_path.iterdir() if path.name != ".lock"]) == 1  # leftovers are gone

@@ -1,4 +1,4 @@
-"""Rules of checkpoints that hold for every input: flipped bits, any tensors, retention."""
+"""Rules of checkpoints that hold for every input: flipped bits, any tensors and state, retention."""
 
 from __future__ import annotations
 
@@ -13,38 +13,56 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapis.checkpoint.manifest import parse_name, superseded
-from lapis.checkpoint.sharded import DTYPES, Checkpoint, latest, load, save
+from lapis.checkpoint.folder import read
+from lapis.checkpoint.piece import Box, Part, Sharded
+from lapis.checkpoint.retention import Kept, Retention, superseded
+from lapis.checkpoint.sharded import Checkpoint, Groups, latest, load, save
+from lapis.checkpoint.tensors import DTYPES
 from lapis.errors import IntegrityError
+from tests.checkpoints import saved_by
 
 
 @pytest.fixture(scope="module")
 def saved() -> Iterator[Checkpoint]:
+    """Of two ranks: the rows of a are shared between them, b is on one of them."""
     folder = Path(tempfile.mkdtemp())
-    groups = {
-        "model": {"a": torch.randn(64, 3).bfloat16(), "b": torch.ones(5)},
-        "optimizer": {"m": torch.randn(99)},
-    }
-    yield save(folder, 3, groups, {"seed": 1, "text": "é"}, keep=1)
+    a, moment = torch.randn(64, 3).bfloat16(), torch.randn(99)
+    ranks: list[Groups] = [
+        {
+            "model": {"a": Sharded((64, 3), (Part(Box((0, 0), (24, 3)), a[:24]),)), "b": torch.ones(5)},
+            "optimizer": {"m": moment},
+        },
+        {"model": {"a": Sharded((64, 3), (Part(Box((24, 0), (40, 3)), a[24:]),))}},
+    ]
+    yield saved_by(folder, 3, ranks, {"seed": 1, "text": "é"})
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_flipped_bit_is_refused_with_the_file_named(saved: Checkpoint, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "flips"), [(0, 40), *(pytest.param(seed, 40, marks=pytest.mark.long) for seed in range(1, 5))]
+)
+def test_every_flipped_bit_is_refused_with_its_place_named(saved: Checkpoint, seed: int, flips: int) -> None:
     """One random bit of one random file: tensors, headers, state and the manifest itself."""
     chance = random.Random(seed)
-    path = chance.choice(sorted(saved.folder.iterdir()))
-    whole = path.read_bytes()
-    bit = chance.randrange(len(whole) * 8)
-    changed = bytearray(whole)
-    changed[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(changed)
-    try:
-        with pytest.raises(IntegrityError, match=path.name):
-            load(saved)
-        assert latest(saved.folder.parent) is None
-    finally:
-        path.write_bytes(whole)
+    for _ in range(flips):
+        path = chance.choice(sorted(saved.folder.iterdir()))
+        whole = path.read_bytes()
+        bit = chance.randrange(len(whole) * 8)
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        hit = [
+            region.what or "digest"
+            for region in saved.manifest.regions()
+            if region.file == path.name and region.start <= bit // 8 < region.start + region.bytes
+        ]
+        place = rf"{path.name} does not match.* {hit[0] if hit else 'own digest'}\.|{path.name} .*name of"
+        try:
+            with pytest.raises(IntegrityError, match=place):
+                load(read(saved.folder))
+            assert latest(saved.folder.parent) is None
+        finally:
+            path.write_bytes(whole)
     assert latest(saved.folder.parent) == saved
 
 
@@ -67,24 +85,56 @@ def test_any_tensors_and_state_come_back(
 ) -> None:
     tensors = {f"t.{i}": torch.randn(shape).to(DTYPES[dtype]) for i, shape in enumerate(shapes)}
     extra = {"one": torch.ones(3, dtype=torch.uint8), **tensors}  # mixed element sizes in one file
-    loaded = load(save(tmp_path_factory.mktemp("c"), 1, {"model": extra}, {"value": state}, keep=1))
+    loaded = load(
+        save(tmp_path_factory.mktemp("c"), 1, {"model": extra}, {"value": state}, keep=Retention(1))
+    )
     assert loaded.state == {"value": state}
     assert loaded.groups["model"].keys() == extra.keys()
     assert all(torch.equal(loaded.groups["model"][name], tensor) for name, tensor in extra.items())
     assert all(loaded.groups["model"][name].shape == tensor.shape for name, tensor in extra.items())
 
 
-def names(steps: list[int]) -> list[str]:
-    return [f"step-{step:08d}-{index:012x}" for index, step in enumerate(steps)]
+STEPS = st.lists(
+    st.tuples(st.integers(0, 30), st.none() | st.floats(0, 9)), max_size=14, unique_by=lambda item: item[0]
+)
 
 
-@settings(derandomize=True, max_examples=200)
-@given(steps=st.lists(st.integers(0, 30), max_size=12), step=st.integers(0, 30), keep=st.integers(1, 5))
-def test_retention_keeps_the_new_one_and_those_just_before_it(steps: list[int], step: int, keep: int) -> None:
-    new = f"step-{step:08d}-ffffffffffff"
-    committed = [*names(steps), new, ".saving-1", "notes"]
-    gone = superseded(committed, new, keep)
-    assert new not in gone
-    left = [parsed.step for name in committed if name not in gone and (parsed := parse_name(name))]
-    before = sorted((other for other in steps if other < step), reverse=True)[: keep - 1]
-    assert sorted(left, reverse=True) == [step, *before]
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(
+    committed=STEPS,
+    step=st.integers(0, 30),
+    score=st.none() | st.floats(0, 9),
+    keep=st.integers(1, 5),
+    every=st.none() | st.integers(1, 9),
+    best=st.integers(0, 3),
+)
+def test_retention_keeps_the_last_the_round_and_the_best(
+    committed: list[tuple[int, float | None]],
+    step: int,
+    score: float | None,
+    keep: int,
+    every: int | None,
+    best: int,
+) -> None:
+    new = Kept(step, "new", score)
+    others = [Kept(other, f"old-{other}", loss) for other, loss in committed]
+    gone = superseded([*others, new], new, Retention(keep, every, best))
+    left = {item.name for item in [*others, new]} - set(gone)
+    assert len(gone) == len(set(gone))
+    assert "new" in left
+    past = sorted((item for item in others if item.step < step), reverse=True)
+    assert not left & {
+        item.name for item in others if item.step >= step
+    }  # an abandoned future never comes back
+    assert left >= {item.name for item in past[: keep - 1]}
+    round_ones = {item.name for item in past if every and item.step % every == 0}
+    assert left >= round_ones
+    scores = sorted(item.score for item in [*past, new] if item.score is not None)
+    better = {item.name for item in past if item.score is not None and item.score in scores[:best]}
+    assert left - {"new"} <= {item.name for item in past[: keep - 1]} | round_ones | better
+    if best and scores:
+        assert (
+            min(item.score for item in [*past, new] if item.name in left and item.score is not None)
+            == scores[0]
+        )
+    assert len(left) <= keep + len(round_ones) + best

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lapis.checkpoint.manifest import (
+    FORMAT,
     MANIFEST,
     REMOVING,
     SAVING,
-    FileEntry,
+    TENSORS,
     Manifest,
+    Region,
+    TensorEntry,
     parse,
     parse_name,
-    superseded,
 )
-from lapis.errors import IntegrityError
-from lapis.hashing import CHUNK, digest_bytes, digest_file
+from lapis.checkpoint.retention import Kept, Retention, superseded
+from lapis.errors import InputError, IntegrityError
+from lapis.hashing import CHUNK
 from lapis.log import logger
 
 HINT = "The file was changed after it was written. Resuming the run goes on from the newest whole checkpoint."
@@ -53,9 +57,9 @@ def read(folder: Path) -> Checkpoint:
     try:
         raw = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise IntegrityError(f"{folder.name}/{MANIFEST}: {reason}.", hint=HINT) from error
-    return Checkpoint(folder, parse(raw, folder.name))
+        raise _unreadable(folder, MANIFEST, error) from error
+    checkpoint = Checkpoint(folder, parse(raw, folder.name))
+    return checkpoint if checkpoint.manifest.format == FORMAT else _with_shapes(checkpoint)
 
 
 def listing(folder: Path) -> tuple[list[Checkpoint], list[IntegrityError]]:
@@ -71,29 +75,43 @@ def listing(folder: Path) -> tuple[list[Checkpoint], list[IntegrityError]]:
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint, every byte verified. Corrupt ones are skipped with a warning in the log."""
+    return newest(folder)[0]
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, IntegrityError]]:
+    """The newest whole checkpoint, every byte verified, and why the newer ones (by name) are none."""
+    skipped: dict[str, IntegrityError] = {}
     for path in reversed(_committed(folder)):
         try:
             checkpoint = read(path)
             verify(checkpoint)
         except IntegrityError as error:
             logger.warning("checkpoint %s is skipped: %s", path.name, error.message)
+            skipped[path.name] = error
             continue
-        return checkpoint
-    return None
+        return checkpoint, skipped
+    return None, skipped
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """Read every file of a checkpoint and compare it with the manifest.
 
-    Raises IntegrityError naming the file, and the tensor if the damage lies inside one.
+    Raises IntegrityError naming the file, and the tensor (or the header) that the damage lies in.
     """
     check_names(checkpoint)
+    check_regions(checkpoint, checkpoint.manifest.regions())
+
+
+def check_regions(checkpoint: Checkpoint, regions: Sequence[Region], *, from_disk: bool = False) -> None:
+    """Compare regions of a checkpoint's files with their digests. Raises IntegrityError for the first that differs.
+
+    `from_disk`: as the disk returns them, cached pages are dropped first where the system can.
+    """
     with ThreadPoolExecutor(max_workers=4) as pool:
-        files = checkpoint.manifest.files
-        found = {name: pool.submit(_digest, checkpoint, name) for name in files}
-        for name, digest in found.items():
-            if digest.result() != files[name].sha256:
-                raise damage(checkpoint, name, (checkpoint.folder / name).read_bytes())
+        found = pool.map(lambda region: _digest(checkpoint.folder, region, from_disk), regions)
+        for region, digest in zip(regions, found, strict=True):
+            if digest != region.sha256:
+                raise damage(checkpoint.folder, region)
 
 
 def check_names(checkpoint: Checkpoint) -> None:
@@ -112,20 +130,10 @@ def check_names(checkpoint: Checkpoint) -> None:
         raise IntegrityError(f"{checkpoint.folder.name}/{extra[0]} is not in the manifest.", hint=HINT)
 
 
-def damage(checkpoint: Checkpoint, name: str, data: bytes | memoryview) -> IntegrityError:
-    """The error for a file whose bytes do not match: it names the tensors that are hit, or the header."""
-    entry = checkpoint.manifest.files[name]
-    hit = damaged_tensors(entry, memoryview(data))
-    place = f" in tensor {', '.join(hit)}" if hit else " outside its tensors" if entry.tensors else ""
-    return IntegrityError(f"{checkpoint.folder.name}/{name} does not match its digest{place}.", hint=HINT)
-
-
-def damaged_tensors(entry: FileEntry, data: memoryview) -> list[str]:
-    """Names of the tensors in a file's bytes whose digest is not the one in the manifest."""
-    places: Mapping[str, memoryview] = {
-        name: data[place.start : place.start + place.bytes] for name, place in entry.tensors.items()
-    }
-    return [name for name, piece in places.items() if digest_bytes(piece) != entry.tensors[name].sha256]
+def damage(folder: Path, region: Region) -> IntegrityError:
+    """The error for bytes that do not match their digest."""
+    place = f" in {region.what}" if region.what else ""
+    return IntegrityError(f"{folder.name}/{region.file} does not match its digest{place}.", hint=HINT)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -135,9 +143,10 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def retain(folder: Path, new: str, keep: int) -> None:
+def retain(folder: Path, new: Checkpoint, retention: Retention) -> None:
     """Remove what the newly committed checkpoint makes superfluous; each goes whole, by a rename first."""
-    for name in superseded((path.name for path in _committed(folder)), new, keep):
+    others = [_kept(path) for path in _committed(folder)]
+    for name in superseded(others, Kept(new.step, new.folder.name, new.manifest.score), retention):
         discard(folder / name)
 
 
@@ -148,24 +157,59 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def digest_from_disk(path: Path) -> str:
-    """SHA-256 of a flushed file as the disk returns it: cached pages are dropped first where possible."""
+def _digest(folder: Path, region: Region, from_disk: bool) -> str:
     hasher = hashlib.sha256()
-    buffer = bytearray(4 * CHUNK)
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while count := file.readinto(buffer):
-            hasher.update(memoryview(buffer)[:count])
+    buffer = memoryview(bytearray(min(CHUNK, region.bytes)))
+    left = region.bytes
+    try:
+        with (folder / region.file).open("rb", buffering=0) as file:
+            if from_disk and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), region.start, region.bytes, os.POSIX_FADV_DONTNEED)
+            file.seek(region.start)
+            while left and (count := file.readinto(buffer[:left])):
+                hasher.update(buffer[:count])
+                left -= count
+    except OSError as error:
+        raise _unreadable(folder, region.file, error) from error
     return hasher.hexdigest()
 
 
-def _digest(checkpoint: Checkpoint, name: str) -> str:
+def _unreadable(folder: Path, file: str, error: OSError) -> IntegrityError:
+    return IntegrityError(f"{folder.name}/{file}: {error.strerror or 'cannot be read'}.", hint=HINT)
+
+
+def _with_shapes(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of format 1 with the dtypes and shapes that stand in its files' headers."""
+    groups: dict[str, dict[str, TensorEntry]] = {}
+    for group, tensors in checkpoint.manifest.groups.items():
+        name = f"{group}{TENSORS}"
+        try:
+            with (checkpoint.folder / name).open("rb") as file:
+                table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            places = {
+                tensor: (str(table[tensor]["dtype"]), tuple(table[tensor]["shape"])) for tensor in tensors
+            }
+        except OSError as error:
+            raise _unreadable(checkpoint.folder, name, error) from error
+        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise damage(checkpoint.folder, Region(name, 0, 0, "", "its header")) from error
+        groups[group] = {
+            tensor: TensorEntry(
+                dtype, shape, (replace(tensors[tensor].pieces[0], offset=(0,) * len(shape), shape=shape),)
+            )
+            for tensor, (dtype, shape) in places.items()
+        }
+    return Checkpoint(checkpoint.folder, replace(checkpoint.manifest, groups=groups))
+
+
+def _kept(path: Path) -> Kept:
+    """A committed checkpoint as retention sees it; one whose manifest is damaged has no score."""
+    name = parse_name(path.name)
+    assert name is not None
     try:
-        return digest_file(checkpoint.folder / name)
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise IntegrityError(f"{checkpoint.folder.name}/{name}: {reason}.", hint=HINT) from error
+        return Kept(name.step, path.name, read(path).manifest.score)
+    except (IntegrityError, InputError):
+        return Kept(name.step, path.name)
 
 
 def _committed(folder: Path) -> list[Path]:

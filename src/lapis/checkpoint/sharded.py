@@ -1,30 +1,30 @@
 """Save and load tensors with proof. A save is written beside, flushed, read back, then renamed into place.
 
-The files are safetensors: 8 bytes of header length, a JSON header, then the tensors' bytes. They are written
-here and not by the safetensors package because every digest is taken while the bytes pass by.
+Several ranks write their own parts of the tensors, in files of their own; a load fills any other parts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lapis.checkpoint import tensors
 from lapis.checkpoint.folder import (
     Checkpoint,
     check_names,
+    check_regions,
     clear_leftovers,
-    damage,
-    digest_from_disk,
     discard,
     latest,
     read,
@@ -36,35 +36,26 @@ from lapis.checkpoint.manifest import (
     MANIFEST,
     SAVING,
     STATE,
-    TENSORS,
     FileEntry,
     Manifest,
+    Piece,
     TensorEntry,
+    file_name,
     folder_name,
+    incomplete,
     render,
 )
-from lapis.errors import IntegrityError
-from lapis.hashing import CHUNK, canonical_json, digest_bytes
+from lapis.checkpoint.piece import Box, Part, Sharded
+from lapis.checkpoint.ranks import Outcome, Ranks
+from lapis.checkpoint.retention import Retention
+from lapis.errors import InputError, IntegrityError, LapisError
+from lapis.hashing import canonical_json, digest_bytes
 from lapis.storage import lock, storage_errors, sync_folder
 
-__all__ = ["Checkpoint", "Loaded", "latest", "load", "save"]
+__all__ = ["Checkpoint", "Groups", "Loaded", "Value", "latest", "load", "save"]
 
-ALIGNMENT = (
-    64  # tensors begin at a multiple of this in the file, so that they can be used where they were read
-)
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+Value = Tensor | Sharded[Tensor]  # a plain tensor is held whole, and owned, by this rank
+Groups = Mapping[str, Mapping[str, Value]]
 
 
 class Loaded(NamedTuple):
@@ -74,115 +65,187 @@ class Loaded(NamedTuple):
     state: dict[str, Any]
 
 
+class Written(NamedTuple):
+    """What one rank wrote: its files, and what it knows of the tensors, with the pieces that it owns."""
+
+    files: dict[str, FileEntry]
+    groups: dict[str, dict[str, TensorEntry]]
+
+
 def save(
-    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    groups: Groups,
+    state: Mapping[str, Any],
+    keep: Retention,
+    *,
+    score: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Checkpoint:
-    """Commit a checkpoint of `step` below `folder` and keep the `keep` newest.
+    """Commit a checkpoint of `step` below `folder`; older ones go by `keep`, after the new one was verified.
 
-    `state` is plain JSON (no NaN). Older ones go only after the new one was read back with the right digests.
-    Raises StorageError (disk full; the older ones stay), IntegrityError (the disk returned other bytes than
-    were written) and ConflictError (another process saves here).
+    `state` is plain JSON (no NaN); of several `ranks`, which call this together, the first one's counts, and each
+    writes the parts that it owns. Every element has to be owned once (InputError naming the tensor). `score` is a
+    loss. Raises StorageError (disk full), IntegrityError (the disk returned other bytes than were written),
+    ConflictError (another run saves here), UnavailableError (a rank is gone): then nothing is committed, on any rank.
     """
-    text = canonical_json(state).encode()  # before anything is written: a bad state must cost nothing
+    ranks = ranks or Ranks()
+    text = canonical_json(dict(state)).encode()  # before anything is written: a bad state must cost nothing
+    canonical_json(score)
     assert all(GROUP.fullmatch(group) for group in groups), "group names are lower-case words"
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock", f"The checkpoint folder {folder}"):
-        clear_leftovers(folder)
-        temporary = folder / f"{SAVING}{uuid.uuid4().hex}"
-        try:
-            with storage_errors(folder):
-                temporary.mkdir()
-                manifest = _write(temporary, step, groups, text)
-                _verify_written(temporary, manifest)
-                target = folder / folder_name(manifest)
-                _commit(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        retain(folder, target.name, keep)
-        return Checkpoint(target, manifest)
+    with _room(folder, ranks) as temporary:
+        written = ranks.gather(Outcome.of(lambda: write(temporary, groups, ranks.rank, ranks.size)))
+        return ranks.decide(
+            lambda: commit(temporary, step, [part.unwrap() for part in written], text, keep, score)
+        )
 
 
-def load(checkpoint: Checkpoint) -> Loaded:
-    """Read a checkpoint, verifying the digest of every byte before any tensor is made of it.
+def load(checkpoint: Checkpoint, into: Groups | None = None) -> Loaded:
+    """Read a checkpoint, verifying the digest of all bytes that are used before any tensor is made of them.
 
-    The verified buffer is the memory that the tensors use, so nothing can change in between. Raises
-    IntegrityError naming the file and the tensor.
+    With `into`, the tensors and parts in it are filled, from whatever layout was saved, and only what they need is
+    read; the returned groups are empty. Raises IntegrityError naming the file and the tensor (some of `into` may be
+    filled by then), InputError for a tensor that is not there or has another shape or dtype (nothing is filled).
     """
     checkpoint = read(checkpoint.folder)
+    manifest, folder = checkpoint.manifest, checkpoint.folder
     check_names(checkpoint)
-    files = checkpoint.manifest.files
+    if manifest.format == 1:  # its shapes stand in the files, which have to be proved first
+        check_regions(checkpoint, manifest.regions())
+    state = json.loads(bytes(tensors.read(folder, manifest.files[STATE].region(STATE)).numpy()))
     with ThreadPoolExecutor(max_workers=4) as pool:
-        reading = {name: pool.submit(_read_verified, checkpoint, name) for name in files}
-        data = {name: future.result() for name, future in reading.items()}
-    state = json.loads(data.pop(STATE))
-    return Loaded({name.removesuffix(TENSORS): _tensors(buffer) for name, buffer in data.items()}, state)
-
-
-def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: bytes) -> Manifest:
-    with ThreadPoolExecutor(
-        max_workers=4
-    ) as pool:  # a thread per file: writing and hashing release the interpreter
-        writing = {
-            f"{group}{TENSORS}": pool.submit(_write_tensors, folder / f"{group}{TENSORS}", tensors)
-            for group, tensors in groups.items()
+        if into is not None:
+            pieces = _needed(manifest, into)
+            _check_heads(checkpoint, {piece.file for _, piece, _ in pieces})
+            list(pool.map(lambda item: _fill(folder, *item), pieces))
+            return Loaded({}, state)
+        _check_heads(checkpoint, manifest.files.keys())
+        reading = {
+            group: {name: pool.submit(_whole, folder, name, entry) for name, entry in entries.items()}
+            for group, entries in manifest.groups.items()
         }
-        files = {name: future.result() for name, future in writing.items()}
-    files[STATE] = FileEntry(len(state), digest_bytes(state), {})
-    manifest = Manifest(step, files)
-    _write_bytes(folder / STATE, state)
-    _write_bytes(folder / MANIFEST, render(manifest).encode())
-    sync_folder(folder)
-    return manifest
+        return Loaded(
+            {
+                group: {name: made.result() for name, made in futures.items()}
+                for group, futures in reading.items()
+            },
+            state,
+        )
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # keeps every tensor aligned
-    header = _header(tensors, order)
-    whole = hashlib.sha256(header)
-    position, entries = len(header), {}
-    with path.open("wb") as file:
-        file.write(header)
-        for name in order:
-            data = _bytes_of(tensors[name])
-            own = hashlib.sha256()
-            for start in range(
-                0, len(data), CHUNK
-            ):  # small enough that the hashes read what is still in cache
-                piece = data[start : start + CHUNK]
-                file.write(piece)
-                whole.update(piece)
-                own.update(piece)
-            entries[name] = TensorEntry(position, len(data), own.hexdigest())
-            position += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(position, whole.hexdigest(), entries)
+@contextmanager
+def _room(folder: Path, ranks: Ranks) -> Iterator[Path]:
+    """A new folder to write into, made by the first rank, which holds the lock until the end and clears up."""
+    if not ranks.first:
+        opened: Outcome[Path] = ranks.share(None)
+        yield opened.unwrap()
+        return
+    temporary = folder / f"{SAVING}{uuid.uuid4().hex}"
+    told = False
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".lock", f"The checkpoint folder {folder}"):
+            clear_leftovers(folder)
+            with storage_errors(folder):
+                temporary.mkdir()
+            told = True
+            ranks.share(Outcome(temporary))
+            yield temporary
+    except (LapisError, OSError) as error:
+        if not told:
+            ranks.share(Outcome[Path](error=error))
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _header(tensors: Mapping[str, Tensor], order: Sequence[str]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        table[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+def write(folder: Path, groups: Groups, rank: int, ranks: int) -> Written:
+    """Write and verify the files of one rank. Raises StorageError, IntegrityError, InputError."""
+    written = Written({}, {})
+    with storage_errors(folder), ThreadPoolExecutor(max_workers=4) as pool:
+        writing = {}  # a thread per file: writing and hashing release the interpreter
+        for group, values in groups.items():
+            held = {name: sharded(value) for name, value in values.items()}
+            written.groups[group] = {
+                name: TensorEntry(tensors.code_of(name, value.parts[0].data), value.shape, ())
+                for name, value in held.items()
+                if value.parts
+            }
+            shares = [
+                tensors.Share(name, value.shape, part.box, part.data)
+                for name, value in held.items()
+                for part in value.parts
+                if part.owned
+            ]
+            if shares:
+                path = folder / file_name(group, rank, ranks)
+                writing[group] = pool.submit(tensors.write, path, shares)
+        for group, future in writing.items():
+            name = file_name(group, rank, ranks)
+            written.files[name], pieces = future.result()
+            entries = written.groups[group]
+            for tensor, piece in pieces:
+                entries[tensor] = replace(entries[tensor], pieces=(*entries[tensor].pieces, piece))
+    _verify_written(folder, Manifest(0, written.files, written.groups))
+    return written
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's elements as bytes, without a copy where it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
+def commit(
+    temporary: Path, step: int, written: Sequence[Written], state: bytes, keep: Retention, score: float | None
+) -> Checkpoint:
+    """Make a checkpoint of what all ranks wrote into a folder: add state and manifest, verify, rename, retain.
+
+    Raises InputError naming a tensor that the ranks' pieces do not hold exactly once.
+    """
+    folder = temporary.parent
+    files = {name: entry for part in written for name, entry in part.files.items()}
+    files[STATE] = FileEntry(len(state), len(state), digest_bytes(state))
+    manifest = Manifest(step, files, _joined([part.groups for part in written]), score)
+    if fault := incomplete(manifest):
+        raise InputError(f"The checkpoint of step {step} is refused: {fault}.")
+    with storage_errors(folder):
+        _write_bytes(temporary / STATE, state)
+        _write_bytes(temporary / MANIFEST, render(manifest).encode())
+        sync_folder(temporary)
+        _verify_written(temporary, replace(manifest, files={STATE: files[STATE]}, groups={}))
+        if (temporary / MANIFEST).read_bytes() != render(manifest).encode():
+            raise IntegrityError(f"{MANIFEST} came back from the disk with other bytes than were written.")
+        target = folder / folder_name(manifest)
+        _place(temporary, target)
+    checkpoint = Checkpoint(target, manifest)
+    retain(folder, checkpoint, keep)
+    return checkpoint
+
+
+def _joined(ranks: Sequence[Mapping[str, Mapping[str, TensorEntry]]]) -> dict[str, dict[str, TensorEntry]]:
+    """The whole tensors: every rank's pieces together. Raises InputError if two ranks mean different tensors."""
+    found: dict[str, dict[str, list[TensorEntry]]] = {}
+    for groups in ranks:
+        for group, entries in groups.items():
+            known = found.setdefault(group, {})
+            for name, entry in entries.items():
+                known.setdefault(name, []).append(entry)
+    return {
+        group: {name: _whole_entry(f"{name} of {group}", entries) for name, entries in known.items()}
+        for group, known in found.items()
+    }
+
+
+def _whole_entry(name: str, entries: Sequence[TensorEntry]) -> TensorEntry:
+    kinds = {(entry.dtype, entry.shape) for entry in entries}
+    if len(kinds) > 1:
+        raise InputError(f"The ranks mean different tensors by {name}: {sorted(kinds)}.")
+    pieces = [piece for entry in entries for piece in entry.pieces]
+    return replace(entries[0], pieces=tuple(sorted(pieces, key=lambda piece: (piece.offset, piece.file))))
+
+
+def sharded(value: Value) -> Sharded[Tensor]:
+    """A value with its parts: those of a plain tensor are one, the whole."""
+    if isinstance(value, Sharded):
+        return value
+    shape = tuple(value.shape)
+    return Sharded(shape, (Part(Box.whole(shape), value),))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -193,19 +256,16 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _verify_written(folder: Path, manifest: Manifest) -> None:
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(lambda name: digest_from_disk(folder / name), manifest.files)
-        for (name, entry), digest in zip(manifest.files.items(), digests, strict=True):
-            if digest != entry.sha256:
-                raise IntegrityError(
-                    f"{name} came back from the disk with other bytes than were written.",
-                    hint="It was not committed; the older ones stay. Check this machine's disk and memory.",
-                )
-    if (folder / MANIFEST).read_bytes() != render(manifest).encode():
-        raise IntegrityError(f"{MANIFEST} came back from the disk with other bytes than were written.")
+    try:
+        check_regions(Checkpoint(folder, manifest), manifest.regions(), from_disk=True)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"What was written came back from the disk with other bytes: {error.message}",
+            hint="It was not committed; the older ones stay. Check this machine's disk and memory.",
+        ) from error
 
 
-def _commit(temporary: Path, target: Path) -> None:
+def _place(temporary: Path, target: Path) -> None:
     """Rename a verified folder into place. One of that name holds the same bytes, unless damaged since."""
     if target.exists():
         try:
@@ -217,30 +277,62 @@ def _commit(temporary: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _read_verified(checkpoint: Checkpoint, name: str) -> bytearray:
-    entry = checkpoint.manifest.files[name]
-    data = bytearray(entry.bytes)
-    view = memoryview(data)
-    with storage_errors(checkpoint.folder), (checkpoint.folder / name).open("rb", buffering=0) as file:
-        position = 0
-        while position < entry.bytes and (count := file.readinto(view[position:])):
-            position += count
-    if digest_bytes(view) != entry.sha256:
-        raise damage(checkpoint, name, view)
-    return data
+def _check_heads(checkpoint: Checkpoint, files: Iterable[str]) -> None:
+    heads = [checkpoint.manifest.files[name].region(name) for name in sorted(files)]
+    check_regions(checkpoint, heads)
 
 
-def _tensors(data: bytearray) -> dict[str, Tensor]:
-    begin = 8 + int.from_bytes(data[:8], "little")
-    table = json.loads(bytes(data[8:begin]))
-    table.pop("__metadata__", None)
-    return {name: _tensor(data, begin, place) for name, place in table.items()}
+def _needed(manifest: Manifest, into: Groups) -> list[tuple[str, Piece, Sharded[Tensor]]]:
+    """The pieces that have elements of the wanted parts, each with its tensor's name and those parts."""
+    needed = []
+    for group, values in into.items():
+        entries = manifest.groups.get(group, {})
+        for name, value in values.items():
+            wanted = sharded(value)
+            if name not in entries:
+                raise InputError(
+                    f"The checkpoint has no tensor {name} in {group}: it is of another model.", hint=_OTHER
+                )
+            entry = entries[name]
+            dtypes = {part.data.dtype for part in wanted.parts} - {tensors.DTYPES[entry.dtype]}
+            if wanted.shape != entry.shape or dtypes:
+                dtype = f" {tensors.CODES[dtypes.pop()]}" if dtypes else ""
+                raise InputError(
+                    f"The tensor {name} of {group} is {entry.dtype} {entry.shape} in the checkpoint, "
+                    f"not{dtype} {wanted.shape}.",
+                    hint=_OTHER,
+                )
+            boxes = [part.box for part in wanted.parts]
+            needed += [
+                (name, piece, wanted)
+                for piece in entry.pieces
+                if any(piece.box.intersection(box) for box in boxes)
+            ]
+    return needed
 
 
-def _tensor(data: bytearray, begin: int, place: Mapping[str, Any]) -> Tensor:
-    dtype, shape = DTYPES[place["dtype"]], place["shape"]
-    start, end = place["data_offsets"]
-    if start == end:
-        return torch.empty(shape, dtype=dtype)
-    count = (end - start) // dtype.itemsize
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start).reshape(shape)
+_OTHER = "Give the recipe another name, so that it becomes a run of its own."
+
+
+def _fill(folder: Path, name: str, piece: Piece, wanted: Sharded[Tensor]) -> None:
+    """Copy what a piece has of the wanted parts, after its bytes were verified."""
+    data: Tensor | None = None
+    for part in wanted.parts:
+        both = piece.box.intersection(part.box)
+        if both is None:
+            continue
+        if data is None:
+            data = tensors.read(folder, piece.region(name)).view(part.data.dtype).reshape(piece.shape)
+        part.data.detach()[both.inside(part.box)].copy_(data[both.inside(piece.box)])
+
+
+def _whole(folder: Path, name: str, entry: TensorEntry) -> Tensor:
+    """A whole tensor. The verified buffer is the memory that it uses, so nothing can change in between."""
+    dtype = tensors.DTYPES[entry.dtype]
+    if len(entry.pieces) == 1:
+        piece = entry.pieces[0]
+        return tensors.read(folder, piece.region(name)).view(dtype).reshape(piece.shape)
+    whole = torch.empty(entry.shape, dtype=dtype)
+    for piece in entry.pieces:
+        _fill(folder, name, piece, sharded(whole))
+    return whole

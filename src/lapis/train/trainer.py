@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import Checkpoint, latest, load, save
 from lapis.errors import ConflictError, TrainingError
 from lapis.hashing import digest_json
@@ -120,7 +121,8 @@ class Trainer:
             "data_digest": self.objective.digest,
         }
         groups = {"model": self._weights(), "optimizer": self.optimizer.state()}
-        checkpoint = save(self.run.checkpoints, self.step, groups, state, self.recipe.checkpoint.keep)
+        keep = Retention(self.recipe.checkpoint.keep)
+        checkpoint = save(self.run.checkpoints, self.step, groups, state, keep)
         self.run.events.write(
             "checkpoint", step=self.step, folder=checkpoint.folder.name, digest=checkpoint.digest
         )
