@@ -110,7 +110,7 @@ def test_large_steps_have_the_bits_of_the_training_forward() -> None:
         replayed = 0
         for _ in range(3):
             for ids in texts:
-                pages = rng.sample(range(10), 8)
+                pages = array("i", rng.sample(range(10), 8))
                 parts = [Part(ids[:64], 0, pages), Part(ids[64:], 64, pages)] if rng.random() < 0.5 else []
                 parts = parts or [Part(ids[:50], 0, pages[5:7]), Part(ids, 0, pages[:5])][len(ids) > 100 :]
                 found = steps.hidden(parts)
@@ -123,7 +123,9 @@ def test_large_steps_have_the_bits_of_the_training_forward() -> None:
                     found[rows - len(ids) :], model.hidden(torch.tensor(ids), packed([len(ids)]))
                 )
         assert replayed >= 8
-        assert steps.hidden([Part(texts[0] + texts[1], 0, range(8))]) is None  # larger than was asked for
+        assert (
+            steps.hidden([Part(texts[0] + texts[1], 0, array("i", range(8)))]) is None
+        )  # larger than was asked for
 
 
 @compiled
@@ -131,7 +133,9 @@ def test_a_row_that_is_not_finite_is_told_and_stays_alone() -> None:
     model = make_model()
     with torch.inference_mode():
         steps = ReplayedSteps(model, model.new_caches(3), 2, TEXTS)
-        found = steps.run([Part([5], 0, [0]), Part([CONFIG.vocab_size], 0, [1])], [0, 1])
+        found = steps.run(
+            [Part([5], 0, array("i", [0])), Part([CONFIG.vocab_size], 0, array("i", [1]))], [0, 1]
+        )
         expected = model(torch.tensor([5]), packed([1]))
     assert found is not None
     assert torch.equal(found[0][:1], expected)
@@ -143,7 +147,7 @@ def test_plain_torch_is_not_replayed() -> None:
     steps = ReplayedSteps(model, model.new_caches(2), 1, TEXTS)
     assert not steps.active
     assert "stock" in steps.reason
-    assert steps.run([Part([5], 0, [0])], [0]) is None
+    assert steps.run([Part([5], 0, array("i", [0]))], [0]) is None
 
 
 def test_few_rows_are_wasted() -> None:

@@ -10,17 +10,19 @@ Dims: T tokens of the step, R rows with logits, S sequences, P pages of the long
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.inference.kv_cache import PAGE, pages_for
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.cuda_graph import CudaGraphs
-from lapis.kernels.replay import Replay, Unrecordable
+from lapis.kernels.replay import MOST_RECORDINGS, Replay, Unrecordable
 from lapis.log import logger
 from lapis.model.families import Decoder
 
@@ -34,7 +36,12 @@ class Part(NamedTuple):
 
     ids: Sequence[int]
     start: int
-    pages: Sequence[int]
+    pages: array[int]
+
+
+def _items(values: NDArray[Any], code: str) -> memoryview:
+    """All numbers of an array, to be read and written without numpy."""
+    return memoryview(values.reshape(-1)).cast("B").cast(code)  # type: ignore[call-overload]
 
 
 def recorded_size(rows: int) -> int:
@@ -60,26 +67,30 @@ class ReplayedSteps:
         self.most = max(most, MOST_ROWS)
         self._model, self._caches, self._vocabulary = model, caches, vocabulary
         room = recorded_size(self.most)
-        self._ids_T = np.zeros(room, np.int64)
-        self._rows_R = np.zeros(MOST_ROWS, np.int64)
-        self._sequence_T = np.zeros(room, np.int32)
-        self._position_T = np.zeros(room, np.int32)
+        ids_T, rows_R = np.zeros(room, np.int64), np.zeros(MOST_ROWS, np.int64)
+        sequence_T, position_T = np.zeros(room, np.int32), np.zeros(room, np.int32)
         self._table_SP = np.zeros((room + 1, pages_for(model.config.context)), np.int32)
         self._dead = room  # the sequence of dead rows
         self._table_SP[room] = scratch
-        host = (self._ids_T, self._rows_R, self._sequence_T, self._position_T, self._table_SP)
-        self._host = [torch.from_numpy(array) for array in host]
+        self._ids, self._rows = _items(ids_T, "q"), _items(rows_R, "q")
+        self._sequences, self._positions = _items(sequence_T, "i"), _items(position_T, "i")
+        self._tables = _items(self._table_SP, "i")
+        host = (ids_T, rows_R, sequence_T, position_T, self._table_SP)
+        self._host = [torch.from_numpy(values) for values in host]
         self._static = [tensor.to(model.ops.device) for tensor in self._host]  # the same ones on a CPU
+        self._on_device = model.ops.device.type != "cpu"
+        self._lists: dict[int, tuple[Tensor, memoryview]] = {}  # best tokens of each recording
         self._batches: dict[int, Batch] = {}
         self._met: set[int] = set()  # sizes of larger steps that have been asked for
         self._replay: Replay | CudaGraphs | None = None
+        weights = [] if model.sealed else list(model.parameters())  # looked at in each step
         self._large: Replay | None = None  # apart, so that its arena's blocks need not fit logits of all rows
         try:
             if model.ops.device.type == "cuda":
-                self._replay = CudaGraphs(list(model.parameters()))
+                self._replay = CudaGraphs(weights)
             else:
-                self._replay = Replay(model.ops, list(model.parameters()), MOST_ROWS)
-                self._large = Replay(model.ops, list(model.parameters()), room)
+                self._replay = Replay(model.ops, weights, MOST_ROWS)
+                self._large = Replay(model.ops, weights, room)
         except Unrecordable as why:
             self.reason = str(why)
 
@@ -99,8 +110,8 @@ class ReplayedSteps:
         tokens = self._fill(parts)
         size, picked = recorded_size(tokens), recorded_size(len(rows))
         some = list(rows) != list(range(tokens))
-        self._rows_R[: len(rows)] = rows
-        self._rows_R[len(rows) : picked] = 0
+        if some:
+            self._rows[:picked] = array("q", [*rows, *[0] * (picked - len(rows))])
         batch = self._batch(size)
         self._upload(size, picked, len(parts))
         ids_T, rows_R = self._static[0][:size], self._static[1][:picked]
@@ -114,7 +125,7 @@ class ReplayedSteps:
         except Unrecordable as why:
             self._give_up(why)
             return None
-        return logits_RV[: len(rows)], best_R[: len(rows)].tolist()
+        return logits_RV if picked == len(rows) else logits_RV[: len(rows)], self._listed(best_R, len(rows))
 
     def hidden(self, parts: Sequence[Part]) -> Tensor | None:
         """Hidden rows (T, H) of all tokens, overwritten by the next call; None if the step is not replayed.
@@ -137,37 +148,51 @@ class ReplayedSteps:
             return None
         return x_TH[:tokens]
 
+    def _listed(self, best_R: Tensor, count: int) -> list[int]:
+        if self._on_device:
+            return best_R[:count].tolist()
+        address = id(best_R)
+        known = self._lists.get(address)
+        if known is None or known[0] is not best_R:
+            if len(self._lists) >= MOST_RECORDINGS:
+                self._lists.clear()
+            known = self._lists[address] = best_R, _items(best_R.numpy(), "q")
+        return known[1][:count].tolist()
+
     def _give_up(self, why: Unrecordable) -> None:
         logger.warning("steps call each kernel from Python: %s", why)
         self.reason, self._replay, self._large = str(why), None, None
 
     def _fill(self, parts: Sequence[Part]) -> int:
-        ids: list[int] = []
-        positions: list[int] = []
-        sequences: list[int] = []
+        """Write the step into the buffers: by the item, not by numpy or torch.
+
+        The step before has read all weights, so nothing else is in a cache: the less code runs, the better.
+        """
+        ids, positions, sequences = array("q"), array("i"), array("i")
+        columns = self._table_SP.shape[1]
         for row, part in enumerate(parts):
             count = len(part.ids)
-            ids += part.ids
-            positions += range(part.start, part.start + count)
-            sequences += [row] * count
-            self._table_SP[row, : len(part.pages)] = part.pages
+            ids.extend(part.ids)
+            positions.extend(range(part.start, part.start + count))
+            sequences.extend([row] * count)
+            self._tables[row * columns : row * columns + len(part.pages)] = part.pages
         tokens = len(ids)
         size = recorded_size(tokens)
-        self._ids_T[:tokens] = ids
-        self._ids_T[tokens:size] = 0
-        self._position_T[:tokens] = positions
-        self._position_T[tokens:size] = range(size - tokens)
-        self._sequence_T[:tokens] = sequences
-        self._sequence_T[tokens:size] = self._dead
+        if dead := size - tokens:
+            ids.extend([0] * dead)
+            positions.extend(range(dead))
+            sequences.extend([self._dead] * dead)
+        self._ids[:size], self._positions[:size], self._sequences[:size] = ids, positions, sequences
         return tokens
 
     def _upload(self, size: int, picked: int, sequences: int) -> None:
         """What has been filled in, onto the device; nothing where that is the CPU."""
+        if not self._on_device:
+            return
         for host, static, count in zip(
             self._host, self._static, (size, picked, size, size, sequences), strict=True
         ):
-            if static is not host:
-                static[:count].copy_(host[:count])
+            static[:count].copy_(host[:count])
 
     def _batch(self, size: int) -> Batch:
         batch = self._batches.get(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from lapis.errors import InputError
@@ -75,6 +76,19 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Temperature 0: the most likely token, no random number."""
         return self.temperature == 0
+
+    @cached_property
+    def takes_best(self) -> bool:
+        """Whether each token is the one with the largest logit, and nothing else is asked about the logits."""
+        return (
+            self.greedy
+            and not self.logit_bias
+            and self.structure is None
+            and self.logprobs is None
+            and self.min_tokens == 0
+            and self.repetition_penalty == 1
+            and self.presence_penalty == self.frequency_penalty == 0
+        )
 
     def _check_stop(self) -> None:
         if isinstance(self.stop, str):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lapis.inference.request import TokenLogprob
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The new token of a sequence and its logprobs if they were asked for, or why there is none."""
 
     token: int | None = None
@@ -17,8 +16,7 @@ class Sample:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What came of one chunk: its new tokens in order (several only where drafts were right), and more.
 
     `prompt_logprobs` are those of the tokens after each row of the chunk that has a prompt token after it;

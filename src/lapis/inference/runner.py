@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lapis.model.adapters import CONFIG, WEIGHTS, Adapter, for_batch, read_adapt
 from lapis.model.weights import LoadedModel
 
 assert PAGE == KERNEL_PAGE
+NOT_FINITE = Sample(error="The model gave no finite logits for this request.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
         """Compute all chunks in one forward; a Result for each, in order."""
-        ends = np.cumsum([chunk.count for chunk in chunks]).tolist()
+        ends = list(accumulate(chunk.count for chunk in chunks))
         rows = [
             row
             for chunk, end in zip(chunks, ends, strict=True)
@@ -102,7 +104,7 @@ class ModelRunner:
         for index, chunk in enumerate(chunks):
             if chunk.samples:
                 new, result = next(samples), read[index]
-                read[index] = Result(new) if result is NOTHING else replace(result, samples=new)
+                read[index] = Result(new) if result is NOTHING else result._replace(samples=new)
         return read
 
     def _replayed(
@@ -184,12 +186,18 @@ class ModelRunner:
         self, logits_RV: Tensor, best_R: Sequence[int], chunks: Sequence[Chunk]
     ) -> list[list[Sample]]:
         """Each chunk's new tokens: one, and one more behind every draft that sampling picks as well."""
-        samples: list[list[Sample]] = [[] for _ in chunks]
-        first = np.cumsum([0, *(1 + len(chunk.drafts) for chunk in chunks)]).tolist()
-        going, depth = list(range(len(chunks))), 0
+        samples: list[list[Sample]] = []
+        going: list[int] = []
+        first = list(accumulate((1 + len(chunk.drafts) for chunk in chunks), initial=0))
+        for index, chunk in enumerate(chunks):
+            easy = chunk.sequence.request.params.takes_best
+            samples.append(_best(chunk, best_R[first[index] : first[index + 1]]) if easy else [])
+            if not easy:
+                going.append(index)
+        depth = 0
         while going:
             wanted = [first[index] + depth for index in going]
-            rows_RV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
+            rows_RV = logits_RV if wanted == list(range(len(logits_RV))) else logits_RV[wanted]
             rows = [
                 self._row(chunks[index], depth, best_R[place])
                 for index, place in zip(going, wanted, strict=True)
@@ -215,7 +223,7 @@ class ModelRunner:
         samples = []
         for logits_V, row, token in zip(logits_RV, rows, tokens, strict=True):
             if token is None:
-                samples.append(Sample(error="The model gave no finite logits for this request."))
+                samples.append(NOT_FINITE)
             elif row.params.logprobs is None:
                 samples.append(Sample(token))
             else:
@@ -271,6 +279,16 @@ class ModelRunner:
             for id, logprob in zip(ids, logprobs, strict=True)
         )
         return replace(chosen, top=tuple(top))
+
+
+def _best(chunk: Chunk, best_D: Sequence[int]) -> list[Sample]:
+    """The samples of a chunk that takes the best tokens, which are known: the logits are not looked at."""
+    samples: list[Sample] = []
+    for depth, token in enumerate(best_D):
+        samples.append(Sample(token) if token >= 0 else NOT_FINITE)
+        if depth < len(chunk.drafts) and token != chunk.drafts[depth]:
+            break
+    return samples
 
 
 def reads(sequence: Running) -> bool:

@@ -261,7 +261,7 @@ class Scheduler:
         The step has `bound` tokens at most.
         """
         ready = [sequence for sequence in self.running if sequence.pending > 1]
-        admitting = True
+        admitting = self.waiting > 0
         while ready or admitting:
             left = bound - self._planned()
             first = self._first_waiting() if admitting else None

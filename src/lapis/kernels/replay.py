@@ -107,7 +107,10 @@ class Recording:
 
 
 class Replay:
-    """Forwards of one model on static buffers, recorded by a key that fixes their shapes and their buffers."""
+    """Forwards of one model on static buffers, recorded by a key that fixes their shapes and their buffers.
+
+    `weights` are those that may change.
+    """
 
     def __init__(self, ops: Ops, weights: Sequence[Tensor], rows: int) -> None:
         kernels = getattr(ops, "kernels", None)

@@ -63,6 +63,7 @@ class Decoder(nn.Module, ABC):
         if not config.tied:
             self.head = weight(dtype, config.vocab_size, config.width)
         self._quantized_head: Quantized | None = None
+        self.sealed = False
 
     @abstractmethod
     def new_layer(self, index: int, dtype: torch.dtype) -> AttentionLayer:
@@ -150,7 +151,11 @@ class Decoder(nn.Module, ABC):
 
     @torch.no_grad()
     def seal(self) -> None:
-        """Make it a model for serving only: matrices that only `linear` uses exist in its layout alone."""
+        """Make it a model for serving only, whose weights will not change any more.
+
+        Matrices that only `linear` uses exist in its layout alone.
+        """
+        self.sealed = True
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 kept = parameter if parameter.ndim != 2 or name not in LINEAR else self.ops.sealed(parameter)
