@@ -112,16 +112,11 @@ class ReplayedSteps:
         some = list(rows) != list(range(tokens))
         if some:
             self._rows[:picked] = array("q", [*rows, *[0] * (picked - len(rows))])
-        batch = self._batch(size)
-        self._upload(size, picked, len(parts))
-        ids_T, rows_R = self._static[0][:size], self._static[1][:picked]
-
-        def forward() -> tuple[Tensor, ...]:
-            logits_RV = self._model(ids_T, batch, rows_R if some else None)
-            return logits_RV, self._model.ops.argmax(logits_RV, self._vocabulary)
-
+        if self._on_device:
+            self._upload(size, picked, len(parts))
+        key = (size, picked if some else 0)
         try:
-            logits_RV, best_R = self._replay.run((size, picked if some else 0), size, forward)
+            logits_RV, best_R = self._replay.run(key, size, lambda: self._forward(*key))
         except Unrecordable as why:
             self._give_up(why)
             return None
@@ -147,6 +142,13 @@ class ReplayedSteps:
             self._give_up(why)
             return None
         return x_TH[:tokens]
+
+    @torch.inference_mode()
+    def _forward(self, size: int, picked: int) -> tuple[Tensor, ...]:
+        """Logits of so many rows that are picked, or of all, and their best tokens; from the buffers."""
+        ids_T, rows_R = self._static[0][:size], self._static[1][:picked]
+        logits_RV = self._model(ids_T, self._batch(size), rows_R if picked else None)
+        return logits_RV, self._model.ops.argmax(logits_RV, self._vocabulary)
 
     def _listed(self, best_R: Tensor, count: int) -> list[int]:
         if self._on_device:
@@ -186,9 +188,7 @@ class ReplayedSteps:
         return tokens
 
     def _upload(self, size: int, picked: int, sequences: int) -> None:
-        """What has been filled in, onto the device; nothing where that is the CPU."""
-        if not self._on_device:
-            return
+        """What has been filled in, onto the device."""
         for host, static, count in zip(
             self._host, self._static, (size, picked, size, size, sequences), strict=True
         ):

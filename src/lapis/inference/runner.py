@@ -83,38 +83,43 @@ class ModelRunner:
         digest = digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
         return LoadedAdapter(digest, adapter)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
         """Compute all chunks in one forward; a Result for each, in order."""
-        ends = list(accumulate(chunk.count for chunk in chunks))
-        rows = [
-            row
-            for chunk, end in zip(chunks, ends, strict=True)
-            if chunk.samples
-            for row in range(end - len(chunk.drafts) - 1, end)
-        ]
-        read = [NOTHING] * len(chunks)
-        done = self._replayed(chunks, cache, rows) if rows and ends[-1] <= MOST_ROWS else None
-        if done is None:
-            logits_RV, read = self._forward(chunks, cache, rows)
-            if logits_RV is None:
-                return read
-            done = logits_RV, self.model.ops.argmax(logits_RV, self._sampled_vocabulary).tolist()
-        samples = iter(self._sample(*done, [chunk for chunk in chunks if chunk.samples]))
-        for index, chunk in enumerate(chunks):
+        end, rows = 0, []
+        for chunk in chunks:
+            end += chunk.count
             if chunk.samples:
-                new, result = next(samples), read[index]
-                read[index] = Result(new) if result is NOTHING else result._replace(samples=new)
-        return read
+                rows += range(end - len(chunk.drafts) - 1, end)
+        if rows and end <= MOST_ROWS and not any(reads(chunk.sequence) for chunk in chunks):
+            parts = self._parts(chunks, cache)
+            done = None if parts is None else self.steps.run(parts, rows)
+            if done is not None:
+                return self._with_samples([NOTHING] * len(chunks), *done, chunks)
+        return self._computed(chunks, cache, rows)
 
-    def _replayed(
-        self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]
-    ) -> tuple[Tensor, list[int]] | None:
-        """Logits and best tokens of the rows by one C call, if the step is such that it can be."""
-        if any(reads(chunk.sequence) for chunk in chunks):
-            return None
-        parts = self._parts(chunks, cache)
-        return None if parts is None else self.steps.run(parts, rows)
+    @torch.inference_mode()
+    def _computed(self, chunks: Sequence[Chunk], cache: KVCache, rows: Sequence[int]) -> list[Result]:
+        logits_RV, read = self._forward(chunks, cache, rows)
+        if logits_RV is None:
+            return read
+        best_R = self.model.ops.argmax(logits_RV, self._sampled_vocabulary).tolist()
+        return self._with_samples(read, logits_RV, best_R, chunks)
+
+    def _with_samples(
+        self, read: Sequence[Result], logits_RV: Tensor, best_R: Sequence[int], chunks: Sequence[Chunk]
+    ) -> list[Result]:
+        """Results with the new tokens of those chunks that sample."""
+        easy = all(chunk.sequence.request.params.takes_best for chunk in chunks if chunk.samples)
+        samples = None if easy else iter(self._sample(logits_RV, best_R, chunks))
+        results, row = [], 0
+        for chunk, result in zip(chunks, read, strict=True):
+            if chunk.samples:
+                end = row + len(chunk.drafts) + 1
+                new = _best(chunk, best_R[row:end]) if samples is None else next(samples)
+                row = end
+                result = Result(new) if result is NOTHING else result._replace(samples=new)
+            results.append(result)
+        return results
 
     def _parts(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Part] | None:
         """The step as it is replayed, if it can be."""
@@ -186,6 +191,7 @@ class ModelRunner:
         self, logits_RV: Tensor, best_R: Sequence[int], chunks: Sequence[Chunk]
     ) -> list[list[Sample]]:
         """Each chunk's new tokens: one, and one more behind every draft that sampling picks as well."""
+        chunks = [chunk for chunk in chunks if chunk.samples]
         samples: list[list[Sample]] = []
         going: list[int] = []
         first = list(accumulate((1 + len(chunk.drafts) for chunk in chunks), initial=0))
@@ -218,6 +224,7 @@ class ModelRunner:
         ids = [*sequence.ids, *chunk.drafts[:depth]] if depth else sequence.ids
         return sampler.row_of(sequence, ids, best)
 
+    @torch.inference_mode()
     def _sample_rows(self, logits_RV: Tensor, rows: Sequence[sampler.Row]) -> list[Sample]:
         tokens = sampler.sample(logits_RV.cpu().numpy()[:, : self._sampled_vocabulary], rows)
         samples = []
