@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,10 @@ class Part(NamedTuple):
     pages: array[int]
 
 
-def _items(values: NDArray[Any], code: str) -> memoryview:
+def _items(values: NDArray[Any], code: Literal["i", "q"]) -> memoryview:
     """All numbers of an array, to be read and written without numpy."""
-    return memoryview(values.reshape(-1)).cast("B").cast(code)  # type: ignore[call-overload]
+    items: memoryview = values.reshape(-1).data.cast("B").cast(code)
+    return items
 
 
 def recorded_size(rows: int) -> int:

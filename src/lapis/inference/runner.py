@@ -85,7 +85,8 @@ class ModelRunner:
 
     def run(self, chunks: Sequence[Chunk], cache: KVCache) -> list[Result]:
         """Compute all chunks in one forward; a Result for each, in order."""
-        end, rows = 0, []
+        end = 0
+        rows: list[int] = []
         for chunk in chunks:
             end += chunk.count
             if chunk.samples:
@@ -111,7 +112,8 @@ class ModelRunner:
         """Results with the new tokens of those chunks that sample."""
         easy = all(chunk.sequence.request.params.takes_best for chunk in chunks if chunk.samples)
         samples = None if easy else iter(self._sample(logits_RV, best_R, chunks))
-        results, row = [], 0
+        results: list[Result] = []
+        row = 0
         for chunk, result in zip(chunks, read, strict=True):
             if chunk.samples:
                 end = row + len(chunk.drafts) + 1
