@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from lapis.inference.kv_cache import PAGE, KVCache, pages_for
 
@@ -26,6 +34,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.kept, self.most_used = PAGES, 0
         self.cache = KVCache(PAGES)
         self.memory: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.ids: dict[int, list[int]] = {}
@@ -33,12 +42,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.computed: dict[int, int] = {}
         self.next = 0
 
+    @initialize(kept=st.integers(0, PAGES))
+    def choose(self, kept: int) -> None:
+        self.kept, self.cache = kept, KVCache(PAGES, kept)
+
+    def note_used(self) -> None:
+        self.most_used = max(self.most_used, self.cache.used)
+
     @rule(target=owners, salt=st.sampled_from(SALTS), ids=prompts(), spare=st.integers(0, 3))
     def open(self, salt: bytes, ids: list[int], spare: int) -> int | None:
         before = self.cache.available
         owner = self.next
         self.next += 1
         cached = self.cache.open(owner, salt, ids, spare)
+        self.note_used()
         if cached is None:
             assert self.cache.available == before
             return None
@@ -60,6 +77,7 @@ class CacheMachine(RuleBasedStateMachine):
         ids = self.ids[owner]
         if self.cache.grow(owner, len(ids) + count):
             ids += [token] * count
+        self.note_used()
         table = self.cache.table(owner)
         for position in range(self.computed[owner], len(ids)):
             page = table[position // PAGE]
@@ -77,6 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
         tokens, before = len(self.ids[owner]), self.cache.available
         held = list(self.cache.table(owner))
         if self.cache.grow(owner, tokens + count):
+            self.note_used()
             assert len(self.cache.table(owner)) == pages_for(tokens + count)
             for page in list(self.cache.table(owner))[len(held) :]:
                 self.memory.pop(page, None)  # written over
@@ -91,6 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         held = set(self.cache.table(owner))
         if self.cache.open(-1, self.salts[owner], self.ids[owner], share=False) is not None:
+            self.note_used()
             assert not held & set(self.cache.table(-1))
             for page in self.cache.table(-1):
                 self.memory.pop(page, None)
@@ -111,6 +131,11 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def books(self) -> None:
         self.cache.check()
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        """By what is kept or, if that was more once, by what ran at a time."""
+        assert self.cache.touched <= max(self.kept, self.most_used)
 
     def teardown(self) -> None:
         for owner in list(self.ids):

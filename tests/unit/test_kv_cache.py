@@ -72,6 +72,18 @@ def test_the_least_recently_used_prefix_goes_first_and_from_its_end() -> None:
     cache.check()
 
 
+def test_prefixes_are_kept_in_few_pages_and_what_runs_may_take_all() -> None:
+    cache = KVCache(100, kept=6)
+    for owner in range(20):
+        filled(cache, owner, [owner] * 2 * PAGE)
+        cache.close(owner)
+    assert (cache.touched, cache.cached) == (6, 6)
+    assert filled(cache, 20, [19] * 3 * PAGE) == 2 * PAGE  # the latest are still there
+    assert filled(cache, 21, [21] * 90 * PAGE) == 0
+    assert cache.touched == cache.used == 93
+    cache.check()
+
+
 def test_a_refusal_changes_nothing() -> None:
     cache = KVCache(4)
     filled(cache, 1, PROMPT)

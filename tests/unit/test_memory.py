@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,11 @@ import pytest
 from lapis.errors import ConfigError
 from lapis.gateway.memory import MemoryBudget
 from lapis.home import Home
+from lapis.inference import footprint
+from lapis.inference.engine import LocalEngine
 from lapis.inference.footprint import Dtype, cache_pages, engine_bytes, page_bytes
+from lapis.inference.kv_cache import PAGE
+from lapis.inference.request import Request, SamplingParams
 from lapis.inference.runner import ModelRunner
 from lapis.model.manifest import Source
 from lapis.model.weights import DTYPES, read_model, write_model
@@ -110,3 +114,23 @@ def test_what_an_engine_takes_is_known_before(tmp_path: Path, name: str, weights
     assert cache == page_bytes(shape, stored) * (runner.pages + 1)
     told = engine_bytes(shape, weights) - page_bytes(shape, stored) * runner.pages
     assert abs(told - held) < 0.02 * held
+
+
+@pytest.mark.parametrize(("cache_bytes", "bounded"), [(None, True), (8 << 20, False)])
+def test_the_memory_of_prefixes_does_not_grow_with_every_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int | None, bounded: bool
+) -> None:
+    monkeypatch.setattr(footprint, "LEAST_KEPT_BYTES", 0)
+    shape = small_models.config()
+    state, source = small_models.random_state(shape), Source("run", "t")
+    write_model(tmp_path / "m", shape, state, small_models.tokenizer(), source=source)
+    kept = footprint.kept_pages(shape, "bf16")
+    prompts = [(first, *[7] * PAGE) for first in range(kept + 5)]
+    with closing(LocalEngine(read_model(tmp_path / "m"), "m", cache_bytes=cache_bytes)) as engine:
+        outputs = [
+            engine.submit(Request("r", prompt, SamplingParams(max_tokens=1))).result()
+            for prompt in [*prompts, prompts[-1]]
+        ]
+    assert engine.stats()["pages"] > len(prompts) > kept > 2
+    assert (engine.stats()["pages_touched"] <= kept) is bounded
+    assert outputs[-1].cached_tokens == PAGE

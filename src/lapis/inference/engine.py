@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lapis.errors import ConfigError
+from lapis.inference.footprint import kept_pages
 from lapis.inference.loop import EngineLoop, Limits
 from lapis.inference.request import Pooling, Request
 from lapis.inference.stream import Stream
@@ -101,6 +102,8 @@ class Engine(Protocol):
 class LocalEngine(EngineLoop):
     """A loaded model in this process, stepped by one thread; `cache_bytes` bounds its key/value memory.
 
+    By default cached prefixes take less of it than what runs may take; with `cache_bytes` they may fill it.
+
     `drafts` is how many tokens it guesses ahead for a request while few run; 0 for none. `weights` are by default
     as loaded; in 8 or 4 bits the model, which is the engine's own from then on, is changed in place. Raises
     ConfigError for a model that is loaded in another type than is asked for.
@@ -132,7 +135,10 @@ class LocalEngine(EngineLoop):
             loaded.model.quantize(weights)
         runner = ModelRunner(loaded, cache_bytes, cache_dtype, step_tokens)
         context = loaded.config.context
-        limits = Limits(context, runner.pages, step_tokens, running, queued_tokens, drafts=drafts)
+        kept = kept_pages(loaded.config, weights, cache_dtype) if cache_bytes is None else None
+        limits = Limits(
+            context, runner.pages, step_tokens, running, queued_tokens, drafts=drafts, kept_pages=kept
+        )
         self.chat = loaded.chat
         self.add_bos = loaded.add_bos
         self.bos_id = loaded.bos_id

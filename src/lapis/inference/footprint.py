@@ -9,6 +9,7 @@ from lapis.model.config import ModelConfig
 
 DEFAULT_CACHE_BYTES = 2 << 30
 DEFAULT_SEQUENCES = 16
+LEAST_KEPT_BYTES = 64 << 20
 # A value's bytes with its share of the scales (and minimums) of its group, see kernels/quantized.py.
 VALUE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 64, "int4": 1 / 2 + 4 / 32}
 
@@ -33,8 +34,18 @@ def cache_pages(config: ModelConfig, dtype: Dtype, cache_bytes: int | None = Non
 
 def engine_bytes(config: ModelConfig, weights: str, cache_dtype: str = "bf16") -> int:
     """Bytes of weights, as they are kept for serving, and of a full cache. Cached is what is computed, or int8."""
-    dtype: Dtype = "int8" if cache_dtype == "int8" else "fp32" if weights == "fp32" else "bf16"
+    dtype = _cache_dtype(weights, cache_dtype)
     return _weight_bytes(config, weights) + cache_pages(config, dtype) * page_bytes(config, dtype)
+
+
+def kept_pages(config: ModelConfig, weights: str, cache_dtype: str = "bf16") -> int:
+    """Pages that cached prefixes may take of a cache of default size: a third of what weights take, 64 MiB at least."""
+    kept = max(LEAST_KEPT_BYTES, _weight_bytes(config, weights) // 3)
+    return kept // page_bytes(config, _cache_dtype(weights, cache_dtype))
+
+
+def _cache_dtype(weights: str, cache_dtype: str) -> Dtype:
+    return "int8" if cache_dtype == "int8" else "fp32" if weights == "fp32" else "bf16"
 
 
 def _weight_bytes(config: ModelConfig, weights: str) -> int:

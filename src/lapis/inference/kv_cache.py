@@ -4,8 +4,11 @@ A page holds the keys and values of 32 consecutive tokens of one sequence. Full 
 digest chained over all tokens up to their end, so an equal prefix finds the pages that are there already
 (PagedAttention, arXiv 2309.06180). The chain starts with a salt: pages are shared inside one salt only.
 
-    page states:  free → owned (by one sequence or more) → cached (no owner, named) → evicted = free
-                                                         → free (no owner, no name)
+    page states:  new → owned (by one sequence or more) → cached (no owner, named) → evicted, owned again
+                                                        → free (no owner, no name) → owned again
+
+A new page takes memory only once it is written. So free pages come first, and as soon as `kept` pages have
+been handed out, the least recently used cached ones come before new ones.
 """
 
 from __future__ import annotations
@@ -34,12 +37,17 @@ class Holding:
 
 
 class KVCache:
-    """Pages, their owners and their names. Owners are numbers that the caller chooses."""
+    """Pages, their owners and their names. Owners are numbers that the caller chooses.
 
-    def __init__(self, pages: int) -> None:
+    Beyond `kept` pages (by default all) new ones are handed out for what runs, never to keep prefixes.
+    """
+
+    def __init__(self, pages: int, kept: int | None = None) -> None:
         self.pages = pages
         self.evicted = 0  # cached pages that were reused for something else
-        self._free = list(range(pages - 1, -1, -1))
+        self.touched = 0  # pages that were handed out ever: these take memory; all later ones are new
+        self._kept = pages if kept is None else kept
+        self._free: list[int] = []
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._owners = [0] * pages
         self._page_of: dict[bytes, int] = {}
@@ -48,8 +56,8 @@ class KVCache:
 
     @property
     def available(self) -> int:
-        """Pages that can be handed out now: free ones and cached ones without an owner."""
-        return len(self._free) + len(self._cached)
+        """Pages that can be handed out now: new ones, free ones and cached ones without an owner."""
+        return self.pages - self.touched + len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
@@ -143,19 +151,28 @@ class KVCache:
         for holding in self._holdings.values():
             assert len(set(holding.pages)) == len(holding.pages), "a sequence holds a page twice"
         assert all(self._owners[page] == owned[page] for page in range(self.pages)), "owner counts are wrong"
-        groups = [set(self._free), set(self._cached), set(owned)]
+        new = set(range(self.touched, self.pages))
+        groups = [set(self._free), set(self._cached), set(owned), new]
         assert len(self._free) == len(groups[0]), "a page is free twice"
         assert sum(len(group) for group in groups) == self.pages, "a page is lost or in two states"
         assert set().union(*groups) == set(range(self.pages)), "an unknown page"
         assert {page: name for name, page in self._page_of.items()} == self._name_of, "names and pages differ"
         assert groups[1] <= set(self._name_of), "a cached page has no name"
-        assert not groups[0] & set(self._name_of), "a free page has a name"
+        assert not (groups[0] | new) & set(self._name_of), "a free page has a name"
 
     def _extend(self, holding: Holding, count: int) -> None:
         for _ in range(count):
-            page = self._free.pop() if self._free else self._evict()
+            page = self._take()
             self._owners[page] = 1
             holding.pages.append(page)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._cached and self.touched >= min(self._kept, self.pages):
+            return self._evict()
+        self.touched += 1
+        return self.touched - 1
 
     def _evict(self) -> int:
         page, _ = self._cached.popitem(last=False)

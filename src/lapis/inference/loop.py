@@ -68,6 +68,7 @@ class Limits:
     queued: int = 1024  # requests that wait
     drafts: int = 0  # tokens that speculation may guess ahead for one request; 0 for none
     draft_rows: int = 8  # rows that a step with guesses has at most
+    kept_pages: int | None = None  # as KVCache's `kept`
 
 
 @dataclass
@@ -188,6 +189,7 @@ class EngineLoop:
                 "queued_tokens": self._scheduler.queued_tokens,
                 "max_queued_tokens": self._limits.queued_tokens,
                 "pages": cache.pages,
+                "pages_touched": cache.touched,
                 "pages_used": cache.used,
                 "pages_cached": cache.cached,
                 "pages_evicted": cache.evicted,
@@ -382,7 +384,7 @@ class EngineLoop:
     def _new_scheduler(self) -> Scheduler:
         limits = self._limits
         return Scheduler(
-            KVCache(limits.pages),
+            KVCache(limits.pages, limits.kept_pages),
             step_tokens=limits.step_tokens,
             max_running=min(limits.running, limits.step_tokens),
             max_queued_tokens=limits.queued_tokens,
