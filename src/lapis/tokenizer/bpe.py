@@ -209,7 +209,6 @@ class Tokenizer:
         return {id: token.content.encode() for id, token in self._inner.get_added_tokens_decoder().items()}
 
 
-
 class TextStream:
     """Decodes a growing list of ids. What it gives is always whole UTF-8.
 
