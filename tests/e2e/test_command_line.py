@@ -82,6 +82,17 @@ def test_without_kernels_doctor_says_what_is_lost(monkeypatch: pytest.MonkeyPatc
     assert "slightly different bits" in kernels["fact"]
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_doctor_asks_whether_the_kernels_for_gpus_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAPIS_KERNELS", "triton")
+    kernels = next(
+        c for c in json.loads(lapis("doctor", "--json").stdout)["checks"] if c["name"] == "kernels"
+    )
+    assert kernels["state"] == "missing"
+    assert "no model can be loaded" in kernels["fact"]
+    assert kernels["command"]
+
+
 def test_an_unexpected_defect_shows_no_traceback_unless_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

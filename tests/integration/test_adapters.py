@@ -35,7 +35,8 @@ SHAPES = {name: small_models.families()[name] for name in TARGETS}
 
 def base(folder: Path, name: str) -> Any:
     """The base model in transformers, from a folder that we wrote."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     state = small_models.random_state(SHAPES[name])
     write_model(folder / "m", SHAPES[name], state, small_models.tokenizer(), source=Source("run", "test"))
     copy_folder(folder / "m", folder / "plain", sealed=False)
@@ -44,7 +45,8 @@ def base(folder: Path, name: str) -> Any:
 
 def peft_folder(folder: Path, name: str, **options: Any) -> tuple[Path, Tensor]:
     """A random adapter that PEFT wrote, and the logits that PEFT computes with it."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS[name], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2 is set by itself, with a warning
@@ -114,7 +116,8 @@ def test_peft_reads_what_was_written(tmp_path: Path, name: str) -> None:
         assert set(mine) == set(other)
         for key, (a_RK, b_NR) in mine.items():  # ranks may stand elsewhere, the product is the same
             assert torch.allclose(b_NR.float() @ a_RK.float(), other[key][1].float() @ other[key][0].float())
-    peft = pytest.importorskip("peft")
+    import peft
+
     (tmp_path / "base").mkdir()
     model = peft.PeftModel.from_pretrained(base(tmp_path / "base", name), tmp_path / "again").eval()
     with torch.no_grad():

@@ -69,7 +69,8 @@ def serve(model: Decoder, ids: Tensor, chunks: list[int], table: list[int]) -> T
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_transformers_computes_the_same_from_an_exported_folder(tmp_path: Path, name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = exported(tmp_path, name)
 
     def theirs(dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lapis.kernels.batch import packed
-from lapis.kernels.stock import orthogonal
+from lapis.kernels.torch_steps import orthogonal
 from lapis.model.config import NAMED
 from lapis.model.families import Llama, build
 from lapis.train.optimizer import ITERATIONS, MOMENTUM, NEWTON_SCHULZ, FlatParameters, Optimizer

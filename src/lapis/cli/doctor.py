@@ -122,7 +122,8 @@ def _kernels() -> Check:
         return Check(
             "kernels", "ok", f"{found.chosen}: what is trained is served, bit for bit, in bf16 and in fp32"
         )
-    return Check("kernels", "missing", f"plain torch ({found.reason}): {found.lost}", found.hint)
+    name = "plain torch" if found.chosen == "stock" else found.chosen
+    return Check("kernels", "missing", f"{name} ({found.reason}): {found.lost}", found.hint)
 
 
 def _compiler() -> Check:

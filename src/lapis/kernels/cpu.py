@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lapis.kernels import stock, variants
+from lapis.kernels import variants
 from lapis.kernels.batch import AdapterPair, Batch, LayerCache
 from lapis.kernels.cpu_fp32 import Fp32Kernels
 from lapis.kernels.cpu_groups import Experts, Fp32Groups, Groups, Lora, Route
@@ -21,6 +21,7 @@ from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes, gradient_buffe
 from lapis.kernels.cpu_library import CAdamW, CMuon
 from lapis.kernels.ops import CPU, Matrix, Rope
 from lapis.kernels.quantized import NO_GRADIENT, Quantized
+from lapis.kernels.torch_steps import muon_step
 
 # about how many logits exist at a time in the chunked losses, and the fewest rows of a chunk
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 22, 256
@@ -242,7 +243,7 @@ class CpuOps:
             if at.rows % MUON_STEP == at.columns % MUON_STEP == 0:
                 fitting.append(at)
             else:
-                stock.muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
+                muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
         if fitting:
             self.kernels.muon(buffers, fitting, CMuon(lr, beta, weight_decay, *coefficients, iterations))
 

@@ -6,17 +6,19 @@ Dims as in ops.py and cpu_kernels.py. Gradients are not under the contract, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lapis.errors import UnavailableError
 from lapis.kernels.batch import PAGE, Batch, LayerCache
-from lapis.kernels.cpu_kernels import FP32, Kernels, Sizes, addend, describe, parts_of, tables_of
+from lapis.kernels.cpu_kernels import FP32, Kernels, Sizes, addend, parts_of
 from lapis.kernels.cpu_library import CAdamW, CMuon
 from lapis.kernels.ops import Matrix, Rope
 from lapis.kernels.quantized import Quantized
-from lapis.kernels.stock import StockOps, muon_step
+from lapis.kernels.stock import StockOps
+from lapis.kernels.torch_steps import muon_step
 
 STOCK = StockOps(dtype=FP32)
 
@@ -181,40 +183,9 @@ class Fp32Kernels(Kernels):
         keys = torch.empty(pages, kv_heads, head_size, PAGE, dtype=FP32)
         return LayerCache(keys, torch.empty(pages, kv_heads, PAGE, head_size, dtype=FP32))
 
-    def attention(
-        self,
-        qkv_TW: Tensor,
-        batch: Batch,
-        layer: int,
-        sizes: Sizes,
-        rope: Rope | None,
-        window: int | None = None,
-        k_TX: Tensor | None = None,
-        lse_TQ: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Output and rotated queries; rotated keys and log denominators are filled in if given."""
-        heads, kv_heads, head_size = sizes
-        assert qkv_TW.dtype is FP32 and qkv_TW.is_contiguous()
-        assert qkv_TW.shape == (batch.tokens, (heads + 2 * kv_heads) * head_size)
-        descriptor, cache = describe(batch, rope), self._cache(batch, layer, sizes, rope)
-        assert rope is None or rope.cos_PD2.shape[1] * 2 == head_size, "the tables cover whole heads"
-        assert window is None or window > 0
+    def _attend(self, inputs: Sequence[Any], cache: LayerCache, outputs: Sequence[int | None]) -> None:
         assert cache.keys.dtype is FP32
-        o_TX, q_TX = (torch.empty(batch.tokens, heads * head_size, dtype=FP32) for _ in range(2))
-        self._c.attention_fp32(
-            descriptor.reference,
-            qkv_TW.data_ptr(),
-            *sizes,
-            window or 0,
-            *tables_of(rope),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            q_TX.data_ptr(),
-            None if k_TX is None else k_TX.data_ptr(),
-            o_TX.data_ptr(),
-            None if lse_TQ is None else lse_TQ.data_ptr(),
-        )
-        return o_TX, q_TX
+        self._c.attention_fp32(*inputs, cache.keys.data_ptr(), cache.values.data_ptr(), *outputs)
 
     def attention_backward(
         self,

@@ -358,28 +358,20 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Output and rotated queries; rotated keys and log denominators are filled in if given."""
         heads, kv_heads, head_size = sizes
-        assert qkv_TW.dtype is BF16 and qkv_TW.is_contiguous()
+        assert qkv_TW.dtype is self.dtype and qkv_TW.is_contiguous()
         assert qkv_TW.shape == (batch.tokens, (heads + 2 * kv_heads) * head_size)
         descriptor, cache = describe(batch, rope), self._cache(batch, layer, sizes, rope)
         assert rope is None or rope.cos_PD2.shape[1] * 2 == head_size, "the tables cover whole heads"
         assert window is None or window > 0
-        o_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
-        q_TX = torch.empty(batch.tokens, heads * head_size, dtype=BF16)
-        self._c.attention(
-            descriptor.reference,
-            qkv_TW.data_ptr(),
-            *sizes,
-            window or 0,
-            *tables_of(rope),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            cache.keys.dtype is torch.int8,
-            q_TX.data_ptr(),
-            None if k_TX is None else k_TX.data_ptr(),
-            o_TX.data_ptr(),
-            None if lse_TQ is None else lse_TQ.data_ptr(),
-        )
+        o_TX, q_TX = (torch.empty(batch.tokens, heads * head_size, dtype=self.dtype) for _ in range(2))
+        inputs = (descriptor.reference, qkv_TW.data_ptr(), *sizes, window or 0, *tables_of(rope))
+        outputs = [None if tensor is None else tensor.data_ptr() for tensor in (q_TX, k_TX, o_TX, lse_TQ)]
+        self._attend(inputs, cache, outputs)
         return o_TX, q_TX
+
+    def _attend(self, inputs: Sequence[Any], cache: LayerCache, outputs: Sequence[int | None]) -> None:
+        keys, values = cache.keys.data_ptr(), cache.values.data_ptr()
+        self._c.attention(*inputs, keys, values, cache.keys.dtype is torch.int8, *outputs)
 
     def _cache(self, batch: Batch, layer: int, sizes: Sizes, rope: Rope | None) -> LayerCache:
         """A layer's pages: the batch's own, or private ones that all layers share."""

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from lapis.kernels import stock_groups
 from lapis.kernels.batch import PAGE, AdapterPair, Batch, LayerCache
-from lapis.kernels.ops import CPU, Matrix, Rope
+from lapis.kernels.ops import CPU, Rope
 from lapis.kernels.quantized import Quantized
+from lapis.kernels.torch_steps import TorchSteps
 
 CHUNK = 1024  # tokens whose logits exist at a time
 NORM_BLOCK = 1 << 14  # elements that torch sums in one thread
 
 
-class StockOps:
+class StockOps(TorchSteps):
     """Plain torch. Pages are (pages, PAGE, kv_heads, head_size)."""
 
     name = "stock"
@@ -176,95 +177,10 @@ class StockOps:
         weights_T = torch.ones(x_TH.shape[0], device=x_TH.device) if weights_T is None else weights_T
         return cast(Tensor, _CrossEntropy.apply(x_TH, w_VH, targets_T, weights_T))  # type: ignore[no-untyped-call]
 
-    def adamw(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        master: Tensor,
-        first: Tensor,
-        second: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        correction1: float,
-        correction2: float,
-        clip: float,
-    ) -> None:
-        """The AdamW step in torch calls over the flat buffers."""
-        with torch.no_grad():
-            scaled = grad.float().mul_(clip)
-            first.lerp_(scaled, 1 - beta1)
-            second.mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
-            denominator = second.sqrt().div_(math.sqrt(correction2)).add_(eps)
-            master.mul_(1 - lr * weight_decay).addcdiv_(first, denominator, value=-lr / correction1)
-            weight.copy_(master)
-            grad.zero_()
-
-    def muon(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        master: Tensor,
-        momentum: Tensor,
-        matrices: Sequence[Matrix],
-        *,
-        lr: float,
-        beta: float,
-        weight_decay: float,
-        coefficients: tuple[float, float, float],
-        iterations: int,
-    ) -> None:
-        """The Muon step in torch calls, matrix by matrix."""
-        for at in matrices:
-            buffers = (weight, grad, master, momentum)
-            muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
-
     def squared_norm(self, grad: Tensor) -> float:
         """Blocks of fixed size summed by torch, then exactly."""
         blocks = torch.split(grad.detach().flatten(), NORM_BLOCK)
         return math.fsum(float(block.double().square().sum()) for block in blocks)
-
-    def sealed(self, w_NK: Tensor) -> Tensor:
-        """The weight itself: nothing is packed."""
-        return w_NK
-
-    def weights_changed(self) -> None:
-        """Nothing is kept beside the weights."""
-
-
-def muon_step(
-    buffers: tuple[Tensor, ...],
-    at: Matrix,
-    lr: float,
-    beta: float,
-    weight_decay: float,
-    coefficients: tuple[float, float, float],
-    iterations: int,
-) -> None:
-    """One Muon step of one matrix of the flat weight, gradient, master weight and momentum."""
-    with torch.no_grad():
-        weight, grad, master, momentum = (at.of(buffer) for buffer in buffers)
-        update = grad.float()
-        momentum.lerp_(update, 1 - beta)
-        step = orthogonal(update.lerp_(momentum, beta).bfloat16(), coefficients, iterations).float()
-        master.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * max(1.0, at.rows / at.columns) ** 0.5)
-        weight.copy_(master)
-        grad.zero_()
-
-
-def orthogonal(matrix_RC: Tensor, coefficients: tuple[float, float, float], iterations: int) -> Tensor:
-    """The nearest half-orthogonal matrix, roughly, by Newton-Schulz iterations in the matrix's own type."""
-    a, b, c = coefficients
-    tall = matrix_RC.shape[0] > matrix_RC.shape[1]
-    x: Tensor = matrix_RC.mT if tall else matrix_RC
-    x = x / (x.float().norm() + 1e-7).to(x.dtype)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 class _CrossEntropy(torch.autograd.Function):

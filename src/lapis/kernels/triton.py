@@ -18,9 +18,10 @@ from lapis.kernels import stock_groups, triton_kernels
 from lapis.kernels import triton_launch as launch
 from lapis.kernels.batch import PAGE, AdapterPair, Batch, LayerCache
 from lapis.kernels.cpu import exact_sum
-from lapis.kernels.ops import Matrix, Rope
+from lapis.kernels.ops import Rope
 from lapis.kernels.quantized import Quantized
-from lapis.kernels.stock import StockOps, muon_step
+from lapis.kernels.stock import StockOps
+from lapis.kernels.torch_steps import TorchSteps
 from lapis.kernels.triton_launch import BF16, FP32
 
 
@@ -36,7 +37,7 @@ def load() -> TritonOps:
     return TritonOps(torch.device("cuda"))
 
 
-class TritonOps:
+class TritonOps(TorchSteps):
     """Triton kernels for bf16. Weights and activations lie on `device`; indices and batches are brought there.
 
     Pages are (pages, kv_heads, PAGE, head_size).
@@ -223,70 +224,10 @@ class TritonOps:
         tensors = (x_TH, w_VH, targets_T.to(self.device), weights_T.to(self.device, FP32))
         return cast(Tensor, _CrossEntropy.apply(*tensors))  # type: ignore[no-untyped-call]
 
-    def adamw(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        master: Tensor,
-        first: Tensor,
-        second: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        correction1: float,
-        correction2: float,
-        clip: float,
-    ) -> None:
-        """The AdamW step in torch calls over the flat buffers."""
-        self._stock.adamw(
-            weight,
-            grad,
-            master,
-            first,
-            second,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            correction1=correction1,
-            correction2=correction2,
-            clip=clip,
-        )
-
-    def muon(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        master: Tensor,
-        momentum: Tensor,
-        matrices: Sequence[Matrix],
-        *,
-        lr: float,
-        beta: float,
-        weight_decay: float,
-        coefficients: tuple[float, float, float],
-        iterations: int,
-    ) -> None:
-        """The Muon step in torch calls, matrix by matrix."""
-        for at in matrices:
-            buffers = (weight, grad, master, momentum)
-            muon_step(buffers, at, lr, beta, weight_decay, coefficients, iterations)
-
     def squared_norm(self, grad: Tensor) -> float:
         """Blocks of fixed size in double, then all of them."""
         parts = [block.double().square().sum() for block in torch.split(grad.detach().flatten(), 1 << 22)]
         return float(torch.stack(parts).sum()) if parts else 0.0
-
-    def sealed(self, w_NK: Tensor) -> Tensor:
-        """The weight itself: nothing is packed."""
-        return w_NK
-
-    def weights_changed(self) -> None:
-        """Nothing is kept beside the weights."""
 
 
 def rows_are_alone(device: torch.device) -> bool:

@@ -60,7 +60,7 @@ VARIANTS: dict[str, frozenset[str]] = {
 class KernelStatus:
     """What `lapis doctor` tells: which kernels run, which were built, what is missing and what that costs."""
 
-    chosen: str  # "cpu-<variant>" or "stock"
+    chosen: str  # "cpu-<variant>", "cuda-triton", "stock", or "none" where what was asked for cannot run
     bit_exact: bool
     built: tuple[str, ...]  # builds that lie in the package
     usable: tuple[str, ...]  # those this CPU can run, fastest first
@@ -168,12 +168,12 @@ def wants_triton(head_size: int, dtype: str, has_gpu: Callable[[], bool]) -> boo
 
 
 def status() -> KernelStatus:
-    """What runs here for a model that fits, what is built and what is missing. Loads no torch."""
+    """What runs here for a model that fits, what is built and what is missing. Torch is loaded only to ask a GPU."""
     built = tuple(variant for variant in VARIANTS if library_path(variant).exists())
     usable = tuple(variant for variant in built if VARIANTS[variant] <= cpu_flags())
     compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
     if os.environ.get("LAPIS_KERNELS") == TRITON:
-        return KernelStatus("cuda-triton", True, built, usable, compiler, "", "", "")
+        return _triton_status(built, usable, compiler)
     variant, reason = choose(HEAD_SIZES[1], (), "bfloat16")
     if variant is not None:
         return KernelStatus(f"cpu-{variant}", True, built, usable, compiler, "", "", "")
@@ -181,6 +181,20 @@ def status() -> KernelStatus:
     if compiler is None and not usable:
         hint = f"install a C compiler (Debian: apt install gcc), then {REBUILD}"
     return KernelStatus("stock", False, built, usable, compiler, reason, LOST, hint)
+
+
+def _triton_status(built: tuple[str, ...], usable: tuple[str, ...], compiler: str | None) -> KernelStatus:
+    """Of the Triton kernels, which were asked for by name: the GPU, if there is one, tells."""
+    try:
+        wants_triton(HEAD_SIZES[1], "bfloat16", lambda: True)
+        from lapis.kernels.triton import load
+
+        ops = load()
+    except UnavailableError as error:
+        lost = "no model can be loaded"
+        return KernelStatus("none", False, built, usable, compiler, error.message, lost, error.hint)
+    lost = "" if ops.bit_exact else "an answer depends on what else is in the batch"
+    return KernelStatus(ops.name, ops.bit_exact, built, usable, compiler, ops.reason, lost, "")
 
 
 def _misfit(head_size: int, widths: Sequence[int], dtype: str) -> str:
