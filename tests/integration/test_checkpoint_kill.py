@@ -15,25 +15,32 @@ from lapis.checkpoint.sharded import latest, load, save
 
 KILLS = 12
 
-# For every line: forks a saver, kills it after so many seconds, tells the last step whose save returned.
+# For every line: forks a saver (every other one saves in the background), kills it after so many seconds, and
+# tells the last step whose save returned.
 DRIVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
 from lapis.checkpoint.retention import Retention
+from lapis.checkpoint.saver import Saver
 from lapis.checkpoint.sharded import save
 
 torch.set_num_threads(1)
-folder, first = Path(sys.argv[1]), 0
+folder, first, beside = Path(sys.argv[1]), 0, False
 for line in sys.stdin:
     reader, writer = os.pipe()
+    beside = not beside
     child = os.fork()
     if child == 0:
-        step = first
+        step, w, saver = first, torch.empty(1 << 21, dtype=torch.int64), Saver(folder, Retention(2))
         while True:
             step += 1
-            model = {"w": torch.full((1 << 21,), step, dtype=torch.int64)}
-            save(folder, step, {"model": model}, {"step": step}, keep=Retention(2))
+            if beside:
+                saver.start(step, {"model": {"w": w.fill_(step)}}, {"step": step})
+                w.fill_(-1)  # the training goes on
+                saver.wait()
+            else:
+                save(folder, step, {"model": {"w": w.fill_(step)}}, {"step": step}, keep=Retention(2))
             os.write(writer, step.to_bytes(8, "little"))
     os.close(writer)
     time.sleep(float(line))
