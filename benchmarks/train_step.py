@@ -23,7 +23,8 @@ from lapis.data.loader import TokenBatch
 from lapis.kernels.memory import keep_freed_memory
 from lapis.model.config import NAMED
 from lapis.model.families import Llama
-from lapis.train.optimizer import FlatParameters, Optimizer
+from lapis.train.flat import FlatParameters
+from lapis.train.optimizer import Optimizer
 from lapis.train.peak import gemm_flops
 from lapis.train.pretrain import token_loss
 
@@ -41,11 +42,13 @@ def lapis_step(optimizer_name: str) -> Callable[[int], None]:
     model = Llama(CONFIG)
     model.init_weights(0)
     flat = FlatParameters(model)
-    optimizer = Optimizer(flat, model.ops, muon=optimizer_name == "muon", clip=1.0, weight_decay=0.0)
+    optimizer = Optimizer(
+        flat, model.ops, muon=optimizer_name == "muon", clip=1.0, weight_decay=0.0, betas=(0.8, 0.95)
+    )
 
     def step(number: int) -> None:
         torch.autograd.backward(token_loss(model, tokens(number), BATCH * SEQUENCE))
-        optimizer.step(lr=1e-3, embed_lr=1e-3)
+        optimizer.step(norm=optimizer.norm(), lr=1e-3, embed_lr=1e-3)
 
     return step
 

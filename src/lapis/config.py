@@ -68,7 +68,7 @@ def parse(
 def fields(schema: type[Section], prefix: str = "") -> Iterator[Field]:
     """Every setting of a recipe, in the order of its definition."""
     for name, info in schema.model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{info.alias or name}"  # an alias where the word is one of Python's own
         inner = _section_of(info.annotation)
         if inner is not None and typing.get_origin(info.annotation) is not tuple:
             yield from fields(inner, f"{key}.")
@@ -82,7 +82,7 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[Field]:
 def to_toml(recipe: Section) -> str:
     """The resolved recipe as TOML text that `load` reads back to the same values."""
     lines: list[str] = []
-    _write_table(recipe.model_dump(mode="json", exclude_none=True), (), lines)
+    _write_table(recipe.model_dump(mode="json", exclude_none=True, by_alias=True), (), lines)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -148,7 +148,7 @@ def _known_keys(schema: type[Section], path: tuple[int | str, ...]) -> list[str]
             continue
         info = current.model_fields.get(part)
         current = _section_of(info.annotation) if info else None
-    return list(current.model_fields) if current else []
+    return [info.alias or name for name, info in current.model_fields.items()] if current else []
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

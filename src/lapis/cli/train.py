@@ -26,10 +26,11 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     from lapis.log import progress
     from lapis.train.pretrain import Pretraining
     from lapis.train.recipe import Recipe
+    from lapis.train.start import with_own_tokenizer
     from lapis.train.trainer import find_or_create, train
 
     home = Home.default()
-    resolved = config.load(recipe, Recipe, sets)
+    resolved = with_own_tokenizer(config.load(recipe, Recipe, sets), home)
     with progress("data") as report:
         dataset = prepare(resolved.data, resolved.tokenizer, home, workers=workers, progress=report)
     objective = Pretraining(resolved.train, dataset)

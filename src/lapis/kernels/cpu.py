@@ -17,8 +17,9 @@ from lapis.kernels import variants
 from lapis.kernels.batch import AdapterPair, Batch, LayerCache
 from lapis.kernels.cpu_fp32 import Fp32Kernels
 from lapis.kernels.cpu_groups import Experts, Fp32Groups, Groups, Lora, Route
-from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes, gradient_buffer
+from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes
 from lapis.kernels.cpu_library import CAdamW, CMuon
+from lapis.kernels.gradient import gradient_buffer
 from lapis.kernels.ops import CPU, Matrix, Rope
 from lapis.kernels.quantized import NO_GRADIENT, Quantized
 from lapis.kernels.torch_steps import muon_step
@@ -464,10 +465,9 @@ class _CrossEntropy(torch.autograd.Function):
         factor = float(grads[0])
         if dw_VH is None:
             return None, dx_TH * factor, None, None, None
-        if ctx.weight.grad is None:
-            return None, dx_TH * factor, dw_VH * factor, None, None
-        ctx.weight.grad.add_(dw_VH, alpha=factor)
-        return None, dx_TH * factor, None, None, None
+        buffer_VH, returned = gradient_buffer(ctx.weight)
+        buffer_VH.add_(dw_VH, alpha=factor)
+        return None, dx_TH * factor, returned, None, None
 
 
 def exact_sum(x_T: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lapis.kernels.batch import AdapterPair
-from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, gradient_buffer, weight_version
+from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, weight_version
+from lapis.kernels.gradient import gradient_buffer
 from lapis.kernels.quantized import GROUP, Quantized
 from lapis.kernels.stock_groups import chosen
 

@@ -472,11 +472,3 @@ def describe(batch: Batch, rope: Rope | None) -> Descriptor:
     spans_S2 = torch.tensor(batch.spans, dtype=torch.int64).reshape(-1, 2)
     batch.prepared["cpu"] = descriptor = Descriptor(tokens, byref(tokens), spans_S2)
     return descriptor
-
-
-def gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a weight's gradient is added: weight.grad itself, or zeros that are returned to autograd."""
-    if weight.is_leaf and weight.grad is not None and weight.grad.is_contiguous():
-        return weight.grad, None
-    zeros = torch.zeros_like(weight)
-    return zeros, zeros

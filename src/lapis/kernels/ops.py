@@ -85,8 +85,8 @@ class Matrix(NamedTuple):
 class Ops(Protocol):
     """All ops are differentiable in grad mode and give the same forward bits as without it.
 
-    The gradient of a weight is added to `weight.grad` in place where that exists already (a trainer's flat
-    buffer); otherwise it is returned to autograd as usual.
+    The gradient of a weight is added in place to a buffer that a trainer keeps (`gradient.keep_gradient`);
+    otherwise it is returned to autograd as usual.
     """
 
     @property

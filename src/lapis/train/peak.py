@@ -1,10 +1,16 @@
-"""The machine's own limit, measured: the rate of a large matrix product, against which MFU is counted."""
+"""This machine: the rate of its matrix products, against which MFU is counted, its memory, what decides its bits."""
 
 from __future__ import annotations
 
+import platform
+import resource
 import time
 
 import torch
+
+from lapis.hashing import digest_json
+from lapis.kernels.variants import cpu_flags
+from lapis.model.families import Decoder
 
 SIZE = 1536
 
@@ -19,3 +25,20 @@ def gemm_flops(repeats: int = 5) -> float:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * SIZE**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process ever held: of main memory, or of the GPU's if it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def setup(model: Decoder) -> str:
+    """What decides the bits of a step beside recipe, data and weights, in a few words."""
+    device = model.ops.device
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{platform.machine()} {digest_json(sorted(cpu_flags()))[:8]}"
+    return f"{model.ops.name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}"

@@ -5,7 +5,7 @@ Dims: T tokens of a micro-batch, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapis.data.loader import TokenBatch, TokenLoader
 from lapis.data.shards import Dataset
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, InputError
 from lapis.kernels.batch import packed
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
@@ -29,6 +29,7 @@ class Pretraining:
     def __init__(self, section: TrainSection, dataset: Dataset) -> None:
         self.section, self.dataset = section, dataset
         self.loader = token_loader(section, dataset)
+        self.vocabulary = dataset.tokenizer.vocab_size
 
     @property
     def digest(self) -> str:
@@ -49,7 +50,8 @@ class Pretraining:
         }
 
     def begin(self, model: Decoder) -> None:
-        """Nothing is needed of the first weights."""
+        """Token ids must lie below the model's vocabulary from now on."""
+        self.vocabulary = model.config.vocab_size
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """The rank's adjacent part of the step's windows. Raises ConfigError if the ranks cannot share them evenly."""
@@ -68,7 +70,24 @@ class Pretraining:
         micros = tuple(
             self.loader.windows(samples[start : start + micro]) for start in range(0, share, micro)
         )
+        for number, tokens in enumerate(micros):
+            self._check(tokens, samples[number * micro :])
         return StepBatch(micros, float(section.batch * section.sequence), samples)
+
+    def _check(self, tokens: TokenBatch, samples: Sequence[int]) -> None:
+        (beyond,) = np.nonzero(np.maximum(tokens.ids_T, tokens.targets_T) >= self.vocabulary)
+        if not len(beyond):
+            return
+        window, offset = divmod(int(beyond[0]), self.section.sequence)
+        place = samples[window] * self.section.sequence + offset
+        place += int(tokens.ids_T[beyond[0]] < self.vocabulary)  # the target, then
+        token = int(self.dataset.read(place, 1)[0])
+        document = self.dataset.document_of(place)
+        raise InputError(
+            f"Token {place:,} of {self.dataset.folder} is {token}, beyond the model's vocabulary of "
+            f"{self.vocabulary:,}: in {document.path}.",
+            hint="Prepare the data with the model's tokenizer: lapis data prepare RECIPE.toml",
+        )
 
     def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
         """Sum of the tokens' cross-entropies in nats, times their weights, over `weight`."""

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lapis.config import Section
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.model.config import NAMED, ModelConfig
+from lapis.train.schedule import Schedule
 
 VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
 
 Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelSection(Section):
-    """Which model is trained: a named size, any part of which can be replaced."""
+    """Which model is trained: a named size, any part of which can be replaced, or one that is there already."""
 
     name: str = "laptop"
-    """A named size: laptop, laptop-gpt2, laptop-moe, tiny (docs/model.md tells what they are)."""
+    """A named size: laptop, gpt2-124m, llama-1b, … (docs/model.md tells all and what they are)."""
+    source: str | None = Field(None, alias="from")
+    """Train on from the weights of a model instead: its name in the store, or a model folder's path."""
     layers: Positive | None = None
     """Replaces the number of layers of the named size."""
     width: Positive | None = None
@@ -35,7 +39,13 @@ class ModelSection(Section):
     def _known(self) -> Self:
         if self.name not in NAMED:
             raise ValueError(f"unknown size {self.name!r}; known: {', '.join(NAMED)}")
+        if self.source is not None and self._changes():
+            raise ValueError("a model that is there already has its size: leave name, layers, width … out")
         return self
+
+    def _changes(self) -> bool:
+        sizes = (self.layers, self.width, self.ffn, self.context)
+        return self.name != "laptop" or any(size is not None for size in sizes)
 
     def resolve(self, vocab_size: int) -> ModelConfig:
         """The whole configuration for a tokenizer's vocabulary, rounded up to full rows of the kernels' tiles."""
@@ -74,23 +84,51 @@ class TrainSection(Section):
     """Decides the first weights and the order of the data."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the hidden matrices; embeddings and norms always use AdamW."""
-    lr: Annotated[float, Field(gt=0)] = 0.02
-    """Peak learning rate of the hidden matrices."""
-    embed_lr: Annotated[float, Field(gt=0)] = 0.03
-    """Peak learning rate of embeddings, head and norms."""
+    lr: Rate = 0.02
+    """Peak learning rate of the hidden matrices; with "adamw" 0.0006 by default."""
+    embed_lr: Rate = 0.03
+    """Peak learning rate of embeddings, head and norms; with "adamw" that of the matrices by default."""
+    betas: tuple[Fraction, Fraction] = (0.8, 0.95)
+    """Decay of AdamW's two moments; with "adamw" 0.9 and 0.95 by default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of the hidden matrices."""
+    """Decoupled weight decay of all matrices, embeddings included; norms and biases never decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """The gradient's norm is scaled down to this."""
+    schedule: Schedule = "wsd"
+    """How the rate falls: "wsd" at the end of the run, "linear" and "cosine" from the end of the rise on."""
     warmup: Positive = 20
     """Steps in which the learning rate rises."""
     decay: Fraction = 0.6
-    """Fraction of the run, at its end, in which the learning rate falls to zero."""
+    """Fraction of the run, at its end, in which the learning rate of "wsd" falls."""
+    final: Fraction = 0.0
+    """What the learning rate falls to, as a fraction of its peak."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights that forgets with this factor a step; export can choose it."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """What weights and activations are stored in; the optimizer's own weights are always fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Layers that are computed again for the gradient, to save memory: none, every second one, all."""
+    compile: bool = False
+    """Compile the layers with torch.compile, where the kernels are plain torch; kept for the next start."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """What follows a step whose loss or gradient is bad, after it was done once more: stop, or go on without it."""
+    outlier: Annotated[float, Field(ge=3)] | None = None
+    """From which robust z-score on loss or gradient a step is bad, such as 20.0; unset: only if not finite."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("optimizer") == "adamw":
+            values = {"lr": 0.0006, "betas": (0.9, 0.95), **values}
+            values.setdefault("embed_lr", values["lr"])
+        return values
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("give exactly one of train.steps and train.minutes")
+        if self.minutes is not None and self.schedule != "wsd":
+            raise ValueError(f'schedule = "{self.schedule}" needs train.steps: minutes are for "wsd"')
         return self
 
 
@@ -147,7 +185,7 @@ class Recipe(Section):
     """Sources and rules."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
-    model: ModelSection = ModelSection()
+    model: ModelSection = ModelSection.model_validate({})
     """The model."""
     train: TrainSection
     """The training."""
@@ -159,7 +197,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         context = self.model.context or NAMED[self.model.name].context
-        if self.train.sequence > context:
+        if self.model.source is None and self.train.sequence > context:
             raise ValueError(
                 f"train.sequence = {self.train.sequence} is longer than the model's context of {context} tokens"
             )

@@ -1,8 +1,18 @@
-"""When the learning rate rises and falls, and how a run of so many minutes becomes a number of steps. Pure."""
+"""When the learning rate rises and falls, and how a run of so many minutes becomes a number of steps. Pure.
+
+wsd      rises, stays, falls in a straight line at the end (warm-up, stable, decay: Hägele et al. 2024)
+linear   rises, then falls in a straight line to the end
+cosine   rises, then falls by half a cosine to the end (Loshchilov & Hutter 2017)
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
+
+Shape = Literal["linear", "cosine"]
+Schedule = Literal["wsd", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -12,28 +22,34 @@ class Plan:
     warmup: int
     decay_from: int | None
     steps: int | None
+    shape: Shape = "linear"
+    final: float = 0.0  # what the rate falls to, as a part of the peak
 
     def scale(self, step: int) -> float:
-        """Factor of the peak learning rate at a step, from 0: a rise, a flat stretch, a linear fall to zero."""
+        """Factor of the peak learning rate at a step, from 0: a rise, a flat stretch, a fall."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.decay_from is None or self.steps is None or step < self.decay_from:
             return 1.0
-        return max(0.0, (self.steps - step) / max(1, self.steps - self.decay_from))
+        left = max(0.0, (self.steps - step) / max(1, self.steps - self.decay_from))
+        if self.shape == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.final + (1 - self.final) * left
 
     def done(self, step: int) -> bool:
         """Whether `step` steps are all."""
         return self.steps is not None and step >= self.steps
 
 
-def by_steps(steps: int, warmup: int, decay: float) -> Plan:
-    """The plan of a run whose number of steps is given; `decay` is a fraction of them."""
-    return Plan(warmup, steps - round(decay * steps), steps)
+def by_steps(steps: int, warmup: int, decay: float, schedule: Schedule = "wsd", final: float = 0.0) -> Plan:
+    """The plan of a run whose number of steps is given; `decay` is the fraction of them in which "wsd" falls."""
+    decay_from = steps - round(decay * steps) if schedule == "wsd" else warmup
+    return Plan(warmup, decay_from, steps, "cosine" if schedule == "cosine" else "linear", final)
 
 
-def by_minutes(warmup: int) -> Plan:
+def by_minutes(warmup: int, final: float = 0.0) -> Plan:
     """The open plan of a run by minutes: `close` fixes its end when the time of the flat stretch is over."""
-    return Plan(warmup, None, None)
+    return Plan(warmup, None, None, final=final)
 
 
 def close(plan: Plan, step: int, trained_s: float, minutes: float) -> Plan:

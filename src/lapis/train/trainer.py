@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import Checkpoint, latest, load, save
@@ -24,16 +23,19 @@ from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
 from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
-from lapis.model.families import build
-from lapis.train import schedule
+from lapis.train import bad_step, goodput, proof, schedule
+from lapis.train.bad_step import Numbers
+from lapis.train.compiled import compile_layers
 from lapis.train.objective import Objective, StepBatch
-from lapis.train.optimizer import FlatParameters, Optimizer
-from lapis.train.peak import gemm_flops
+from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
+from lapis.train.replica import Alone, Replica
 from lapis.train.run import Run
+from lapis.train.start import first_model
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
+MOST_SKIPPED = 5  # bad steps in a row, after which skipping does not help
 
 
 def find_or_create(home: Home, recipe: Recipe, recipe_text: str, objective: Objective) -> Run:
@@ -49,7 +51,8 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
     """Train a run to its end, from its last good checkpoint if it has one; a finished run is left as it is.
 
     Raises KeyboardInterrupt after SIGINT or SIGTERM, when the state is safely in a checkpoint; TrainingError when
-    the loss or the gradient is no longer finite; ConflictError if another process trains this run.
+    a step is bad and the recipe says stop, or when a resumed run does not go on as it did before; ConflictError
+    if another process trains this run.
     """
     if run.status() == "finished":
         return run
@@ -63,31 +66,32 @@ class Trainer:
     """Everything that a run is at one moment; `loop` moves it forward, a checkpoint keeps it."""
 
     def __init__(self, recipe: Recipe, objective: Objective, run: Run) -> None:
+        self.spent = goodput.Spent()
         self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
-        self.config = recipe.model.resolve(objective.tokenizer.vocab_size)
-        self.model = build(self.config)
-        self.model.init_weights(self.section.seed)
-        objective.begin(self.model)
-        self.flat = FlatParameters(self.model)
-        self.optimizer = Optimizer(
-            self.flat,
-            self.model.ops,
-            muon=self.section.optimizer == "muon",
-            clip=self.section.clip,
-            weight_decay=self.section.weight_decay,
-        )
+        home = Home(run.folder.parent.parent)
+        model = first_model(recipe, objective.tokenizer, home)
+        objective.begin(model)
+        self.replica: Replica = Alone(model, self.section)
+        if self.section.compile:
+            compile_layers(model, home)
+        self.model, self.config, self.setup = model, model.config, setup(model)
         self.step = 0  # steps done
         self.tokens = 0  # seen in them
         self.trained_s = 0.0
         self.loss: float | None = None  # of the last step
+        self.skipped = 0  # bad steps in a row
+        self.good: deque[Numbers] = deque(maxlen=bad_step.WINDOW)  # the last good steps
         self.plan = self._first_plan()
+        self.proofs: dict[int, Any] = {}  # losses that a resumed run must meet again
+        self.saved_at: int | None = None  # the step of this process's last checkpoint
         self.peak = gemm_flops()
         self.recent: deque[tuple[float, int]] = deque(maxlen=SPEED_OVER)  # seconds and tokens of a step
+        torch.manual_seed(self.section.seed)  # for whoever draws: a checkpoint keeps how far it came
 
     def loop(self, progress: Progress, stop: threading.Event) -> None:
         """Step until the plan is done or `stop` is set. The last state is always in a checkpoint."""
         self._begin()
-        saved, recorded, last = time.monotonic(), 0.0, time.monotonic()
+        saved, recorded, last = time.monotonic(), -math.inf, time.monotonic()
         while not self.plan.done(self.step) and not stop.is_set():
             before = self.tokens
             norm = self._one_step()
@@ -102,10 +106,7 @@ class Trainer:
                 self.save()
                 saved = last = time.monotonic()  # saving is not training time
         self.save()
-        reason = "finished" if self.plan.done(self.step) else "stopped"
-        self.run.events.write("end", step=self.step, loss=self.loss, seconds=self.trained_s, reason=reason)
-        if reason == "stopped":
-            raise KeyboardInterrupt
+        self._end("finished" if self.plan.done(self.step) else "stopped")
 
     def save(self) -> Checkpoint:
         """Commit the present state as a checkpoint."""
@@ -115,44 +116,119 @@ class Trainer:
             "trained_s": self.trained_s,
             "loss": self.loss,
             "plan": asdict(self.plan),
-            "optimizer_steps": self.optimizer.steps,
+            "optimizer_steps": self.replica.updates,
+            "good": list(self.good),
+            "skipped": self.skipped,
             "model": asdict(self.config),
             "recipe_digest": self.recipe.digest(),
             "data_digest": self.objective.digest,
         }
-        groups = {"model": self._weights(), "optimizer": self.optimizer.state()}
+        groups = {**self.replica.groups(), "random": {"torch": torch.get_rng_state()}}
         keep = Retention(self.recipe.checkpoint.keep)
-        checkpoint = save(self.run.checkpoints, self.step, groups, state, keep)
+        with self.spent.on("checkpoint"):
+            checkpoint = save(self.run.checkpoints, self.step, groups, state, keep)
+        self.saved_at = self.step
         self.run.events.write(
-            "checkpoint", step=self.step, folder=checkpoint.folder.name, digest=checkpoint.digest
+            "checkpoint",
+            step=self.step,
+            folder=checkpoint.folder.name,
+            digest=checkpoint.digest,
+            spent=self.spent.facts(),
         )
         return checkpoint
 
     def _one_step(self) -> float:
-        batch = self.objective.step(self.step, 0, 1)
-        value = self._gradients(batch)
-        scale = self.plan.scale(self.step)
-        norm = self.optimizer.step(lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            self.run.events.write("end", step=self.step, loss=None, seconds=self.trained_s, reason="failed")
-            raise TrainingError(
-                f"The run {self.run.id} is no longer finite at step {self.step}: loss {value}, gradient {norm}.",
-                hint="The last checkpoint is good. Train with a lower rate: --set train.lr=… --set train.embed_lr=…",
-            )
-        self.step, self.loss = self.step + 1, value
+        with self.spent.on("data"):
+            batch = self.objective.step(self.step, 0, 1)
+        with self.spent.on("step"):
+            numbers = self._gradients(batch)
+            self._prove(numbers.loss)
+            why = bad_step.complaint(numbers, self.good, self.section.outlier)
+        if why is None:
+            self.skipped = 0
+        else:
+            numbers = self._replay(batch, numbers, why)
+        if not self.skipped:
+            scale = self.plan.scale(self.step)
+            with self.spent.on("step"):
+                self.replica.update(
+                    numbers.norm, lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale
+                )
+            self.loss = numbers.loss
+            if self.section.outlier is not None:
+                self.good.append(numbers)
+        self.step += 1
         self.tokens += sum(len(micro.ids_T) for micro in batch.micros)
-        return norm
+        return numbers.norm
 
-    def _gradients(self, batch: StepBatch) -> float:
-        """Add the gradients of all micro-batches; returns the loss of this rank's share."""
-        total = 0.0
-        for micro in batch.micros:
-            loss = self.objective.loss(self.model, micro, batch.weight)
-            torch.autograd.backward(loss)
-            total += loss.item()
-        return total
+    def _gradients(self, batch: StepBatch) -> Numbers:
+        """Add the gradients of all micro-batches; the step's loss and the norm of its gradient."""
+
+        def share(model: Any, micro: Any) -> Any:
+            return self.objective.loss(model, micro, batch.weight)
+
+        losses = [self.replica.backward(share, micro) for micro in batch.micros]
+        return Numbers(math.fsum(loss.item() for loss in losses), self.replica.finish())
+
+    def _replay(self, batch: StepBatch, first: Numbers, why: str) -> Numbers:
+        """Do a bad step's passes once more, tell what it was, and act on it as the recipe says.
+
+        With "skip" a step that is good the second time is taken; then `skipped` is 0. Raises TrainingError.
+        """
+        with self.spent.on("replay"):
+            self.replica.drop_gradients()
+            again = self._gradients(batch)
+        fault, still = (
+            bad_step.fault(first, again),
+            bad_step.complaint(again, self.good, self.section.outlier),
+        )
+        self.skipped = self.skipped + 1 if still else 0
+        stop = self.section.bad_step == "stop" or self.skipped > MOST_SKIPPED
+        self.run.events.write(
+            "bad_step",
+            step=self.step,
+            why=why,
+            fault=fault,
+            action="stop" if stop else "skip" if still else "replay taken",
+            samples=batch.samples,
+            numbers=[value.hex() for value in (*first, *again)],  # loss and norm, twice
+        )
+        if stop:
+            self._fail(first, again, why, fault)
+        if still:
+            self.replica.drop_gradients()
+        return again
+
+    def _fail(self, first: Numbers, again: Numbers, why: str, fault: bad_step.Fault) -> None:
+        self._write_end("failed")
+        told = {
+            "data": "done again it gives the same bits, so it comes from data or weights",
+            "hardware": f"done again it gives loss {again.loss} and gradient {again.norm}: this machine miscomputes",
+        }
+        raise TrainingError(
+            f"Step {self.step} of the run {self.run.id} is bad ({why}): loss {first.loss}, gradient {first.norm}; "
+            f"{told[fault]}.",
+            hint="The last checkpoint is good; the event bad_step names the samples. Train with a lower rate "
+            "(--set train.lr=… --set train.embed_lr=…), or past such steps: --set train.bad_step=skip",
+        )
+
+    def _prove(self, loss: float) -> None:
+        """Write down the losses after a checkpoint; after a resume, meet those that were written down."""
+        before = self.proofs.pop(self.step, None)
+        if before is not None and not proof.agrees(before, loss, self.setup, self.section.dtype):
+            raise TrainingError(
+                f"The resumed run {self.run.id} does not go on as it did: the loss of step {self.step} is "
+                f"{loss!r} ({loss.hex()}), it was {float.fromhex(before['loss'])!r} ({before['loss']}).",
+                hint=f"Kernels, data or machine changed: then {before['setup']}, now {self.setup}. Nothing was "
+                "overwritten.",
+            )
+        if self.saved_at is not None and self.step < self.saved_at + proof.STEPS:
+            self.run.events.write(
+                proof.EVENT, checkpoint=self.saved_at, step=self.step, loss=loss.hex(), setup=self.setup
+            )
 
     def _begin(self) -> None:
+        events, now = self.run.events.read(), goodput.clock()
         facts: dict[str, Any] = {
             "parameters": self.config.parameters,
             **self.objective.facts(),
@@ -161,11 +237,14 @@ class Trainer:
             "bit_exact": self.model.ops.bit_exact,
             "threads": torch.get_num_threads(),
             "gemm_flops": self.peak,
+            "clock": now,
+            "gap": round(goodput.gap(events, now, time.time()), 3),
         }
         self.run.events.write("start", **facts)
         checkpoint = latest(self.run.checkpoints)
         if checkpoint is not None:
             self._resume(checkpoint)
+            self.proofs = proof.expected(events, self.step)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loaded = load(checkpoint)
@@ -175,17 +254,35 @@ class Trainer:
                 f"The checkpoint {checkpoint.folder} belongs to other data or another model than this recipe.",
                 hint="Give the recipe another name, so that it becomes a run of its own.",
             )
-        self.optimizer.load(loaded.groups["optimizer"], state["optimizer_steps"])
+        self.replica.load(loaded.groups, state["optimizer_steps"])
+        torch.set_rng_state(loaded.groups["random"]["torch"])
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
-        self.tokens = state["tokens"]
+        self.tokens, self.skipped = state["tokens"], state["skipped"]
+        self.good.extend(Numbers(*numbers) for numbers in state["good"])
         self.plan = schedule.Plan(**state["plan"])
-        self.run.events.write("resume", step=self.step, checkpoint=checkpoint.folder.name)
+        self.run.events.write(
+            "resume", step=self.step, checkpoint=checkpoint.folder.name, seconds=self.trained_s
+        )
+
+    def _end(self, reason: str) -> None:
+        if reason == "stopped":  # the next step's loss, so that the resume can be proved
+            self._prove(self._gradients(self.objective.step(self.step, 0, 1)).loss)
+            self.replica.drop_gradients()
+        self._write_end(reason)
+        if reason == "stopped":
+            raise KeyboardInterrupt
+
+    def _write_end(self, reason: str) -> None:
+        facts = {"step": self.step, "loss": self.loss, "seconds": self.trained_s}
+        self.run.events.write("end", **facts, reason=reason, spent=self.spent.facts())
 
     def _first_plan(self) -> schedule.Plan:
         section = self.section
-        if section.steps is not None:
-            return schedule.by_steps(section.steps, section.warmup, section.decay)
-        return schedule.by_minutes(section.warmup)
+        if section.steps is None:
+            return schedule.by_minutes(section.warmup, section.final)
+        return schedule.by_steps(
+            section.steps, section.warmup, section.decay, section.schedule, section.final
+        )
 
     def _close_plan(self) -> None:
         section = self.section
@@ -208,8 +305,10 @@ class Trainer:
             tokens=self.tokens,
             tokens_per_s=round(speed, 1),
             mfu=round(mfu, 4),
-            grad_norm=norm,
+            memory=peak_memory(self.model.ops.device),
+            grad_norm=norm if math.isfinite(norm) else None,
             seconds=round(self.trained_s, 3),
+            spent=self.spent.facts(),
         )
         of = f"/{self.plan.steps:,}" if self.plan.steps else ""
         left = self._left_s(speed)
@@ -231,9 +330,6 @@ class Trainer:
             return (self.plan.steps - self.step) * self.tokens / self.step / speed
         assert self.section.minutes is not None, "a run without minutes has its steps planned from the start"
         return max(0.0, self.section.minutes * 60 - self.trained_s)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
 
 @contextmanager

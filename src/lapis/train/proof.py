@@ -1,0 +1,30 @@
+"""A resume proves itself: the losses after a checkpoint are written down, and met again after a resume from it. Pure.
+
+They lie in the run's events, not in the checkpoint: they are known only when the next steps are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+EVENT = "proof"
+STEPS = 2  # the first shows weights and data, the second the optimizer's state and the schedule as well
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, on other kernels or another layout
+
+
+def expected(events: Iterable[Mapping[str, Any]], checkpoint: int) -> dict[int, Mapping[str, Any]]:
+    """By step, the last proof that was written of a step after the checkpoint of that step."""
+    return {
+        event["step"]: event
+        for event in events
+        if event["event"] == EVENT and event["checkpoint"] == checkpoint
+    }
+
+
+def agrees(proof: Mapping[str, Any], loss: float, setup: str, dtype: str) -> bool:
+    """Whether a loss is the one written down: the same bits in the same setup, nearly the same otherwise."""
+    before = float.fromhex(proof["loss"])
+    if proof["setup"] == setup:
+        return before.hex() == loss.hex()
+    return abs(before - loss) <= TOLERANCE[dtype] * abs(before)

@@ -1,0 +1,112 @@
+"""What takes a step: a model with its gradients and its optimizer, in this process or spread over many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lapis.data.loader import TokenBatch
+from lapis.model.families import Decoder
+from lapis.train.average import Average
+from lapis.train.flat import FlatParameters
+from lapis.train.optimizer import Optimizer
+from lapis.train.recipe import TrainSection
+from lapis.train.recompute import recompute_layers
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class Replica(Protocol):
+    """One copy of the weights in training, whole or in parts. A step is backward …, finish, update."""
+
+    @property
+    def model(self) -> Decoder:
+        """The model; its weights may be parts of the whole."""
+
+    @property
+    def updates(self) -> int:
+        """Updates done: steps that were skipped do not count."""
+
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
+        """Add a micro-batch's gradients; its part of the loss, without a gradient."""
+
+    def finish(self) -> float:
+        """Complete the gradients of a step. The norm of the whole gradient, not finite if an element is not."""
+
+    def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
+        """Move the weights along the finished gradients, clipped by their finite norm, and forget these."""
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients without a step."""
+
+    def groups(self) -> Groups:
+        """What a checkpoint keeps of it: the groups model and optimizer, and ema if an average is kept."""
+
+    def load(self, groups: Groups, updates: int) -> None:
+        """Continue from a checkpoint's groups."""
+
+
+class Alone:
+    """A whole model in one process: flat buffers and compiled optimizers."""
+
+    def __init__(self, model: Decoder, section: TrainSection) -> None:
+        self.model = model
+        self.flat = FlatParameters(model)
+        self.optimizer = Optimizer(
+            self.flat,
+            model.ops,
+            muon=section.optimizer == "muon",
+            clip=section.clip,
+            weight_decay=section.weight_decay,
+            betas=section.betas,
+        )
+        self.average = None if section.ema is None else Average(self.flat, section.ema)
+        self._waiting = False  # whether there is a gradient that the next micro-batch must not round away
+        recompute_layers(model, section.recompute)
+
+    @property
+    def updates(self) -> int:
+        """Updates done."""
+        return self.optimizer.steps
+
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
+        """Add a micro-batch's gradients."""
+        if self._waiting:
+            self.flat.set_aside()
+        self._waiting = True
+        value = loss(self.model, micro)
+        torch.autograd.backward(value)
+        return value.detach()
+
+    def finish(self) -> float:
+        """Add up the micro-batches' gradients; their norm."""
+        self.flat.gather()
+        self._waiting = False
+        return self.optimizer.norm()
+
+    def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
+        """One step of the optimizer, and of the average."""
+        self.optimizer.step(norm=norm, lr=lr, embed_lr=embed_lr)
+        if self.average is not None:
+            self.average.update(self.updates)
+
+    def drop_gradients(self) -> None:
+        """Zero them."""
+        self.flat.gather()
+        self.flat.grad.zero_()
+        self._waiting = False
+
+    def groups(self) -> Groups:
+        """The model's weights, the optimizer's state and the average."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        groups = {"model": weights, "optimizer": self.optimizer.state()}
+        return groups if self.average is None else {**groups, "ema": self.average.state()}
+
+    def load(self, groups: Groups, updates: int) -> None:
+        """Continue from a checkpoint's groups; the trained weights follow from the master weights."""
+        self.optimizer.load(groups["optimizer"], updates)
+        if self.average is not None:
+            self.average.load(groups["ema"])
