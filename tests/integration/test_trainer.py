@@ -175,7 +175,7 @@ def test_numbers_that_explode_end_the_run_with_a_clear_error(
 ) -> None:
     recipe = tiny_recipe(texts, optimizer="adamw", lr=1e30, embed_lr=1e30)
     run = begin(home, recipe, dataset)
-    with pytest.raises(TrainingError, match="no longer finite") as caught:
+    with pytest.raises(TrainingError, match="not finite.*same bits") as caught:
         train(recipe, Pretraining(recipe.train, dataset), run)
     assert "lower rate" in caught.value.hint
     assert run.status() == "failed"

@@ -307,6 +307,7 @@ class Trainer:
             mfu=round(mfu, 4),
             memory=peak_memory(self.model.ops.device),
             grad_norm=norm if math.isfinite(norm) else None,
+            **self.objective.metrics(),
             seconds=round(self.trained_s, 3),
             spent=self.spent.facts(),
         )
