@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from lapis.errors import ConfigError, UnavailableError
 from lapis.kernels import variants
-from lapis.kernels.memory import keep_freed_memory
+from lapis.kernels.memory import LargePages, keep_freed_memory
 from lapis.kernels.ops import select, status
 
 ROOT = Path(__file__).parents[2]
@@ -152,3 +153,17 @@ def test_keeping_freed_memory_is_possible_with_glibc() -> None:
     import platform
 
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_tensors_lie_side_by_side_in_large_pages_and_are_gone_with_the_last_one() -> None:
+    pages = LargePages()
+    some = [torch.arange(count, dtype=torch.int16).view(-1, 3) for count in (3, 300_000, 40_000_002)]
+    copies = [pages.copy(tensor) for tensor in some]
+    assert all(torch.equal(*pair) for pair in zip(some, copies, strict=True))
+    assert all(copy.data_ptr() % 64 == 0 for copy in copies)
+    assert pages.copy(torch.empty(0, 3)).shape == (0, 3)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert copies[1].data_ptr() - copies[0].data_ptr() == 64
+        assert pages._block() is not None
+    del copies
+    assert pages._block() is None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lapis.kernels.batch import PAGE, Batch, LayerCache
 from lapis.kernels.cpu_library import COLUMNS, NORM_STEP, PANEL_ROWS, SUM_ROWS, CAdamW, CBatch, CMuon, bind
+from lapis.kernels.memory import LargePages
 from lapis.kernels.ops import Matrix, Rope
 from lapis.kernels.quantized import GROUP, Quantized
 
@@ -58,6 +59,7 @@ class Kernels:
         self._c = bind(library)
         self._packed: dict[tuple[int, bool], _Packed] = {}
         self._generation = 0
+        self._sealed = LargePages()
         self._lock = threading.Lock()
 
     # ---- linear
@@ -148,7 +150,8 @@ class Kernels:
         key = (id(stand_in), False)
         owner: weakref.ref[Tensor] = weakref.ref(stand_in, lambda _: self._packed.pop(key, None))
         version, source = weight_version(stand_in), stand_in.data_ptr()
-        self._packed[key] = _Packed(owner, packed.data, packed.pointer, version, source, self._generation)
+        data = self._sealed.copy(packed.data)
+        self._packed[key] = _Packed(owner, data, data.data_ptr(), version, source, self._generation)
         return stand_in
 
     def _pack(self, w_NK: Tensor, transposed: bool = False) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lapis.errors import UnavailableError
 from lapis.kernels.batch import PAGE, Batch, LayerCache
+from lapis.kernels.memory import LargePages
 from lapis.kernels.ops import Ops, Rope, select
 from lapis.kernels.quantized import Kind, Quantized, quantize
 from lapis.model.attention import AttentionLayer
@@ -156,7 +157,11 @@ class Decoder(nn.Module, ABC):
         Matrices that only `linear` uses exist in its layout alone.
         """
         self.sealed = True
+        pages = LargePages()
         for module in self.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Quantized):
+                    setattr(module, name, value.in_large_pages(pages))
             for name, parameter in module.named_parameters(recurse=False):
                 kept = parameter if parameter.ndim != 2 or name not in LINEAR else self.ops.sealed(parameter)
                 if kept is parameter:  # no longer a part of the file that it came from
