@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,7 @@ class Numbers(NamedTuple):
         return [value.hex() for value in self] == [value.hex() for value in other]
 
 
-def complaint(numbers: Numbers, past: Sequence[Numbers], outlier: float | None) -> str | None:
+def complaint(numbers: Numbers, past: Collection[Numbers], outlier: float | None) -> str | None:
     """Why a step is bad, or None. `outlier`: the robust z-score from which it is, against the good steps before.
 
     z = (x - median) / (1.4826 · median absolute deviation), of the loss and of the norm's logarithm; only more is bad.
@@ -43,10 +43,9 @@ def complaint(numbers: Numbers, past: Sequence[Numbers], outlier: float | None) 
         return "not finite"
     if outlier is None or len(past) < ENOUGH:
         return None
-    recent = past[-WINDOW:]
-    if z_score(numbers.loss, [one.loss for one in recent], LEAST_LOSS) > outlier:
+    if z_score(numbers.loss, [one.loss for one in past], LEAST_LOSS) > outlier:
         return "loss far above the last ones"
-    norms = [math.log(max(one.norm, 1e-30)) for one in recent]
+    norms = [math.log(max(one.norm, 1e-30)) for one in past]
     if z_score(math.log(max(numbers.norm, 1e-30)), norms, 0.0, LEAST_NORM) > outlier:
         return "gradient far above the last ones"
     return None

@@ -1,0 +1,255 @@
+"""What goes wrong in training: bad steps, resumes that are not what they were, clocks that jump, foreign tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lapis import config
+from lapis.checkpoint.sharded import latest, load
+from lapis.data.loader import TokenBatch
+from lapis.data.pipeline import prepare
+from lapis.data.shards import Dataset
+from lapis.errors import ConfigError, ConflictError, InputError, TrainingError
+from lapis.home import Home
+from lapis.model.families import Decoder
+from lapis.model.manifest import Source
+from lapis.model.weights import write_model
+from lapis.train.goodput import account
+from lapis.train.pretrain import Pretraining
+from lapis.train.recipe import Recipe
+from lapis.train.run import Run
+from lapis.train.start import with_own_tokenizer
+from lapis.train.trainer import Trainer, find_or_create, train
+from tests import small_models
+
+from .conftest import tiny_recipe
+
+
+class Faulty(Pretraining):
+    """Pretraining with a loss that is not a number in some passes, and with noise that is drawn."""
+
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, bad: tuple[int, ...] = (), noise: float = 0.0
+    ) -> None:
+        super().__init__(recipe.train, dataset)
+        self.bad, self.noise, self.passes = bad, noise, 0
+
+    def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
+        """The loss of pass number `bad` (counted from 0) is not a number."""
+        factor = math.nan if self.passes in self.bad else 1.0 + self.noise * float(torch.rand(()))
+        self.passes += 1
+        return super().loss(model, micro, weight) * factor
+
+
+class After:
+    """A stop that comes after so many steps."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps = trainer, steps
+
+    def is_set(self) -> bool:
+        return self.trainer.step >= self.steps
+
+
+def begin(home: Home, recipe: Recipe, name: str = "run") -> Run:
+    return Run.create(home, name, config.to_toml(recipe), "0" * 64)
+
+
+def stopped(recipe: Recipe, objective: Pretraining, run: Run, steps: int) -> None:
+    trainer = Trainer(recipe, objective, run)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.loop(lambda *_, **__: None, After(trainer, steps))  # type: ignore[arg-type]
+
+
+def saved(run: Run) -> dict[str, dict[str, Tensor]]:
+    checkpoint = latest(run.checkpoints)
+    assert checkpoint is not None
+    return load(checkpoint).groups
+
+
+def assert_same(one: Run, other: Run) -> None:
+    ours, theirs = saved(one), saved(other)
+    assert ours.keys() == theirs.keys()
+    for group, tensors in ours.items():
+        assert all(torch.equal(tensor, theirs[group][name]) for name, tensor in tensors.items()), group
+
+
+def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_move(
+    home: Home, texts: Path, dataset: Dataset
+) -> None:
+    recipe = tiny_recipe(texts, steps=8)
+    run, good = begin(home, recipe), begin(home, tiny_recipe(texts, steps=4))
+    objective = Faulty(recipe, dataset, bad=(4, 5))
+    trainer = Trainer(recipe, objective, run)
+    with pytest.raises(TrainingError, match=r"Step 4 .*not finite.*loss nan.*same bits.*data or weights"):
+        trainer.loop(lambda *_, **__: None, After(trainer, 99))  # type: ignore[arg-type]
+    (event,) = run.events.read("bad_step")
+    assert (event["step"], event["fault"], event["action"]) == (4, "data", "stop")
+    assert tuple(event["samples"]) == objective.loader.samples_at(16, 4)
+    assert run.status() == "failed"
+    whole = tiny_recipe(texts, steps=8)
+    unharmed = Trainer(whole, Pretraining(whole.train, dataset), good)
+    with pytest.raises(KeyboardInterrupt):
+        unharmed.loop(lambda *_, **__: None, After(unharmed, 4))  # type: ignore[arg-type]
+    for name, tensor in trainer.replica.groups()["optimizer"].items():
+        assert torch.equal(tensor, saved(good)["optimizer"][name])
+
+
+def test_a_bad_step_can_be_skipped(home: Home, texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts, steps=8, bad_step="skip")
+    run = train(recipe, Faulty(recipe, dataset, bad=(4, 5)), begin(home, recipe))
+    assert run.status() == "finished"
+    checkpoint = latest(run.checkpoints)
+    assert checkpoint is not None
+    state = load(checkpoint).state
+    assert (state["step"], state["optimizer_steps"]) == (8, 7)
+    assert all(bool(tensor.float().isfinite().all()) for tensor in saved(run)["model"].values())
+
+
+def test_a_machine_that_miscomputes_once_changes_nothing(home: Home, texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts, steps=8, bad_step="skip")
+    run = train(recipe, Faulty(recipe, dataset, bad=(4,)), begin(home, recipe))
+    (event,) = run.events.read("bad_step")
+    assert (event["fault"], event["action"]) == ("hardware", "replay taken")
+    assert_same(run, train(recipe, Faulty(recipe, dataset), begin(home, recipe, "sound")))
+
+
+def test_skipping_ends_when_every_step_is_bad(home: Home, texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts, steps=30, bad_step="skip")
+    with pytest.raises(TrainingError, match="Step 7 "):
+        train(recipe, Faulty(recipe, dataset, bad=tuple(range(2, 99))), begin(home, recipe))
+
+
+def test_everything_is_in_the_checkpoint(home: Home, texts: Path, dataset: Dataset) -> None:
+    """Random numbers, average, window of good steps, cosine, micro-batches, fp32: halves end as the whole does."""
+    recipe = tiny_recipe(
+        texts,
+        steps=40,
+        ema=0.9,
+        outlier=20.0,
+        schedule="cosine",
+        micro_batch=2,
+        dtype="fp32",
+        optimizer="adamw",
+    )
+    whole = train(recipe, Faulty(recipe, dataset, noise=0.1), begin(home, recipe))
+    halves = begin(home, recipe, "halves")
+    stopped(recipe, Faulty(recipe, dataset, noise=0.1), halves, 25)
+    train(recipe, Faulty(recipe, dataset, noise=0.1), halves)
+    assert_same(halves, whole)
+    proofs = [(event["checkpoint"], event["step"]) for event in halves.events.read("proof")]
+    assert proofs == [(25, 25)]  # the loss that follows, known before the process ended
+
+
+def test_a_resume_that_does_not_go_on_as_it_did_is_refused(home: Home, texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts)
+    run = begin(home, recipe)
+    stopped(recipe, Pretraining(recipe.train, dataset), run, 12)
+    before = run.events.path.read_text()
+    (proof,) = run.events.read("proof")
+    was = float.fromhex(proof["loss"])
+    other = math.nextafter(was, 9.0)
+    run.events.path.write_text(before.replace(proof["loss"], other.hex()))
+    with pytest.raises(TrainingError, match="does not go on as it did") as caught:
+        train(recipe, Pretraining(recipe.train, dataset), run)
+    assert repr(was) in caught.value.message
+    assert repr(other) in caught.value.message
+    assert run.status() == "stopped"
+    elsewhere = before.replace(proof["loss"], other.hex()).replace(proof["setup"], "another machine")
+    run.events.path.write_text(elsewhere)  # there a difference in the last bits is none
+    train(recipe, Pretraining(recipe.train, dataset), run)
+    assert run.status() == "finished"
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    home: Home, texts: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = time.time, [0]
+
+    def jumping() -> float:
+        calls[0] += 1
+        return real() + (7200.0 if calls[0] % 2 else -7200.0)
+
+    monkeypatch.setattr(time, "time", jumping)
+    recipe = tiny_recipe(texts, steps=None, minutes=0.02, checkpoint={"seconds": 0.3})
+    run = begin(home, recipe)
+    begun = time.monotonic()
+    stopped(recipe, Pretraining(recipe.train, dataset), run, 3)
+    train(recipe, Pretraining(recipe.train, dataset), run)
+    took = time.monotonic() - begun
+    assert run.status() == "finished"
+    assert run.summary().seconds == pytest.approx(1.2, abs=0.6)
+    assert len(run.events.read("checkpoint")) <= 3 + took / 0.3
+    found = account(run.events.read())
+    assert found is not None
+    assert 0 < found.productive_s < found.wall_s < took + 0.1
+
+
+def test_training_goes_on_from_a_model_with_its_own_tokenizer(
+    home: Home, texts: Path, tmp_path: Path
+) -> None:
+    shape = small_models.config(vocab_size=320)
+    state = small_models.random_state(shape)
+    write_model(home.models / "small", shape, state, small_models.tokenizer(), source=Source("run", "test"))
+    values = tiny_recipe(texts, steps=2).model_dump(mode="json", exclude_none=True, by_alias=True)
+    recipe = config.parse({**values, "model": {"from": "small"}}, Recipe)
+    assert (
+        config.parse(json.loads(recipe.model_dump_json(by_alias=True, exclude_none=True)), Recipe) == recipe
+    )
+    own = with_own_tokenizer(recipe, home)
+    dataset = prepare(own.data, own.tokenizer, home, workers=1)
+    objective = Pretraining(own.train, dataset)
+    trainer = Trainer(own, objective, find_or_create(home, own, config.to_toml(own), objective))
+    assert trainer.config == shape
+    assert torch.equal(trainer.model.embed, state["embed"])
+    foreign = prepare(recipe.data, recipe.tokenizer, home, workers=1)
+    with pytest.raises(ConflictError, match="another tokenizer"):
+        Trainer(recipe, Pretraining(recipe.train, foreign), begin(home, recipe))
+    long = config.parse(
+        {**values, "model": {"from": "small"}, "train": {"steps": 1, "sequence": 512}}, Recipe
+    )
+    with pytest.raises(ConfigError, match="longer than the context of small"):
+        Trainer(long, Pretraining(long.train, dataset), begin(home, long))
+    with pytest.raises(ConfigError, match="leave name"):
+        config.parse({**values, "model": {"from": "small", "width": 64}}, Recipe)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_document(texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts)
+    objective, reader = Pretraining(recipe.train, dataset), dataset.read
+    sample = objective.loader.samples_at(0, 4)[2]
+    place = sample * 64 + 17
+
+    def read(start: int, count: int) -> Any:
+        found = reader(start, count).copy()
+        if start <= place < start + count:
+            found[place - start] = 600
+        return found
+
+    objective.dataset.read = read  # type: ignore[method-assign]
+    try:
+        with pytest.raises(InputError, match=f"Token {place:,} .* is 600, beyond .* 512") as caught:
+            objective.step(0, 0, 1)
+        assert dataset.document_of(place).path in caught.value.message
+    finally:
+        del objective.dataset.read
+
+
+def test_ranks_share_the_windows_of_a_step_in_order(texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts, batch=8, micro_batch=2)
+    objective = Pretraining(recipe.train, dataset)
+    whole = objective.step(3, 0, 1)
+    parts = [objective.step(3, rank, 2) for rank in range(2)]
+    assert whole.samples == parts[0].samples + parts[1].samples
+    assert [len(part.micros) for part in (whole, *parts)] == [4, 2, 2]
+    assert {part.weight for part in (whole, *parts)} == {8 * 64.0}
+    with pytest.raises(ConfigError, match="cannot be shared by 3"):
+        objective.step(3, 0, 3)
