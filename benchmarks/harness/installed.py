@@ -15,6 +15,9 @@ from harness.subject import NAME
 from lapis.inference.engine import DRAFTS
 
 PEERS = Path(__file__).parents[2] / ".peers"
+PROTOTYPE = (
+    Path(__file__).parents[3] / "shared" / "prototypes" / "kernels"
+)  # of the kernels; beside a checkout
 PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",)  # where Debian's libtcmalloc-minimal4 is
 
 
@@ -26,9 +29,12 @@ class Engines:
         self.q4_1 = PEERS / "models" / "smollm2-q4_1.gguf"
         self.bf16 = PEERS / "models" / "smollm2-bf16.gguf"
         self._openmp = {"OMP_NUM_THREADS": str(threads)}
+        self._spinning = {**self._openmp, "GOMP_SPINCOUNT": "2000"}  # as the command line sets it
         self._makers: dict[str, tuple[Callable[[], Engine], str | None]] = {
             "lapis bf16": (self._lapis, None),
             "lapis lookup bf16": (lambda: self._lapis(drafts=DRAFTS), None),
+            "lapis step bf16": (self._step, None),
+            "prototype step bf16": (lambda: self._step(str(PROTOTYPE)), "prototype"),
             "lapis int8-kv bf16": (lambda: self._lapis(cache_dtype="int8"), None),
             "lapis int8": (lambda: self._lapis(weights="int8"), None),
             "lapis int4": (lambda: self._lapis(weights="int4"), None),
@@ -46,6 +52,8 @@ class Engines:
     def missing(self, name: str) -> bool:
         """Whether the engine is a peer that has not been installed."""
         peer = self._makers[name][1]
+        if peer == "prototype":
+            return not PROTOTYPE.is_dir()
         return peer is not None and not stamp(peer).exists()
 
     def make(self, name: str) -> Engine:
@@ -57,10 +65,14 @@ class Engines:
         return PEERS / "llama.cpp" / "build" / "bin" / program
 
     def _lapis(self, drafts: int = 0, **options: str) -> Engine:
-        # without speculation, as the peers run; GOMP_SPINCOUNT as the command line sets it
-        environment = {**self._openmp, "GOMP_SPINCOUNT": "2000"}
+        # without speculation, as the peers run
         arguments = (str(self.folder), json.dumps({"drafts": drafts, **options}))
-        return Worker(sys.executable, "lapis_worker.py", *arguments, environment=environment)
+        return Worker(sys.executable, "lapis_worker.py", *arguments, environment=self._spinning)
+
+    def _step(self, *prototype: str) -> Engine:
+        arguments = (str(self.folder), *prototype)
+        environment = self._openmp if prototype else self._spinning  # the prototype spins as it was made
+        return Worker(sys.executable, "step_worker.py", *arguments, environment=environment)
 
     def _lapis_server(self, weights: str) -> Engine:
         command = [sys.executable, "-m", "lapis.cli.main", "serve", NAME, "--port", "{port}", "--no-console"]

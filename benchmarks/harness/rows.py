@@ -157,6 +157,10 @@ ROWS = (
     Row("step-int8", "decode, 16 streams, int8", "tok/s", SIXTEEN_INT8, DECODE, None, _together),
     Row("step-bf16", "decode, 16 streams, bf16", "tok/s", SIXTEEN_BF16, DECODE, None, _together),
     Row(
+        "step-prototype", "  a step alone, beside the kernels' prototype", "tok/s",
+        _many("lapis step bf16", "prototype step bf16"), DECODE, Target("ratio", 0.95), _together,
+    ),
+    Row(
         "context-1024", "decode, 16 streams of 1,024, bf16", "tok/s", _many("lapis bf16", "openvino fp16", LONG),
         DECODE, Target("figure", 600), _together_long,
     ),
