@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lapis.errors import InputError
 from lapis.tokenizer.grammar import Grammar
@@ -140,8 +140,7 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A delta: what is new since the last Output. The counts are totals so far.
 
     Text may come later than its tokens: bytes of an unfinished character and text that may become
