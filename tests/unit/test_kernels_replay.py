@@ -119,6 +119,36 @@ def test_what_happens_outside_the_kernels_is_refused(
         assert ops.linear(x, weight).shape == (4, 64)  # the kernels work as before
 
 
+def test_a_forward_of_any_number_of_rows_is_recorded_once(ops: CpuOps) -> None:
+    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(90, 64).bfloat16()
+    made = []
+
+    def forward(rows: int) -> tuple[Tensor, ...]:
+        made.append(rows)
+        return ops.linear(x[:rows], weight), ops.silu_mul(ops.linear(ops.linear(x[:rows], weight), weight))
+
+    replay = Replay(ops, [weight], 90)
+    with torch.inference_mode():
+        for rows in (90, 4, 33):
+            x.normal_()
+            found = replay.run_rows(rows, forward)
+            recorded = len(made)
+            for result, expected in zip(found, forward(rows), strict=True):
+                assert torch.equal(result, expected)
+            made.pop()
+        assert len(made) == recorded == 4
+        assert max(made) < 5
+
+
+def test_numbers_that_do_not_follow_the_rows_in_proportion_are_refused(ops: CpuOps) -> None:
+    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(90, 64).bfloat16()
+    replay = Replay(ops, [weight], 90)
+    with torch.inference_mode(), pytest.raises(Unrecordable, match="proportion"):
+        replay.run_rows(90, lambda rows: (ops.linear(x[: rows + 1], weight),))
+    with torch.inference_mode(), pytest.raises(Unrecordable, match="other kernels"):
+        replay.run_rows(90, lambda rows: (ops.linear(x, weight) if rows % 2 else ops.silu_mul(x),))
+
+
 def test_plain_torch_is_not_recorded() -> None:
     with pytest.raises(Unrecordable, match="stock"):
         Replay(StockOps(), [], 4)

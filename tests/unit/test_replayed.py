@@ -14,9 +14,10 @@ from lapis.inference.kv_cache import PAGE
 from lapis.inference.replayed import EXACT_ROWS, MOST_ROWS, Part, ReplayedSteps, recorded_size
 from lapis.kernels import variants
 from lapis.kernels.batch import packed
+from lapis.kernels.quantized import Kind
 from lapis.kernels.stock import StockOps
-from lapis.model.families import Llama
-from tests.small_models import config
+from lapis.model.families import Llama, build
+from tests.small_models import config, families
 
 CONFIG = config(vocab_size=330)
 TEXTS = 330 - 7  # the tokenizer has fewer entries than the model rows
@@ -107,25 +108,37 @@ def test_large_steps_have_the_bits_of_the_training_forward() -> None:
     texts = [[rng.randrange(CONFIG.vocab_size) for _ in range(length)] for length in (150, 131, 96, 150, 70)]
     with torch.inference_mode():
         steps = ReplayedSteps(model, model.new_caches(11), 10, TEXTS, most)
-        replayed = 0
         for _ in range(3):
             for ids in texts:
                 pages = array("i", rng.sample(range(10), 8))
                 parts = [Part(ids[:64], 0, pages), Part(ids[64:], 64, pages)] if rng.random() < 0.5 else []
                 parts = parts or [Part(ids[:50], 0, pages[5:7]), Part(ids, 0, pages[:5])][len(ids) > 100 :]
                 found = steps.hidden(parts)
-                if found is None:
-                    continue
-                replayed += 1
+                assert found is not None  # at its first size and at every other
                 rows = sum(len(part.ids) for part in parts)
                 assert len(found) == rows
                 assert torch.equal(
                     found[rows - len(ids) :], model.hidden(torch.tensor(ids), packed([len(ids)]))
                 )
-        assert replayed >= 8
-        assert (
-            steps.hidden([Part(texts[0] + texts[1], 0, array("i", range(8)))]) is None
-        )  # larger than was asked for
+        long = Part(texts[0] + texts[1], 0, array("i", range(8)))
+        assert steps.hidden([long]) is None  # larger than was asked for
+
+
+@compiled
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt2"])
+def test_one_recording_serves_large_steps_of_any_size(name: str, weights: Kind | None) -> None:
+    model = build(families()[name]).eval()
+    model.init_weights(3)
+    if weights is not None:
+        model.quantize(weights)
+    with torch.inference_mode():
+        steps = ReplayedSteps(model, model.new_caches(6), 5, TEXTS, 150)
+        for tokens in (150, 65, 97):
+            ids = [7 * token % model.config.vocab_size for token in range(tokens)]
+            found = steps.hidden([Part(ids, 0, array("i", [4, 2, 0, 1, 3])[: -(-tokens // PAGE)])])
+            assert found is not None
+            assert torch.equal(found, model.hidden(torch.tensor(ids), packed([tokens])))
 
 
 @compiled

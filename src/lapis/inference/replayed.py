@@ -3,7 +3,7 @@
 A recording depends on the number of rows T and of logits R alone, since positions, sequences and pages are
 data: decoding, the rows that verify drafts and short prompts are all the same to it. Where T or R lie between
 the recorded sizes, dead rows fill up: one run of tokens on a page of its own, whose results nobody reads.
-Of larger steps, which prompts fill, the recording ends with the hidden rows, so that it depends on T alone.
+Of larger steps, which prompts fill, the recording ends with the hidden rows and is one for every T.
 
 Dims: T tokens of the step, R rows with logits, S sequences, P pages of the longest, V vocabulary, H width.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from lapis.inference.kv_cache import PAGE, pages_for
 from lapis.kernels.batch import Batch, LayerCache
 from lapis.kernels.cuda_graph import CudaGraphs
-from lapis.kernels.replay import MOST_RECORDINGS, Replay, Unrecordable
+from lapis.kernels.replay import MORE, MOST_RECORDINGS, Replay, Unrecordable
 from lapis.log import logger
 from lapis.model.families import Decoder
 
@@ -65,9 +65,8 @@ class ReplayedSteps:
         most: int = MOST_ROWS,
     ) -> None:
         self.reason = ""
-        self.most = max(most, MOST_ROWS)
+        self.most = room = max(most, MOST_ROWS)
         self._model, self._caches, self._vocabulary = model, caches, vocabulary
-        room = recorded_size(self.most)
         ids_T, rows_R = np.zeros(room, np.int64), np.zeros(MOST_ROWS, np.int64)
         sequence_T, position_T = np.zeros(room, np.int32), np.zeros(room, np.int32)
         self._table_SP = np.zeros((room + 1, pages_for(model.config.context)), np.int32)
@@ -82,7 +81,6 @@ class ReplayedSteps:
         self._on_device = model.ops.device.type != "cpu"
         self._lists: dict[int, tuple[Tensor, memoryview]] = {}  # best tokens of each recording
         self._batches: dict[int, Batch] = {}
-        self._met: set[int] = set()  # sizes of larger steps that have been asked for
         self._replay: Replay | CudaGraphs | None = None
         weights = [] if model.sealed else list(model.parameters())  # looked at in each step
         self._large: Replay | None = None  # apart, so that its arena's blocks need not fit logits of all rows
@@ -108,8 +106,9 @@ class ReplayedSteps:
         """
         if self._replay is None:
             return None
-        tokens = self._fill(parts)
+        tokens = sum(len(part.ids) for part in parts)
         size, picked = recorded_size(tokens), recorded_size(len(rows))
+        self._fill(parts, size)
         some = list(rows) != list(range(tokens))
         if some:
             self._rows[:picked] = array("q", [*rows, *[0] * (picked - len(rows))])
@@ -124,25 +123,22 @@ class ReplayedSteps:
         return logits_RV if picked == len(rows) else logits_RV[: len(rows)], self._listed(best_R, len(rows))
 
     def hidden(self, parts: Sequence[Part]) -> Tensor | None:
-        """Hidden rows (T, H) of all tokens, overwritten by the next call; None if the step is not replayed.
-
-        A size is recorded when it is met again: that costs a forward more, which a size met once is not worth.
-        """
+        """Hidden rows (T, H) of all tokens, overwritten by the next call; None if the step is not replayed."""
         tokens = sum(len(part.ids) for part in parts)
-        size = recorded_size(tokens)
-        if self._large is None or tokens > self.most:
+        if self._large is None or not MORE <= tokens <= self.most:
             return None
-        if size not in self._met:
-            self._met.add(size)
-            return None
-        self._fill(parts)
-        batch, ids_T = self._batch(size), self._static[0][:size]
+        self._fill(parts, tokens)
+
+        def forward(rows: int) -> tuple[Tensor, ...]:
+            return (self._model.hidden(self._static[0][:rows], self._batch(rows)),)
+
         try:
-            (x_TH,) = self._large.run(size, size, lambda: (self._model.hidden(ids_T, batch),))
+            (x_TH,) = self._large.run_rows(tokens, forward)
         except Unrecordable as why:
-            self._give_up(why)
+            logger.warning("large steps call each kernel from Python: %s", why)
+            self._large = None
             return None
-        return x_TH[:tokens]
+        return x_TH
 
     @torch.inference_mode()
     def _forward(self, size: int, picked: int) -> tuple[Tensor, ...]:
@@ -166,8 +162,8 @@ class ReplayedSteps:
         logger.warning("steps call each kernel from Python: %s", why)
         self.reason, self._replay, self._large = str(why), None, None
 
-    def _fill(self, parts: Sequence[Part]) -> int:
-        """Write the step into the buffers: by the item, not by numpy or torch.
+    def _fill(self, parts: Sequence[Part], size: int) -> None:
+        """Write the step and dead rows up to `size` into the buffers: by the item, not by numpy or torch.
 
         The step before has read all weights, so nothing else is in a cache: the less code runs, the better.
         """
@@ -180,13 +176,11 @@ class ReplayedSteps:
             sequences.extend([row] * count)
             self._tables[row * columns : row * columns + len(part.pages)] = part.pages
         tokens = len(ids)
-        size = recorded_size(tokens)
         if dead := size - tokens:
             ids.extend([0] * dead)
             positions.extend(range(dead))
             sequences.extend([self._dead] * dead)
         self._ids[:size], self._positions[:size], self._sequences[:size] = ids, positions, sequences
-        return tokens
 
     def _upload(self, size: int, picked: int, sequences: int) -> None:
         """What has been filled in, onto the device."""
