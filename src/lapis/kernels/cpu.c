@@ -61,14 +61,27 @@ EXPORT void lapis_rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, 
     }
 }
 
+#if defined(__AVX512F__)
+#define SILU_VECTORS 8  // whose exponentials are computed side by side
+#else
+#define SILU_VECTORS 1
+#endif
+
+INLINE void silu_mul_vectors(const int count, const bf16 *gate, const bf16 *up, bf16 *y) {
+    f32x16 e[SILU_VECTORS];
+    EACH(count) e[i] = smaller(all(88.0f), larger(all(-87.0f), -load_bf16(gate + i * LANES)));
+    exp_clamped(count, e);
+    EACH(count) store_bf16(y + i * LANES, (load_bf16(gate + i * LANES) / (1.0f + e[i])) * load_bf16(up + i * LANES));
+}
+
 EXPORT void lapis_silu_mul_team(const bf16 *x, bf16 *y, int64_t rows, int64_t width) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         const bf16 *gate = x + row * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const f32x16 g = load_bf16(gate + i);
-            store_bf16(y + row * width + i, (g / (1.0f + exp16(-g))) * load_bf16(up + i));
-        }
+        int64_t i = 0;
+        for (; i + SILU_VECTORS * LANES <= width; i += SILU_VECTORS * LANES)
+            silu_mul_vectors(SILU_VECTORS, gate + i, up + i, y + row * width + i);
+        for (; i < width; i += LANES) silu_mul_vectors(1, gate + i, up + i, y + row * width + i);
     }
     team_barrier();
 }
