@@ -30,6 +30,7 @@ TORCH_FREE = (
     "errors", "hashing", "config", "home", "log", "storage", "db", "audit", "tenants", "jobs", "release",
     "gateway", "api", "console", "cli", "inference/request.py", "inference/kv_cache.py",
     "inference/scheduler.py", "inference/fake.py", "inference/structured.py", "tokenizer",
+    "train/goodput.py", "train/bad_step.py",
     "model/config.py", "train/recipe.py", "train/run.py", "train/supervisor.py", "train/launch.py",
     "train/nursery.py", "train/heartbeat.py", "train/health.py",
 )  # fmt: skip

@@ -76,6 +76,13 @@ def test_list_and_show_tell_the_same_facts(trained: Trained) -> None:
     assert (listed["id"], listed["status"], listed["step"]) == (trained.run.id, "finished", STEPS)
     assert shown["start"]["kernels"]
     assert shown["last_step"]["tokens"] == STEPS * 64 * 4
+    goodput = shown["goodput"]
+    assert goodput["productive_s"] + sum(goodput["lost_s"].values()) == pytest.approx(
+        goodput["wall_s"], abs=0.1
+    )
+    assert 0 < goodput["ratio"] < 1
+    assert 50e6 < shown["last_step"]["memory"] < 1e11
+    assert f"{goodput['ratio']:.1%} of" in call(trained, runs_group, "show", "last")
     assert [item["step"] for item in shown["checkpoints"]] == [STEPS]
     plain = call(trained, runs_group, "list")
     assert trained.run.id in plain

@@ -21,7 +21,8 @@ from lapis.errors import ConfigError, ConflictError, InputError, TrainingError
 from lapis.home import Home
 from lapis.model.families import Decoder
 from lapis.model.manifest import Source
-from lapis.model.weights import write_model
+from lapis.model.weights import read_model, write_model
+from lapis.train.export import exported_run
 from lapis.train.goodput import account
 from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
@@ -147,6 +148,14 @@ def test_everything_is_in_the_checkpoint(home: Home, texts: Path, dataset: Datas
     assert_same(halves, whole)
     proofs = [(event["checkpoint"], event["step"]) for event in halves.events.read("proof")]
     assert proofs == [(25, 25)]  # the loss that follows, known before the process ended
+    groups = saved(whole)
+    for average, group in ((False, "model"), (True, "ema")):
+        with exported_run(home, whole.id, average=average) as exported:
+            written = read_model(exported.folder)
+        assert written.model.dtype is torch.float32
+        for name, parameter in written.model.named_parameters():
+            assert torch.equal(parameter, groups[group][name])
+    assert not torch.equal(groups["ema"]["embed"], groups["model"]["embed"])
 
 
 def test_a_resume_that_does_not_go_on_as_it_did_is_refused(home: Home, texts: Path, dataset: Dataset) -> None:

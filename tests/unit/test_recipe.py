@@ -44,6 +44,9 @@ def test_what_is_printed_is_read_back_to_the_same_digest(tmp_path: Path) -> None
         (MINIMAL + '[model]\nname = "latpop"\n', "unknown size 'latpop'"),
         (MINIMAL + "sequence = 4096\n", "longer than the model's context"),
         ("[train]\nsteps = 10\n", "'data' is required"),
+        (MINIMAL + '[model]\nfrom = "x"\nlayers = 3\n', "has its size: leave name, layers, width"),
+        (MINIMAL + '[model]\nfrm = "x"\n', "'model.frm'. Did you mean 'from'?"),
+        (MINIMAL.replace("steps = 10", "minutes = 1.0") + 'schedule = "cosine"\n', "needs train.steps"),
         ("[train\n", "not valid TOML"),
     ],
 )
@@ -73,3 +76,20 @@ def test_every_setting_has_a_sentence() -> None:
 
 def test_the_vocabulary_is_padded_to_whole_tiles(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).model.resolve(1001).vocab_size == 1024
+
+
+def test_rates_follow_the_optimizer_and_are_in_the_printed_recipe(tmp_path: Path) -> None:
+    muon, adamw = (load(tmp_path, MINIMAL, f"train.optimizer={name}").train for name in ("muon", "adamw"))
+    assert (muon.lr, muon.embed_lr, muon.betas) == (0.02, 0.03, (0.8, 0.95))
+    assert (adamw.lr, adamw.embed_lr, adamw.betas) == (0.0006, 0.0006, (0.9, 0.95))
+    chosen = load(tmp_path, MINIMAL, "train.optimizer=adamw", "train.lr=0.001", "train.betas=[0.8, 0.99]")
+    assert (chosen.train.lr, chosen.train.embed_lr, chosen.train.betas) == (0.001, 0.001, (0.8, 0.99))
+    assert "embed_lr = 0.001\n" in config.to_toml(chosen)
+
+
+def test_a_model_to_go_on_from_is_written_as_from(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL + '[model]\nfrom = "smollm2-135m"\n')
+    assert recipe.model.source == "smollm2-135m"
+    assert 'from = "smollm2-135m"\n' in config.to_toml(recipe)
+    assert config.parse(tomllib.loads(config.to_toml(recipe)), Recipe).digest() == recipe.digest()
+    assert "model.from" in {field.key for field in config.fields(Recipe)}

@@ -29,14 +29,19 @@ def group() -> None:
     "--run", "run_id", help="From the last checkpoint of this run: its id, the beginning of one, or `last`."
 )
 @click.option("--model", help="From a model folder, or a pulled model by its name.")
+@click.option(
+    "--average", is_flag=True, help="The average of the run's weights (train.ema), not the last ones."
+)
 @json_option
-def create(name: str, run_id: str | None, model: str | None, as_json: bool) -> None:
+def create(name: str, run_id: str | None, model: str | None, average: bool, as_json: bool) -> None:
     """Keep a model as the next version of NAME.
 
     Its files are copied and verified. A run brings its evaluation with it.
     """
     if (run_id is None) == (model is None):
         raise click.UsageError("Give either --run RUN or --model FOLDER_OR_NAME.")
+    if average and run_id is None:
+        raise click.UsageError("--average is for runs: give --run RUN.")
     from lapis.audit import os_user
     from lapis.home import Home
     from lapis.log import progress
@@ -47,7 +52,9 @@ def create(name: str, run_id: str | None, model: str | None, as_json: bool) -> N
         if run_id is not None:
             from lapis.train.export import exported_run
 
-            with exported_run(home, run_id) as run:  # its id in full: what was typed may be `last`
+            with exported_run(
+                home, run_id, average=average
+            ) as run:  # its id in full: what was typed may be `last`
                 known = run.lineage["run"]
                 made = registry.create(name, run.folder, known, run.report, os_user(), run.lineage, shown)
         else:

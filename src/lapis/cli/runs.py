@@ -71,6 +71,7 @@ def show(run: str, as_json: bool) -> None:
         print_json(facts)
         return
     _say_facts(found, facts)
+    _say_goodput(facts["goodput"])
     _say_checkpoints(facts)
     _say_evaluation(facts["evaluation"])
     _say_curve(found.steps())
@@ -119,17 +120,21 @@ def plot(run: str, out: Path | None, as_json: bool) -> None:
 
 def _facts(run: Run) -> dict[str, Any]:
     from lapis.checkpoint.folder import listing
+    from lapis.train.goodput import account
 
     events = run.events.read()
     starts = [event for event in events if event["event"] == "start"]
     steps = run.steps()
     whole, damaged = listing(run.checkpoints)
+    goodput = account(events)
     return {
         **asdict(run.summary()),
         "folder": str(run.folder),
         "start": _without_mark(starts[-1]) if starts else None,
         "resumes": sum(event["event"] == "resume" for event in events),
         "last_step": _without_mark(steps[-1]) if steps else None,
+        "bad_steps": [_without_mark(event) for event in events if event["event"] == "bad_step"],
+        "goodput": {**asdict(goodput), "ratio": goodput.ratio} if goodput else None,
         "checkpoints": [
             {"step": item.step, "bytes": item.bytes, "digest": item.digest, "folder": str(item.folder)}
             for item in whole
@@ -154,12 +159,25 @@ def _say_facts(run: Run, facts: dict[str, Any]) -> None:
         "loss": _some("{:.4f} nats per token", last.get("loss")),
         "speed": _some("{:,.0f} tokens/s", last.get("tokens_per_s")),
         "MFU": _some("{:.2f}", last.get("mfu")),
+        "memory": _some("{:,.0f} MB at most", last["memory"] / 1e6 if "memory" in last else None),
+        "bad steps": _some("{:,} (see events.jsonl)", len(facts["bad_steps"]) or None),
         "folder": facts["folder"],
     }
     say(run.id)
     for name, value in lines.items():
         if value is not None:
             say(f"  {name:<12} {value}")
+
+
+def _say_goodput(goodput: dict[str, Any] | None) -> None:
+    if goodput is None:
+        return
+    from lapis.train.goodput import NAMES
+
+    wall = goodput["wall_s"]
+    say(f"  {'goodput':<12} {goodput['ratio']:.1%} of {_duration(wall)} was productive; the rest:")
+    for cause, seconds in sorted(goodput["lost_s"].items(), key=lambda item: -item[1]):
+        say(f"  {'':<12} {seconds / wall:>6.1%}  {seconds:>10,.1f} s  {NAMES[cause]}")
 
 
 def _say_checkpoints(facts: dict[str, Any]) -> None:
@@ -193,9 +211,12 @@ def _say_curve(steps: Sequence[dict[str, Any]]) -> None:
 
 
 def _title(run: Run) -> str:
-    summary = run.summary()
+    from lapis.train.goodput import account
+
+    summary, goodput = run.summary(), account(run.events.read())
     parts = [run.id, _some("{:,} parameters", summary.parameters), summary.status]
     parts.append(_some("{:.3f} bits per byte", summary.bits_per_byte))
+    parts.append(_some("{:.1%} goodput", goodput.ratio if goodput else None))
     return " · ".join(part for part in parts if part)
 
 

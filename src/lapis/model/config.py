@@ -252,3 +252,29 @@ NAMED["laptop-moe"] = replace(
     expert_ffn=512,
     normalise_experts=True,
 )
+
+# the sizes of GPT-2 (Radford et al. 2019) and of Llama 3.2 1B, and that one with eight experts in each layer
+NAMED["gpt2-124m"] = replace(
+    NAMED["laptop-gpt2"],
+    vocab_size=50_304,
+    layers=12,
+    width=768,
+    heads=12,
+    kv_heads=12,
+    ffn=3072,
+    context=1024,
+)
+NAMED["llama-1b"] = replace(
+    NAMED["laptop"],
+    vocab_size=128_256,
+    layers=16,
+    width=2048,
+    heads=32,
+    kv_heads=8,
+    ffn=8192,
+    context=8192,
+    rope_base=500_000.0,
+)
+NAMED["moe-8x1b"] = replace(
+    NAMED["llama-1b"], family="moe", experts=8, experts_per_token=2, expert_ffn=8192, normalise_experts=True
+)

@@ -20,6 +20,7 @@ class Lineage:
     run: str | None = None
     checkpoint: str | None = None  # digest
     step: int | None = None
+    average: bool = False  # the average of the run's weights, not the last ones
     dataset: str | None = None  # digest
     tokenizer: str | None = None  # digest
     licences: Mapping[str, int] = field(default_factory=dict)  # training documents per licence

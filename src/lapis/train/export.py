@@ -29,16 +29,24 @@ class Exported:
 
 
 @contextmanager
-def exported_run(home: Home, run_id: str) -> Iterator[Exported]:
-    """Export the run's last good checkpoint to a temporary model folder. Raises NotFoundError, ConflictError."""
+def exported_run(home: Home, run_id: str, *, average: bool = False) -> Iterator[Exported]:
+    """Export the run's last good checkpoint to a temporary model folder, in the type that it was trained in.
+
+    `average` takes the average of the weights, which the run's evaluation did not measure. Raises NotFoundError,
+    and ConflictError for a run without a checkpoint or without an average.
+    """
     run = Run.find(home, run_id)
     checkpoint = last_checkpoint(run)
     loaded = load(checkpoint)
+    if average and "ema" not in loaded.groups:
+        raise ConflictError(f"The run {run.id} keeps no average of its weights.", hint="Set train.ema.")
+    state = loaded.groups["ema" if average else "model"]
     dataset = Dataset.open(dataset_folder(run))
     lineage = {
         "run": run.id,
         "checkpoint": checkpoint.digest,
         "step": loaded.state["step"],
+        "average": average,
         "dataset": dataset.digest,
         "tokenizer": dataset.tokenizer.digest,
         "licences": dataset.manifest["licences"],
@@ -48,13 +56,14 @@ def exported_run(home: Home, run_id: str) -> Iterator[Exported]:
         write_model(
             folder,
             ModelConfig(**loaded.state["model"]),
-            loaded.groups["model"],
+            state,
             dataset.tokenizer,
             source=Source(kind="run", reference=run.id, licence=_licence(lineage["licences"])),
             chat_template=None,
             add_bos=True,
+            dtype=loaded.groups["model"]["embed"].dtype,
         )
-        yield Exported(folder, run.evaluation(), lineage)
+        yield Exported(folder, None if average else run.evaluation(), lineage)
 
 
 def last_checkpoint(run: Run) -> Checkpoint:

@@ -77,18 +77,6 @@ class Goodput:
         """Productive time / wall time."""
         return self.productive_s / self.wall_s if self.wall_s else 0.0
 
-    def sentence(self) -> str:
-        """In one line, the largest loss first; what is less than a thousandth is not told."""
-        losses = sorted(self.lost_s.items(), key=lambda item: -item[1])
-        told = [
-            f"{NAMES[name]} {seconds / self.wall_s:.1%}"
-            for name, seconds in losses
-            if seconds >= 0.001 * self.wall_s
-        ]
-        return ": ".join(
-            [f"{self.ratio:.1%} of {self.wall_s:,.1f} s productive", *([", ".join(told)] if told else [])]
-        )
-
 
 def account(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
     """The goodput that a run's events tell; None before the first step. Waiting after a stop is no loss."""

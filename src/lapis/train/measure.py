@@ -47,8 +47,9 @@ def measure_run(run: Run, ground: Ground | None = None, progress: Progress = sil
     """
     checkpoint = last_checkpoint(run)
     loaded = load(checkpoint)
-    model = build(ModelConfig(**loaded.state["model"]))
-    model.load_state_dict(loaded.groups["model"])
+    weights = loaded.groups["model"]
+    model = build(ModelConfig(**loaded.state["model"]), dtype=weights["embed"].dtype)
+    model.load_state_dict(weights)
     model.ops.weights_changed()
     own = ground_of_run(run, checkpoint.step) if ground is None else ground
     tokenizer = Dataset.open(dataset_folder(run)).tokenizer

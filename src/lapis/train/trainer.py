@@ -96,6 +96,8 @@ class Trainer:
             before = self.tokens
             norm = self._one_step()
             now = time.monotonic()
+            if self.section.compile and not self.recent:
+                self.spent.move(now - last, "step", "compile")  # the first step is nearly nothing else
             self.recent.append((now - last, self.tokens - before))
             self.trained_s, last = self.trained_s + now - last, now
             if now - recorded >= RECORD_EVERY_S or self.plan.done(self.step):
