@@ -45,8 +45,7 @@ def tokens_of(lengths: tuple[int, ...], seed: int = 0) -> TokenBatch:
 
 def gradients(replica: Alone, micros: list[TokenBatch], weight: float) -> tuple[float, dict[str, Tensor]]:
     losses = [replica.backward(lambda m, tokens: token_loss(m, tokens, weight), micro) for micro in micros]
-    replica.finish()
-    return sum(map(float, losses)), {
+    return replica.finish(sum(map(float, losses))).loss, {
         name: view.clone() for name, view in replica.flat.views(replica.flat.grad).items()
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lapis.data.loader import TokenBatch
 from lapis.model.families import Decoder
 from lapis.train.average import Average
+from lapis.train.bad_step import Numbers
 from lapis.train.flat import FlatParameters
 from lapis.train.optimizer import Optimizer
 from lapis.train.recipe import TrainSection
@@ -30,11 +31,18 @@ class Replica(Protocol):
     def updates(self) -> int:
         """Updates done: steps that were skipped do not count."""
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the samples this process works on, and how many there are."""
+
     def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
         """Add a micro-batch's gradients; its part of the loss, without a gradient."""
 
-    def finish(self) -> float:
-        """Complete the gradients of a step. The norm of the whole gradient, not finite if an element is not."""
+    def finish(self, loss: float) -> Numbers:
+        """Complete the gradients of a step, of which `loss` is this process's part.
+
+        Loss and gradient norm of the whole step, the same on all ranks; not finite if anything anywhere is not.
+        """
 
     def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
         """Move the weights along the finished gradients, clipped by their finite norm, and forget these."""
@@ -72,6 +80,11 @@ class Alone:
         """Updates done."""
         return self.optimizer.steps
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """All samples are this process's."""
+        return 0, 1
+
     def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
         """Add a micro-batch's gradients."""
         if self._waiting:
@@ -81,11 +94,11 @@ class Alone:
         torch.autograd.backward(value)
         return value.detach()
 
-    def finish(self) -> float:
-        """Add up the micro-batches' gradients; their norm."""
+    def finish(self, loss: float) -> Numbers:
+        """Add up the micro-batches' gradients; the loss as it is, and their norm."""
         self.flat.gather()
         self._waiting = False
-        return self.optimizer.norm()
+        return Numbers(loss, self.optimizer.norm())
 
     def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
         """One step of the optimizer, and of the average."""

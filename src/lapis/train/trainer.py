@@ -35,6 +35,7 @@ from lapis.train.start import first_model
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
+PROOF_WITHIN_S = 5.0  # a run that is stopped computes the next step's loss too if a step takes less
 MOST_SKIPPED = 5  # bad steps in a row, after which skipping does not help
 
 
@@ -141,7 +142,7 @@ class Trainer:
 
     def _one_step(self) -> float:
         with self.spent.on("data"):
-            batch = self.objective.step(self.step, 0, 1)
+            batch = self.objective.step(self.step, *self.replica.share)
         with self.spent.on("step"):
             numbers = self._gradients(batch)
             self._prove(numbers.loss)
@@ -170,7 +171,7 @@ class Trainer:
             return self.objective.loss(model, micro, batch.weight)
 
         losses = [self.replica.backward(share, micro) for micro in batch.micros]
-        return Numbers(math.fsum(loss.item() for loss in losses), self.replica.finish())
+        return self.replica.finish(math.fsum(loss.item() for loss in losses))
 
     def _replay(self, batch: StepBatch, first: Numbers, why: str) -> Numbers:
         """Do a bad step's passes once more, tell what it was, and act on it as the recipe says.
@@ -267,8 +268,9 @@ class Trainer:
         )
 
     def _end(self, reason: str) -> None:
-        if reason == "stopped":  # the next step's loss, so that the resume can be proved
-            self._prove(self._gradients(self.objective.step(self.step, 0, 1)).loss)
+        quick = bool(self.recent) and self.recent[-1][0] < PROOF_WITHIN_S
+        if reason == "stopped" and quick:  # the next step's loss, so that the resume can be proved
+            self._prove(self._gradients(self.objective.step(self.step, *self.replica.share)).loss)
             self.replica.drop_gradients()
         self._write_end(reason)
         if reason == "stopped":
