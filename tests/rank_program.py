@@ -2,7 +2,8 @@
 
 Its weights after n steps are a function of n and the number of ranks alone, so a run that was broken can be
 compared with what it should be (`weights_after`). `main(folder, steps, every, step_s, fault…)`; a fault is
-"RANK:STEP:WHAT" with WHAT an exit status, "slow" (from that step on) or "hang".
+"RANK:STEP:WHAT" with WHAT an exit status, "slow" (from that step on), or in a run's first attempt a signal for the
+rank itself ("SIGKILL", "SIGSTOP") or for the process that bore it ("nursery").
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import latest, load, save
 from lapis.log import EventLog
 from lapis.train.heartbeat import Heartbeat
@@ -44,11 +46,12 @@ def main(arguments: Sequence[str]) -> None:
     if rank == 0:
         events.write("resume", step=step, slot=int(os.environ["LOCAL_RANK"]))
     heartbeat.stepped(step)
+    anew = step == 0
     while step < steps:
         began = time.monotonic()
         gradient = gradient_of(weights, step, rank)
         time.sleep(step_s)
-        _fail(arguments[4:], rank, step, step_s)
+        _fail(arguments[4:], rank, step, step_s, anew)
         heartbeat.waits(time.monotonic() - began)
         dist.all_reduce(gradient)
         stop = torch.tensor(len(stops))
@@ -61,7 +64,11 @@ def main(arguments: Sequence[str]) -> None:
             with heartbeat.busy():
                 if rank == 0:
                     save(
-                        folder / "checkpoints", step, {"model": {"weights": weights}}, {"step": step}, keep=2
+                        folder / "checkpoints",
+                        step,
+                        {"model": {"weights": weights}},
+                        {"step": step},
+                        keep=Retention(2),
                     )
                 dist.barrier()
         if stop:
@@ -82,15 +89,17 @@ def weights_after(steps: int, ranks: int) -> torch.Tensor:
     return weights
 
 
-def _fail(faults: Sequence[str], rank: int, step: int, step_s: float) -> None:
+def _fail(faults: Sequence[str], rank: int, step: int, step_s: float, anew: bool) -> None:
     for fault in faults:
         where, when, what = fault.split(":")
         if int(where) != rank or step < int(when):
             continue
         if what == "slow":
             time.sleep(4 * step_s)
-        elif what == "hang":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
+        elif what.isdecimal():
             print("it fails on purpose", file=sys.stderr, flush=True)
             sys.exit(int(what))
+        elif anew and what == "nursery":
+            os.kill(os.getppid(), signal.SIGKILL)
+        elif anew:
+            os.kill(os.getpid(), signal.Signals[what])

@@ -41,6 +41,7 @@ class Campaign:
             self.wait(in_save=bool(self.left % 2))
             if self.left % 10 == 2:
                 self.damage()
+            until(lambda: None not in group.pids)
             saving = self.saving()
             victim = group.pids[self.moments.randrange(group.ranks)]
             assert victim is not None

@@ -8,18 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lapis.checkpoint.manifest import parse_name
 from lapis.checkpoint.sharded import latest, load
 from lapis.log import EventLog
 from lapis.train.launch import Group, Program
 from lapis.train.recipe import SupervisorSection
-from lapis.train.supervisor import End, supervise
+from lapis.train.supervisor import End, newest_step, supervise
 from tests.rank_program import weights_after
 
 FAST = SupervisorSection(hang_seconds=1.0, restarts=3)
@@ -31,12 +31,6 @@ from pathlib import Path
 from tests.integration.test_supervisor import run
 sys.exit(run(Path(sys.argv[1]), *sys.argv[2:]).status)
 """
-
-
-def newest_step(folder: Path) -> int:
-    checkpoints = folder / "checkpoints"
-    paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return max((name.step for path in paths if (name := parse_name(path.name))), default=-1)
 
 
 def run(
@@ -55,7 +49,9 @@ def run(
         attacker = threading.Thread(target=attack, args=(group,)) if attack else None
         if attacker:
             attacker.start()
-        end = supervise(group, spares, section, events_of(folder), lambda: newest_step(folder))
+        end = supervise(
+            group, spares, section, events_of(folder), lambda: newest_step(folder / "checkpoints")
+        )
         if attacker:
             attacker.join()
         assert None not in group.exits
@@ -76,21 +72,7 @@ def last_weights(folder: Path) -> torch.Tensor:
     return load(checkpoint).groups["model"]["weights"]
 
 
-def after(
-    folder: Path, step: int, pid: Callable[[Group], int | None], number: int
-) -> Callable[[Group], None]:
-    """An attack: a signal once that step is done."""
-
-    def attack(group: Group) -> None:
-        until(lambda: any(event["step"] >= step for event in told(folder, "step")))
-        found = pid(group)
-        assert found is not None
-        os.kill(found, number)
-
-    return attack
-
-
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(true: Callable[[], bool], seconds: float = 150) -> None:
     give_up = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < give_up, "waited for nothing"
@@ -105,8 +87,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_killed_rank_is_replaced_by_the_spare_and_nothing_is_lost(tmp_path: Path) -> None:
-    attack = after(tmp_path, 15, lambda group: group.pids[1], signal.SIGKILL)
-    assert run(tmp_path, attack=attack) == End("finished", 0)
+    assert run(tmp_path, 40, "1:15:SIGKILL") == End("finished", 0)
     assert torch.equal(last_weights(tmp_path), weights_after(40, ranks=2))
     lost, restart = told(tmp_path, "rank_lost")[0], told(tmp_path, "restart")[0]
     assert (lost["rank"], lost["cause"], lost["attempt"]) == (1, "was killed by SIGKILL", 1)
@@ -118,8 +99,7 @@ def test_a_killed_rank_is_replaced_by_the_spare_and_nothing_is_lost(tmp_path: Pa
 
 
 def test_a_hanging_rank_is_found_and_replaced(tmp_path: Path) -> None:
-    attack = after(tmp_path, 15, lambda group: group.pids[1], signal.SIGSTOP)
-    assert run(tmp_path, attack=attack) == End("finished", 0)
+    assert run(tmp_path, 40, "1:15:SIGSTOP") == End("finished", 0)
     lost = told(tmp_path, "rank_lost")
     assert [(event["rank"], event["exit"]) for event in lost] == [(1, None)]
     assert "gave no sign" in lost[0]["cause"]
@@ -154,18 +134,23 @@ def test_a_slow_rank_is_told_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_process_that_bears_the_ranks_may_die_too(tmp_path: Path) -> None:
-    attack = after(tmp_path, 15, lambda group: group._nursery.pid, signal.SIGKILL)
-    assert run(tmp_path, attack=attack) == End("finished", 0)
+    assert run(tmp_path, 40, "1:15:nursery") == End("finished", 0)
     assert len(told(tmp_path, "restart")) == 1
 
 
-def start(folder: Path, steps: int) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A supervisor of its own, and the processes below it once they train."""
-    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(steps)]
-    supervisor = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, **paths()})
-    until(lambda: len(told(folder, "step")) > 2)
-    nursery = children(supervisor.pid)
-    return supervisor, [*nursery, *(rank for pid in nursery for rank in children(pid))]
+@contextmanager
+def started(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A supervisor of its own with endless work, and the processes below it once they train."""
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), "100000"]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], env={**os.environ, **paths()}
+    ) as supervisor:
+        try:
+            until(lambda: len(told(folder, "step")) > 2)
+            nursery = children(supervisor.pid)
+            yield supervisor, [*nursery, *(rank for pid in nursery for rank in children(pid))]
+        finally:
+            supervisor.kill()
 
 
 def paths() -> dict[str, str]:
@@ -178,18 +163,18 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_killed_supervisor_leaves_nobody_behind(tmp_path: Path) -> None:
-    supervisor, below = start(tmp_path, 100_000)
-    assert len(below) == 3
-    os.kill(below[1], signal.SIGSTOP)  # also one that does not run
-    supervisor.kill()
-    supervisor.wait()
-    until(lambda: not any(alive(pid) for pid in below), seconds=10)
+    with started(tmp_path) as (supervisor, below):
+        assert len(below) == 3
+        os.kill(below[1], signal.SIGSTOP)  # also one that does not run
+        supervisor.kill()
+        supervisor.wait()
+        until(lambda: not any(alive(pid) for pid in below))
 
 
 def test_a_stop_is_passed_on_and_the_last_step_is_kept(tmp_path: Path) -> None:
-    supervisor, below = start(tmp_path, 100_000)
-    supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(30) == 130
-    assert newest_step(tmp_path) == told(tmp_path, "step")[-1]["step"]
-    assert not told(tmp_path, "rank_lost")
-    assert not any(alive(pid) for pid in below)
+    with started(tmp_path) as (supervisor, below):
+        supervisor.send_signal(signal.SIGINT)
+        assert supervisor.wait() == 130
+        assert newest_step(tmp_path / "checkpoints") == told(tmp_path, "step")[-1]["step"]
+        assert not told(tmp_path, "rank_lost")
+        assert not any(alive(pid) for pid in below)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lapis.train.run import Run
 
 
+RESTARTS = 5  # shown, of those that there were
+
+
 @click.group()
 def group() -> None:
     """List, show and plot training runs."""
@@ -72,6 +75,7 @@ def show(run: str, as_json: bool) -> None:
         return
     _say_facts(found, facts)
     _say_goodput(facts["goodput"])
+    _say_ranks(facts)
     _say_checkpoints(facts)
     _say_evaluation(facts["evaluation"])
     _say_curve(found.steps())
@@ -132,6 +136,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "start": _without_mark(starts[-1]) if starts else None,
         "resumes": sum(event["event"] == "resume" for event in events),
+        "restarts": [_without_mark(event) for event in events if event["event"] == "restart"],
+        "slow_ranks": [_without_mark(event) for event in events if event["event"] == "slow_rank"],
         "last_step": _without_mark(steps[-1]) if steps else None,
         "bad_steps": [_without_mark(event) for event in events if event["event"] == "bad_step"],
         "goodput": {**asdict(goodput), "ratio": goodput.ratio} if goodput else None,
@@ -178,6 +184,17 @@ def _say_goodput(goodput: dict[str, Any] | None) -> None:
     say(f"  {'goodput':<12} {goodput['ratio']:.1%} of {_duration(wall)} was productive; the rest:")
     for cause, seconds in sorted(goodput["lost_s"].items(), key=lambda item: -item[1]):
         say(f"  {'':<12} {seconds / wall:>6.1%}  {seconds:>10,.1f} s  {NAMES[cause]}")
+
+
+def _say_ranks(facts: dict[str, Any]) -> None:
+    restarts, slow = facts["restarts"], facts["slow_ranks"]
+    if len(restarts) > RESTARTS:
+        say(f"  {'restarts':<12} {len(restarts)}, the last {RESTARTS}:")
+    for event in restarts[-RESTARTS:]:
+        say(f"  {'restart':<12} from step {event['step']:,}: {event['cause']}")
+    for rank in sorted({event["rank"] for event in slow}):
+        worst = max(event["times"] for event in slow if event["rank"] == rank)
+        say(f"  {'slow':<12} rank {rank}: its own work took up to {worst:.1f} times that of the others")
 
 
 def _say_checkpoints(facts: dict[str, Any]) -> None:

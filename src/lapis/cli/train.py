@@ -15,8 +15,17 @@ from lapis.cli.output import json_option, print_json, say
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, help="Processes for the data; 0 is one per core."
 )
+@click.option("--ranks", type=click.IntRange(min=1), help="Train by so many processes, under a supervisor.")
+@click.option(
+    "--spares",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Devices beyond --ranks, to replace one that is lost.",
+)
 @json_option
-def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) -> None:
+def command(
+    recipe: Path, sets: tuple[str, ...], workers: int, ranks: int | None, spares: int, as_json: bool
+) -> None:
     """Train a model by RECIPE. A run that was stopped or killed goes on from its last checkpoint."""
     from dataclasses import asdict
 
@@ -25,8 +34,10 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     from lapis.home import Home
     from lapis.log import progress
     from lapis.train.pretrain import Pretraining
+    from lapis.train.rank import program
     from lapis.train.recipe import Recipe
     from lapis.train.start import with_own_tokenizer
+    from lapis.train.supervisor import train_ranks
     from lapis.train.trainer import find_or_create, train
 
     home = Home.default()
@@ -37,8 +48,11 @@ def command(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not as_json:
         say(f"{run.id}: training on {dataset.tokens:,} tokens")
-    with progress("train") as report:
-        train(resolved, objective, run, report)
+    if ranks is None:
+        with progress("train") as report:
+            train(resolved, objective, run, report)
+    else:
+        train_ranks(run, program(home, run, dataset), ranks, spares, resolved.supervisor)
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))

@@ -2,10 +2,11 @@
 
 runs/laptop-20261124-101500-ab12/     name, start in UTC, first digits of the recipe's digest
   recipe.toml                         every setting, defaults included
-  events.jsonl                        one fact per line: create, start, step, checkpoint, resume, end
+  events.jsonl                        one fact per line: create, start, step, checkpoint, resume, end, …
   checkpoints/                        see lapis.checkpoint.manifest
   eval.json                           the EvalReport, once there is one
-  .lock                               held by the process that trains
+  ranks/                              of several ranks: their output and their heartbeats
+  .lock, .watch                       held by the process that trains, and by its supervisor
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Status = Literal["running", "finished", "stopped", "failed"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 IDENTIFIER = re.compile(r"(?P<name>.+)-(?P<start>\d{8}-\d{6})-(?P<suffix>[0-9a-f]{4})")
 RECIPE = "recipe.toml"
-LOCK = ".lock"
+LOCK, WATCH = ".lock", ".watch"  # held by the process that trains; by the supervisor of several
 PROBES = 5
 
 
@@ -137,15 +138,15 @@ class Run:
         return (self.folder / RECIPE).read_text()
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, name: str = LOCK) -> Iterator[None]:
         """Hold this run while training it: its status is `running` until the block or the process ends.
 
-        Raises ConflictError if another process trains it.
+        Raises ConflictError if another process trains it. A supervisor holds WATCH, its first rank LOCK.
         """
         with ExitStack() as stack:
             for attempt in range(PROBES):
                 try:
-                    stack.enter_context(lock(self.folder / LOCK, f"The run {self.id}"))
+                    stack.enter_context(lock(self.folder / name, f"The run {self.id}"))
                     break
                 except ConflictError:
                     if attempt == PROBES - 1:
@@ -195,14 +196,7 @@ class Run:
         write_text(self.folder / "eval.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     def _held(self) -> bool:
-        try:
-            with (self.folder / LOCK).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        return _is_locked(self.folder / LOCK) or _is_locked(self.folder / WATCH)
 
 
 def status_of(held: bool, events: Sequence[dict[str, Any]]) -> Status:
@@ -235,6 +229,17 @@ def effective_steps(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]
             anew = False
             steps.append(event)
     return steps
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _place(temporary: Path, name: str, suffix: str) -> Path:

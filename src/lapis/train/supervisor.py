@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from lapis.checkpoint.manifest import parse_name
 from lapis.errors import TrainingError
 from lapis.log import EventLog, logger
 from lapis.train import health
 from lapis.train.health import Health
 from lapis.train.heartbeat import Beat
-from lapis.train.launch import Group
+from lapis.train.launch import Group, Program
 from lapis.train.recipe import SupervisorSection
+from lapis.train.run import WATCH, Run
 
 LOOK_S = 0.05  # between two looks
 SETTLE_S = 1.0  # after the first failure, for the rank to blame to be seen: others fail because it is gone
@@ -295,6 +298,41 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def train_ranks(run: Run, program: Program, ranks: int, spares: int, section: SupervisorSection) -> None:
+    """Train a run by several ranks of this machine, to its end; a finished run is left as it is.
+
+    Raises KeyboardInterrupt after SIGINT or SIGTERM, when the ranks have saved; ConflictError if another process
+    trains this run; TrainingError, with the exit status of the rank to blame, when it is given up.
+    """
+    if run.status() == "finished":
+        return
+    with run.hold(WATCH), Group(program, ranks, run.folder / "ranks") as group:
+        end = supervise(group, spares, section, run.events, lambda: newest_step(run.checkpoints))
+        if end.outcome == "stopped":
+            raise KeyboardInterrupt
+        if end.outcome == "gave_up":
+            raise _given_up(run, group, end)
+
+
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest checkpoint in a folder, by its name alone; -1 without any."""
+    paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return max((name.step for path in paths if (name := parse_name(path.name))), default=-1)
+
+
+def _given_up(run: Run, group: Group, end: End) -> TrainingError:
+    causes = run.events.read("gave_up")[-1]["causes"]
+    told = "".join(f"\n  {cause}" for cause in causes)
+    step = newest_step(run.checkpoints)
+    kept = f"The checkpoint of step {step:,} is kept: the same command goes on from it. " if step >= 0 else ""
+    error = TrainingError(
+        f"The run {run.id} was given up: {end.reason}.{told}",
+        hint=f"{kept}What the ranks said: above, and {group.folder}/rank-*.log",
+    )
+    error.exit_status = end.status
+    return error
 
 
 def supervise(

@@ -26,6 +26,7 @@ from lapis.model.config import ModelConfig
 from lapis.train import bad_step, goodput, proof, schedule
 from lapis.train.bad_step import Numbers
 from lapis.train.compiled import compile_layers
+from lapis.train.heartbeat import Heartbeat
 from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
@@ -67,7 +68,7 @@ class Trainer:
     """Everything that a run is at one moment; `loop` moves it forward, a checkpoint keeps it."""
 
     def __init__(self, recipe: Recipe, objective: Objective, run: Run) -> None:
-        self.spent = goodput.Spent()
+        self.spent, self.heartbeat = goodput.Spent(), Heartbeat.of_environment()
         self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
         home = Home(run.folder.parent.parent)
         model = first_model(recipe, objective.tokenizer, home)
@@ -96,6 +97,7 @@ class Trainer:
         while not self.plan.done(self.step) and not stop.is_set():
             before = self.tokens
             norm = self._one_step()
+            self.heartbeat.stepped(self.step)
             now = time.monotonic()
             if self.section.compile and not self.recent:
                 self.spent.move(now - last, "step", "compile")  # the first step is nearly nothing else
@@ -128,7 +130,7 @@ class Trainer:
         }
         groups = {**self.replica.groups(), "random": {"torch": torch.get_rng_state()}}
         keep = Retention(self.recipe.checkpoint.keep)
-        with self.spent.on("checkpoint"):
+        with self.spent.on("checkpoint"), self.heartbeat.busy():
             checkpoint = save(self.run.checkpoints, self.step, groups, state, keep)
         self.saved_at = self.step
         self.run.events.write(
@@ -248,6 +250,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
             self.proofs = proof.expected(events, self.step)
+        self.heartbeat.stepped(self.step)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loaded = load(checkpoint)
