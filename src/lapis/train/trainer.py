@@ -250,7 +250,6 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
             self.proofs = proof.expected(events, self.step)
-        self.heartbeat.stepped(self.step)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         loaded = load(checkpoint)
