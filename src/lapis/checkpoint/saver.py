@@ -20,7 +20,7 @@ from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.sharded import Checkpoint, Groups, save, sharded
 from lapis.hashing import canonical_json
 
-PATIENT = 10  # niceness of the thread: where cores are few, the training goes first
+PATIENT = 5  # niceness of the thread: where cores are few, the training goes first
 
 
 class Saver:

@@ -157,8 +157,16 @@ class CheckpointSection(Section):
 
     seconds: Annotated[float, Field(gt=0)] = 60.0
     """Time between two checkpoints."""
+    steps: Positive | None = None
+    """Steps between two checkpoints, instead of `seconds`."""
     keep: Positive = 2
-    """Checkpoints kept; the last good one always is."""
+    """Newest checkpoints kept; the last good one always is."""
+    every: Positive | None = None
+    """Those whose step is a multiple of this are kept too."""
+    best: Annotated[int, Field(ge=0)] = 0
+    """So many of the lowest smoothed training loss are kept too."""
+    asynchronous: bool = True
+    """Save beside the training; takes memory for one more copy of weights and optimizer state."""
 
 
 class SupervisorSection(Section):

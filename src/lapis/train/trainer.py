@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint.retention import Retention
-from lapis.checkpoint.sharded import Checkpoint, latest, load, save
+from lapis.checkpoint.sharded import Checkpoint, load
 from lapis.errors import ConflictError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
@@ -25,6 +24,7 @@ from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
 from lapis.train import bad_step, goodput, proof, schedule
 from lapis.train.bad_step import Numbers
+from lapis.train.checkpoints import Checkpoints, Snapshot
 from lapis.train.compiled import compile_layers
 from lapis.train.heartbeat import Heartbeat
 from lapis.train.objective import Objective, StepBatch
@@ -37,6 +37,7 @@ from lapis.train.start import first_model
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
 PROOF_WITHIN_S = 5.0  # a run that is stopped computes the next step's loss too if a step takes less
+SMOOTH = 0.02  # weight of a step's loss in the smooth one, by which checkpoints are compared
 MOST_SKIPPED = 5  # bad steps in a row, after which skipping does not help
 
 
@@ -81,19 +82,27 @@ class Trainer:
         self.tokens = 0  # seen in them
         self.trained_s = 0.0
         self.loss: float | None = None  # of the last step
+        self.smooth: float | None = None  # loss over many steps
         self.skipped = 0  # bad steps in a row
         self.good: deque[Numbers] = deque(maxlen=bad_step.WINDOW)  # the last good steps
         self.plan = self._first_plan()
         self.proofs: dict[int, Any] = {}  # losses that a resumed run must meet again
-        self.saved_at: int | None = None  # the step of this process's last checkpoint
+        self.checkpoints = Checkpoints(run, recipe.checkpoint, self.spent)
         self.peak = gemm_flops()
         self.recent: deque[tuple[float, int]] = deque(maxlen=SPEED_OVER)  # seconds and tokens of a step
         torch.manual_seed(self.section.seed)  # for whoever draws: a checkpoint keeps how far it came
 
     def loop(self, progress: Progress, stop: threading.Event) -> None:
         """Step until the plan is done or `stop` is set. The last state is always in a checkpoint."""
-        self._begin()
-        saved, recorded, last = time.monotonic(), -math.inf, time.monotonic()
+        with self.checkpoints:
+            self._begin()
+            self._steps(progress, stop)
+            with self.heartbeat.busy():
+                self.checkpoints.finish(self._snapshot())
+            self._end("finished" if self.plan.done(self.step) else "stopped")
+
+    def _steps(self, progress: Progress, stop: threading.Event) -> None:
+        recorded, last = -math.inf, time.monotonic()
         while not self.plan.done(self.step) and not stop.is_set():
             before = self.tokens
             norm = self._one_step()
@@ -107,19 +116,20 @@ class Trainer:
                 recorded = now
                 self._record(norm, progress)
             self._close_plan()
-            if now - saved >= self.recipe.checkpoint.seconds:
-                self.save()
-                saved = last = time.monotonic()  # saving is not training time
-        self.save()
-        self._end("finished" if self.plan.done(self.step) else "stopped")
+            self.checkpoints.poll()
+            if self.checkpoints.due(self.step) and not self.plan.done(self.step):
+                with self.heartbeat.busy():
+                    self.checkpoints.begin(self._snapshot())
+                last = time.monotonic()  # saving is not training time
 
-    def save(self) -> Checkpoint:
-        """Commit the present state as a checkpoint."""
+    def _snapshot(self) -> Snapshot:
+        """The present state, as a checkpoint keeps it."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "trained_s": self.trained_s,
             "loss": self.loss,
+            "smooth": self.smooth,
             "plan": asdict(self.plan),
             "optimizer_steps": self.replica.updates,
             "good": list(self.good),
@@ -129,18 +139,7 @@ class Trainer:
             "data_digest": self.objective.digest,
         }
         groups = {**self.replica.groups(), "random": {"torch": torch.get_rng_state()}}
-        keep = Retention(self.recipe.checkpoint.keep)
-        with self.spent.on("checkpoint"), self.heartbeat.busy():
-            checkpoint = save(self.run.checkpoints, self.step, groups, state, keep)
-        self.saved_at = self.step
-        self.run.events.write(
-            "checkpoint",
-            step=self.step,
-            folder=checkpoint.folder.name,
-            digest=checkpoint.digest,
-            spent=self.spent.facts(),
-        )
-        return checkpoint
+        return Snapshot(self.step, groups, state, self.smooth)
 
     def _one_step(self) -> float:
         with self.spent.on("data"):
@@ -160,6 +159,9 @@ class Trainer:
                     numbers.norm, lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale
                 )
             self.loss = numbers.loss
+            self.smooth = (
+                self.loss if self.smooth is None else self.smooth + SMOOTH * (self.loss - self.smooth)
+            )
             if self.section.outlier is not None:
                 self.good.append(numbers)
         self.step += 1
@@ -227,9 +229,10 @@ class Trainer:
                 hint=f"Kernels, data or machine changed: then {before['setup']}, now {self.setup}. Nothing was "
                 "overwritten.",
             )
-        if self.saved_at is not None and self.step < self.saved_at + proof.STEPS:
+        saved = self.checkpoints.last
+        if saved is not None and self.step < saved + proof.STEPS:
             self.run.events.write(
-                proof.EVENT, checkpoint=self.saved_at, step=self.step, loss=loss.hex(), setup=self.setup
+                proof.EVENT, checkpoint=saved, step=self.step, loss=loss.hex(), setup=self.setup
             )
 
     def _begin(self) -> None:
@@ -246,7 +249,7 @@ class Trainer:
             "gap": round(goodput.gap(events, now, time.time()), 3),
         }
         self.run.events.write("start", **facts)
-        checkpoint = latest(self.run.checkpoints)
+        checkpoint = self.checkpoints.newest()
         if checkpoint is not None:
             self._resume(checkpoint)
             self.proofs = proof.expected(events, self.step)
@@ -262,7 +265,7 @@ class Trainer:
         self.replica.load(loaded.groups, state["optimizer_steps"])
         torch.set_rng_state(loaded.groups["random"]["torch"])
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
-        self.tokens, self.skipped = state["tokens"], state["skipped"]
+        self.tokens, self.skipped, self.smooth = state["tokens"], state["skipped"], state["smooth"]
         self.good.extend(Numbers(*numbers) for numbers in state["good"])
         self.plan = schedule.Plan(**state["plan"])
         self.run.events.write(
