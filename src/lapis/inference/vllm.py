@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -62,6 +63,9 @@ class VllmEngine:
         self.name, self.tokenizer, self.chat, self.context = name, tokenizer, chat, context
         self.add_bos, self.bos_id = checked.add_bos, checked.bos_id
         self.stop_ids = frozenset(checked.stop_ids)
+        # Rows of the embedding beyond the tokenizer's entries have no text: they are never sampled.
+        rows = layout.read_config(folder).vocab_size
+        self._padding = dict.fromkeys(range(tokenizer.vocab_size, rows), -math.inf)
         self._compiler = Compiler(tokenizer, self.stop_ids)
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards what follows
@@ -77,7 +81,7 @@ class VllmEngine:
         try:
             self._vllm = self._call(_start(arguments)).result(STARTING_SECONDS)
         except Exception as error:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._stop_loop()
             raise UnavailableError(f"vLLM did not start with {name!r}: {error}") from error
 
     @staticmethod
@@ -175,8 +179,13 @@ class VllmEngine:
                 future.cancel()
         self._call(self._end_tasks()).result()  # or vLLM's client logs the end of its processes as a failure
         self._vllm.shutdown(timeout=SHUTDOWN_SECONDS)
+        self._stop_loop()
+
+    def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(SHUTDOWN_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     async def _end_tasks(self) -> None:
         """What vLLM's client still has in this loop is cancelled and taken to its end."""
@@ -193,7 +202,7 @@ class VllmEngine:
         prompt = {"prompt_token_ids": list(request.prompt_ids), "cache_salt": request.tenant}
         parts = self._vllm.generate(
             prompt,
-            sampling(request.params, answer.stop_ids, answer.limit),
+            sampling(request.params, answer.stop_ids, answer.limit, self._padding),
             f"{self.name}-{number}",
             priority=-request.priority,
         )
@@ -309,7 +318,8 @@ class Answer:
         return tuple(told)
 
     def _logprob(self, some: Mapping[int, Any], token: int, count: int) -> TokenLogprob:
-        best = sorted(some, key=lambda id: -some[id].logprob)[:count]
+        known = [id for id in some if id < self._tokenizer.vocab_size]
+        best = sorted(known, key=lambda id: -some[id].logprob)[:count]
         chosen, *top = (
             TokenLogprob(id, self._tokenizer.token_bytes(id), some[id].logprob) for id in (token, *best)
         )
@@ -334,8 +344,10 @@ def engine_arguments(folder: Path, name: str, context: int) -> dict[str, Any]:
     }
 
 
-def sampling(params: SamplingParams, stop_ids: frozenset[int], limit: int) -> Any:
-    """vLLM's SamplingParams: tokens only, as deltas; text and stop strings are ours."""
+def sampling(
+    params: SamplingParams, stop_ids: frozenset[int], limit: int, padding: Mapping[int, float]
+) -> Any:
+    """vLLM's SamplingParams: tokens only, as deltas; text and stop strings are ours. `padding` is a bias as well."""
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -353,7 +365,7 @@ def sampling(params: SamplingParams, stop_ids: frozenset[int], limit: int) -> An
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
-        logit_bias=dict(params.logit_bias) or None,
+        logit_bias={**params.logit_bias, **padding} or None,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
         min_tokens=min(params.min_tokens, max(limit, 1)),
