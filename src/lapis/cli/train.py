@@ -52,7 +52,7 @@ def command(
         with progress("train") as report:
             train(resolved, objective, run, report)
     else:
-        train_ranks(run, program(home, run, dataset), ranks, spares, resolved.supervisor)
+        train_ranks(run, program(home, run, objective), ranks, spares, resolved.supervisor)
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))

@@ -10,15 +10,16 @@ from lapis.data.shards import Dataset
 from lapis.home import Home
 from lapis.log import progress
 from lapis.train.launch import Program
+from lapis.train.objective import Objective
 from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import RECIPE, Run
 from lapis.train.trainer import train
 
 
-def program(home: Home, run: Run, dataset: Dataset) -> Program:
+def program(home: Home, run: Run, objective: Objective) -> Program:
     """The program of a run's ranks."""
-    return Program(__name__, (str(home.root), run.id, str(dataset.folder)))
+    return Program(__name__, (str(home.root), run.id, str(objective.facts()["dataset"])))
 
 
 def main(arguments: Sequence[str]) -> None:
