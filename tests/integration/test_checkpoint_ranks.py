@@ -14,7 +14,7 @@ from lapis.checkpoint.sharded import latest, load
 
 # Forks so many ranks; each calls `work` and prints what it returns.
 RANKS = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, sys, threading
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -144,3 +144,42 @@ def work(rank):
     assert twice.startswith("InputError: The checkpoint of step 3 is refused: tensor w of model: ")
     assert dead.startswith("UnavailableError: A process of this run did not answer rank 0")
     assert files == left == [".lock", "step-00000004"]
+
+
+def test_ranks_of_a_run_save_at_the_same_steps_and_fall_back_to_the_same_checkpoint(tmp_path: Path) -> None:
+    """Their clocks do not agree: one of them finds that it is time much later."""
+    found = run_ranks(
+        tmp_path,
+        2,
+        """
+from lapis.train.checkpoints import Checkpoints, Snapshot
+from lapis.train.goodput import Spent
+from lapis.train.recipe import CheckpointSection
+from lapis.train.run import Run
+
+def work(rank):
+    run, due = Run(folder / "run"), []
+    groups = {"model": {"w": Sharded((8, 12), (rows(4 * rank, 4 * rank + 4),))}}
+    with Checkpoints(run, CheckpointSection(seconds=0.05 if rank == 0 else 99.0, keep=9), Spent()) as checkpoints:
+        for step in range(1, 13):
+            threading.Event().wait(0.02)
+            checkpoints.poll()
+            if checkpoints.due(step):
+                checkpoints.begin(Snapshot(step, groups, {}, None))
+                due.append(step)
+        checkpoints.finish(Snapshot(13, groups, {}, None))
+        if rank == 0:
+            path = latest(run.checkpoints).folder / "model.0002-of-0002.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        dist.barrier()
+        newest = checkpoints.newest().step
+    dist.barrier()
+    told = {name: [event.get("step") for event in run.events.read(name)] for name in ("checkpoint", "fallback")}
+    return [due, newest, told]
+""".replace("from lapis.train.checkpoints", "import threading\nfrom lapis.train.checkpoints", 1),
+    )
+    due, newest, events = found[0]
+    assert found[1] == found[0]
+    assert len(due) >= 2
+    assert newest == due[-1]
+    assert events == {"checkpoint": [*due, 13], "fallback": [None]}

@@ -210,6 +210,25 @@ def test_a_checkpoint_of_the_first_format_loads_and_proves_itself(tmp_path: Path
     assert load(old).state == {"seed": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted", "message"),
+    [
+        ("layers.9.norm", torch.zeros(8).bfloat16(), "no tensor layers.9.norm in model"),
+        ("embed", torch.zeros(17, 9).bfloat16(), r"embed of model is BF16 \(17, 8\) .* not \(17, 9\)"),
+        ("embed", torch.zeros(17, 8), r"embed of model is BF16 \(17, 8\) .* not F32 \(17, 8\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_filled(
+    saved: Checkpoint, name: str, wanted: Tensor, message: str
+) -> None:
+    right = torch.zeros(8, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=message):
+        load(saved, {"model": {"layers.0.norm": right, name: wanted}})
+    assert not right.any()
+    load(saved, {"model": {"layers.0.norm": right}})
+    assert right.all()
+
+
 def test_latest_skips_corrupt_ones_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = save(tmp_path, 1, some_groups(1), STATE, keep=Retention(3))
     second = save(tmp_path, 2, some_groups(2), STATE, keep=Retention(3))

@@ -87,7 +87,7 @@ class Ranks:
             yield
         except RuntimeError as error:  # what gloo raises when a peer closes its connection or lets it wait
             raise UnavailableError(
-                f"A process of this run did not answer rank {self.rank} while a checkpoint was saved: "
+                f"A process of this run did not answer rank {self.rank} over a checkpoint: "
                 f"{str(error).splitlines()[0]}",
-                hint="This checkpoint was not committed; the older ones stay. Start the run again.",
+                hint="What was committed is whole. Start the run again: it goes on from there.",
             ) from error

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lapis.checkpoint.folder import newest
+from lapis.checkpoint.ranks import Ranks
 from lapis.checkpoint.retention import Retention
 from lapis.checkpoint.saver import Saver
 from lapis.checkpoint.sharded import Checkpoint, Groups, save
@@ -32,13 +33,15 @@ class Snapshot:
 class Checkpoints:
     """Saves a run's checkpoints; one that cannot be saved costs the run nothing but an event, except the last.
 
-    Leave it as a context manager: it waits for the one in progress.
+    With several ranks, every rank makes and calls it alike; the first one tells the events. Leave it as a context
+    manager: it waits for the one in progress.
     """
 
     def __init__(self, run: Run, section: CheckpointSection, spent: Spent) -> None:
         self.run, self.section, self.spent = run, section, spent
         self.keep = Retention(section.keep, section.every, section.best)
         self.saver = Saver(run.checkpoints, self.keep)
+        self.ranks = Ranks.own()  # to decide together, while the saver's thread talks over its own group
         self.last: int | None = None  # the step of this process's last checkpoint, begun or committed
         self._committed: int | None = None
         self._begun, self._stall = time.monotonic(), 0.0
@@ -57,8 +60,8 @@ class Checkpoints:
 
         Raises IntegrityError if there are some but none is whole: a new beginning would remove them.
         """
-        found, skipped = newest(self.run.checkpoints)
-        for name, error in skipped.items():
+        found, skipped = self.ranks.decide(lambda: newest(self.run.checkpoints))
+        for name, error in skipped.items() if self.ranks.first else ():
             to = found.folder.name if found else None
             self.run.events.write("fallback", checkpoint=name, to=to, why=error.message)
         if skipped and found is None:
@@ -72,7 +75,9 @@ class Checkpoints:
         """Whether a checkpoint is to be begun after so many steps. One by time is put off while another is saved."""
         if self.section.steps is not None:
             return step % self.section.steps == 0
-        return not self.saver.busy and time.monotonic() - self._begun >= self.section.seconds
+        return self.ranks.decide(  # clocks differ, the answer must not
+            lambda: not self.saver.busy and time.monotonic() - self._begun >= self.section.seconds
+        )
 
     def begin(self, snapshot: Snapshot) -> None:
         """Begin to save beside the training (or save now, if the recipe says so)."""
@@ -128,7 +133,7 @@ class Checkpoints:
 
     def _tell(self, checkpoint: Checkpoint, stall: float) -> None:
         self._committed = checkpoint.step
-        if self.saver.ranks.first:
+        if self.ranks.first:
             self.run.events.write(
                 "checkpoint",
                 step=checkpoint.step,
@@ -141,5 +146,5 @@ class Checkpoints:
 
     def _tell_failure(self, step: int | None, error: StorageError | IntegrityError) -> None:
         logger.warning("the checkpoint of step %s was not saved: %s", step, error.message)
-        if self.saver.ranks.first:
+        if self.ranks.first:
             self.run.events.write("checkpoint_failed", step=step, why=error.message)
