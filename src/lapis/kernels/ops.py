@@ -54,7 +54,7 @@ class Rope:
 
         Rows that are not computed take no memory yet.
         """
-        frequency_D2 = torch.tensor(frequencies(head_size, base, scaling), dtype=torch.float64)
+        frequency_D2 = torch.tensor(frequencies(head_size, base, scaling), dtype=torch.float64, device=CPU)
         cos_PD2, sin_PD2 = (torch.empty(positions, head_size // 2, device=device) for _ in range(2))
         rope = Rope(cos_PD2, sin_PD2, frequency_D2, scaling.attention if scaling else 1.0)
         rope.reach(positions if filled is None else filled)

@@ -138,7 +138,7 @@ class StockOps(TorchSteps):
     ) -> Tensor:
         """Causal attention span by span; keys of earlier passes come from the pages."""
         qkv_THD = qkv_TW.view(batch.tokens, heads + 2 * kv_heads, head_size)
-        rotated_THD = _rotate(qkv_THD[:, : heads + kv_heads], rope, batch.position_T)
+        rotated_THD = rotate(qkv_THD[:, : heads + kv_heads], rope, batch.position_T)
         q_THD, k_THD, v_THD = rotated_THD[:, :heads], rotated_THD[:, heads:], qkv_THD[:, heads + kv_heads :]
         if batch.caches is not None:
             _write(batch.caches[layer], batch, k_THD, v_THD)
@@ -149,7 +149,7 @@ class StockOps(TorchSteps):
                 past = int(batch.position_T[start])
                 stored = _read(batch.caches[layer], batch, start, past + end - start)
                 k_SHD, v_SHD = (part.to(qkv_TW.dtype) for part in stored)
-            outputs.append(_attend(q_THD[start:end], k_SHD, v_SHD, past, window))
+            outputs.append(attend(q_THD[start:end], k_SHD, v_SHD, past, window))
         return torch.cat(outputs).reshape(batch.tokens, heads * head_size)
 
     def logprobs(self, logits_TV: Tensor, ids_T: Tensor) -> Tensor:
@@ -215,7 +215,8 @@ def _chunk_loss(x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor
     return (losses_T * weights_T).sum()
 
 
-def _rotate(x_THD: Tensor, rope: Rope | None, position_T: Tensor) -> Tensor:
+def rotate(x_THD: Tensor, rope: Rope | None, position_T: Tensor) -> Tensor:
+    """Queries or keys turned by their positions; as they are without `rope`."""
     if rope is None:
         return x_THD
     cos_T1D, sin_T1D = rope.cos_PD2[position_T][:, None], rope.sin_PD2[position_T][:, None]
@@ -250,7 +251,8 @@ def _dequantized(x_SHD: Tensor) -> Tensor:
     return x_SHD[..., :-4].float() * x_SHD[..., -4:].contiguous().view(torch.float32)
 
 
-def _attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int, window: int | None) -> Tensor:
+def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, past: int, window: int | None) -> Tensor:
+    """Causal attention of adjacent queries over the keys (S, heads, D) of one sequence, `past` of them before."""
     group = q_THD.shape[1] // k_SHD.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SHD, v_SHD))
     if group > 1:

@@ -6,6 +6,7 @@ Dims: T tokens of a batch, H width, F ffn, V vocabulary, R rows with logits, P p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lapis.model.attention import AttentionLayer
 from lapis.model.config import ModelConfig
 from lapis.model.layers import adapted, optional, weight
 from lapis.model.moe import MixtureLayer
+from lapis.model.shapes import shapes
 
 INIT_STD = 0.02
 LINEAR = frozenset(
@@ -32,6 +34,24 @@ def build(config: ModelConfig, ops: Ops | None = None, dtype: torch.dtype = torc
     """The model of a configuration; its weights are not set until `init_weights` or a load fills them."""
     model = (GPT2 if config.family == "gpt2" else Llama)(config, ops, dtype)
     return model.to(model.ops.device)
+
+
+def skeleton(config: ModelConfig, ops: Ops, dtype: torch.dtype) -> Decoder:
+    """The model of a configuration without memory for its weights: they lie on torch's meta device."""
+    with torch.device("meta"):
+        return (GPT2 if config.family == "gpt2" else Llama)(config, ops, dtype)
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a seed gives, one by one in fp32: normal, std 0.02; layer outputs / √(2 · layers) (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (2 * config.layers) ** -0.5
+    for name, shape in shapes(config).items():
+        if len(shape) == 1:
+            yield name, torch.full(shape, 0.0 if name.endswith("_bias") else 1.0)
+            continue
+        std = INIT_STD * (scale if name.endswith((".out", "down")) else 1.0)
+        yield name, torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 class Decoder(nn.Module, ABC):
@@ -170,15 +190,9 @@ class Decoder(nn.Module, ABC):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill all weights from a seed: normal, std 0.02; layer outputs / √(2 · layers) (GPT-2)."""
-        generator = torch.Generator().manual_seed(seed)
-        scale = (2 * self.config.layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("_bias") else 1.0)
-                continue
-            std = INIT_STD * (scale if name.endswith((".out", "down")) else 1.0)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        """Fill all weights from a seed (`initial_weights`)."""
+        for name, value in initial_weights(self.config, seed):
+            self.get_parameter(name).copy_(value)
 
 
 class LlamaLayer(AttentionLayer):

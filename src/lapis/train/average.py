@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from lapis.train.flat import FlatParameters
@@ -21,13 +19,13 @@ class Average:
 
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
-        self.mean.lerp_(self.flat.master, 1 - min(self.decay, (1 + step) / (10 + step)))
+        self.mean.lerp_(self.flat.master, lerp_weight(self.decay, step))
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by parameter."""
         return self.flat.views(self.mean)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a checkpoint's."""
-        for name, view in self.state().items():
-            view.copy_(state[name])
+
+def lerp_weight(decay: float, step: int) -> float:
+    """How much of the weights after `step` steps goes into the average."""
+    return 1 - min(decay, (1 + step) / (10 + step))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -71,10 +70,8 @@ class Optimizer:
             for name, view in self.flat.views(flat, first).items()
         }
 
-    def load(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Continue from a checkpoint's state; the weights follow from the master weights."""
-        for name, view in self.state().items():
-            view.copy_(state[name])
+    def resumed(self, steps: int) -> None:
+        """Continue from what was read into `state`; the weights follow from the master weights."""
         self.flat.weight.copy_(self.flat.master)
         self.flat.grad.zero_()
         self.steps = steps

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lapis.checkpoint.piece import Sharded
 from lapis.data.loader import TokenBatch
 from lapis.model.families import Decoder
 from lapis.train.average import Average
@@ -17,7 +18,7 @@ from lapis.train.optimizer import Optimizer
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
 
-Groups = Mapping[str, Mapping[str, Tensor]]
+Groups = Mapping[str, Mapping[str, Tensor | Sharded[Tensor]]]
 
 
 class Replica(Protocol):
@@ -53,8 +54,8 @@ class Replica(Protocol):
     def groups(self) -> Groups:
         """What a checkpoint keeps of it: the groups model and optimizer, and ema if an average is kept."""
 
-    def load(self, groups: Groups, updates: int) -> None:
-        """Continue from a checkpoint's groups."""
+    def resumed(self, updates: int) -> None:
+        """Continue after so many updates, when a checkpoint was read into `groups`."""
 
 
 class Alone:
@@ -113,13 +114,11 @@ class Alone:
         self._waiting = False
 
     def groups(self) -> Groups:
-        """The model's weights, the optimizer's state and the average."""
+        """The model's weights, the optimizer's state and the average, as views."""
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        groups = {"model": weights, "optimizer": self.optimizer.state()}
+        groups: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": self.optimizer.state()}
         return groups if self.average is None else {**groups, "ema": self.average.state()}
 
-    def load(self, groups: Groups, updates: int) -> None:
-        """Continue from a checkpoint's groups; the trained weights follow from the master weights."""
-        self.optimizer.load(groups["optimizer"], updates)
-        if self.average is not None:
-            self.average.load(groups["ema"])
+    def resumed(self, updates: int) -> None:
+        """Continue from what was read into `groups`; the trained weights follow from the master weights."""
+        self.optimizer.resumed(updates)

@@ -255,15 +255,16 @@ class Trainer:
             self.proofs = proof.expected(events, self.step)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        loaded = load(checkpoint)
-        state = loaded.state
+        state = load(checkpoint, {}).state
         if ModelConfig(**state["model"]) != self.config or state["data_digest"] != self.objective.digest:
             raise ConflictError(
                 f"The checkpoint {checkpoint.folder} belongs to other data or another model than this recipe.",
                 hint="Give the recipe another name, so that it becomes a run of its own.",
             )
-        self.replica.load(loaded.groups, state["optimizer_steps"])
-        torch.set_rng_state(loaded.groups["random"]["torch"])
+        random = torch.get_rng_state()
+        load(checkpoint, {**self.replica.groups(), "random": {"torch": random}})
+        self.replica.resumed(state["optimizer_steps"])
+        torch.set_rng_state(random)
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
         self.tokens, self.skipped, self.smooth = state["tokens"], state["skipped"], state["smooth"]
         self.good.extend(Numbers(*numbers) for numbers in state["good"])

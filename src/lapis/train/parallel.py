@@ -1,0 +1,212 @@
+"""One model on many ranks, applied from outside in one visible order; the model's own files know nothing of it.
+
+1. ops around ops: expert, tensor (with sequence) and context parallel;  2. activations computed again;  3. compile;
+4. FSDP2 over dp, ep, fsdp and cp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import (  # the one way to give experts a mesh of their own
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
+
+from lapis.checkpoint.piece import Sharded
+from lapis.data.loader import TokenBatch
+from lapis.errors import ConfigError
+from lapis.kernels.ops import Ops, select
+from lapis.model.config import ModelConfig
+from lapis.model.families import Decoder, initial_weights, skeleton
+from lapis.model.weights import DTYPES
+from lapis.train import context_parallel, expert_parallel, tensor_parallel
+from lapis.train.average import lerp_weight
+from lapis.train.placement import EXPERTS, Placement, local_config, placements
+from lapis.train.recipe import TrainSection
+from lapis.train.recompute import recompute_layers
+from lapis.train.replica import Groups
+from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
+from lapis.train.world import World
+
+
+class Whole(nn.Module):
+    """What FSDP gathers the outer weights for: all that happens between a micro-batch and its loss."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Callable[[Decoder], Tensor]) -> Tensor:
+        """The loss that a function makes with the model."""
+        return loss(self.model)
+
+
+class Parallel:
+    """This rank's part of a model and its optimizer: a `Replica` over many processes."""
+
+    def __init__(
+        self, root: Whole, optimizer: ShardedOptimizer, dtype: torch.dtype, ema: float | None
+    ) -> None:
+        self.root, self.optimizer, self.dtype, self.ema = root, optimizer, dtype, ema
+        self.mean = {} if ema is None else {name: x.clone() for name, x in optimizer.master.items()}
+
+    @property
+    def world(self) -> World:
+        """This rank and its mesh."""
+        return self.optimizer.world
+
+    @property
+    def model(self) -> Decoder:
+        """The model, of which this rank holds shards; whole layers exist while they are computed."""
+        return self.root.model
+
+    @property
+    def updates(self) -> int:
+        """Updates done."""
+        return self.optimizer.steps
+
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
+        """Add a micro-batch's gradients; this rank's part of its loss, which the ranks' parts add up to."""
+        micro = padded(micro, self.world.mesh.row_step)
+        value: Tensor = self.root(lambda model: loss(model, micro))
+        torch.autograd.backward(value)
+        return value.detach()
+
+    def finish(self) -> float:
+        """Complete the gradients, once a step; the norm of the whole gradient, the same on all ranks."""
+        return self.optimizer.finish()
+
+    @torch.no_grad()
+    def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
+        """One step of the optimizer, and of the average."""
+        self.optimizer.update(norm, lr=lr, embed_lr=embed_lr)
+        if self.ema is not None:
+            weight = lerp_weight(self.ema, self.updates)
+            for name, mean in self.mean.items():
+                mean.lerp_(self.optimizer.master[name], weight)
+        self.model.ops.weights_changed()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients without a step."""
+        self.optimizer.drop_gradients()
+
+    def groups(self) -> Groups:
+        """The weights in the model's type, the optimizer's state and the average: this rank's pieces of each."""
+        pieces, master = self.optimizer.pieces, self.optimizer.master
+        weights = {name: pieces(name, shard.to(self.dtype)) for name, shard in master.items()}
+        groups: dict[str, Mapping[str, Tensor | Sharded[Tensor]]] = {
+            "model": weights,
+            "optimizer": self.optimizer.state(),
+        }
+        if self.ema is not None:
+            groups["ema"] = {name: pieces(name, mean) for name, mean in self.mean.items()}
+        return groups
+
+    def resumed(self, updates: int) -> None:
+        """Continue from what was read into `groups`; the weights that are computed with follow from the master's."""
+        self.optimizer.steps = updates
+        self.optimizer.drop_gradients()
+        self.model.ops.weights_changed()
+
+    @torch.no_grad()
+    def fill(self, whole: Iterable[tuple[str, Tensor]]) -> None:
+        """Set weights, and their average, from whole ones; every rank takes its own part."""
+        for name, value in whole:
+            for shards in (self.optimizer.master, self.mean):
+                for piece in self.placements[name].held(self.world.mesh, self.world.rank):
+                    if name in shards:
+                        inside(shards[name], piece).copy_(outside(value, piece))
+        self.model.ops.weights_changed()
+
+    @property
+    def placements(self) -> Mapping[str, Placement]:
+        """How every weight of the model lies on the mesh."""
+        return self.optimizer.placements
+
+
+def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Parallel:
+    """The model of a configuration on the mesh of a world, with the first weights of the section's seed.
+
+    Weights are kept in fp32 and computed with in the section's type, gradients are summed in fp32. Raises
+    ConfigError for what is not offered on several ranks.
+    """
+    if world.mesh.pp > 1:
+        raise ConfigError("Pipeline stages (pp) are not offered yet.", param="train.mesh")
+    if section.compile:
+        raise ConfigError("train.compile is not offered on several ranks yet.", param="train.compile")
+    own, dtype = local_config(config, world.mesh), DTYPES[section.dtype]
+    widths = (own.width, own.ffn, *((own.expert_ffn,) if own.experts else ()))
+    ops = _ops_around(select(own.head_size, widths=widths, dtype=dtype), world)
+    model, placed = skeleton(own, ops, torch.float32), placements(config)
+    _own_experts(model, placed, world)
+    recompute_layers(model, section.recompute)
+    root = Whole(model)
+    _shard(root, world, dtype)
+    root.to_empty(device=world.device)
+    optimizer = ShardedOptimizer(
+        dict(model.named_parameters()),
+        placed,
+        world,
+        muon=section.optimizer == "muon",
+        clip=section.clip,
+        weight_decay=section.weight_decay,
+        betas=section.betas,
+    )
+    made = Parallel(root, optimizer, dtype, section.ema)
+    made.fill((name, value.to(dtype)) for name, value in initial_weights(config, section.seed))
+    return made
+
+
+def padded(micro: TokenBatch, step: int) -> TokenBatch:
+    """The micro-batch with a document of no weight at its end, so that its length divides by `step`."""
+    missing = -len(micro.ids_T) % step
+    if not missing:
+        return micro
+    ids_T = np.pad(micro.ids_T, (0, missing))
+    targets_T = np.pad(micro.targets_T, (0, missing), constant_values=-1)
+    weights_T = None if micro.weights_T is None else np.pad(micro.weights_T, (0, missing))
+    return TokenBatch(ids_T, targets_T, (*micro.lengths, missing), weights_T)
+
+
+def _ops_around(ops: Ops, world: World) -> Ops:
+    """The local ops inside those that talk: experts innermost, then heads and columns, then rows."""
+    around = {"ep": expert_parallel.around, "tp": tensor_parallel.around, "cp": context_parallel.around}
+    for axis, wrap in around.items():
+        group = world.group(axis)
+        if group is not None:
+            ops = wrap(ops, group)
+    return ops
+
+
+def _own_experts(model: Decoder, placed: Mapping[str, Placement], world: World) -> None:
+    """Leave each layer the stacks of this rank's experts."""
+    for name, placement in placed.items():
+        if placement.expert and world.mesh.ep > 1:
+            layer, _, short = name.rpartition(".")
+            shape = placement.computed_shape(world.mesh)
+            setattr(model.get_submodule(layer), short, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def _shard(root: Whole, world: World, dtype: torch.dtype) -> None:
+    """FSDP2 layer by layer and around the whole; gradients are summed, since losses are parts of a sum."""
+    assert world.dense is not None and world.expert is not None, "a world with a mesh"
+    dense, expert = (mesh["dp", "shard"] for mesh in (world.dense, world.expert))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    experts = {id(p) for name, p in root.named_parameters() if name.rsplit(".", 1)[-1] in EXPERTS}
+    info = HSDPMeshInfo(expert, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    def placed(parameter: nn.Parameter) -> ShardPlacementResult | None:
+        return ShardPlacementResult(None, info) if id(parameter) in experts else None
+
+    for layer in root.model.layers:
+        fully_shard(layer, mesh=dense, mp_policy=policy, shard_placement_fn=placed)
+    fully_shard(root, mesh=dense, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
