@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from lapis.data.loader import TokenBatch
 from lapis.kernels.memory import keep_freed_memory
 from lapis.model.config import NAMED
+from lapis.model.config_hf import to_hf
 from lapis.model.families import Llama
 from lapis.train.flat import FlatParameters
 from lapis.train.optimizer import Optimizer
@@ -58,7 +59,7 @@ def transformers_step() -> Callable[[int], None]:
 
     values = {
         key: value
-        for key, value in CONFIG.to_hf().items()
+        for key, value in to_hf(CONFIG).items()
         if key not in ("architectures", "model_type", "torch_dtype")
     }
     model = LlamaForCausalLM(LlamaConfig(**values))
