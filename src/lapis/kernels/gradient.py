@@ -17,7 +17,7 @@ def keep_gradient(weight: Tensor, buffer: Tensor) -> None:
 
 def gradient_buffer(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where a weight's gradient is added: its kept buffer, or zeros that are returned to autograd."""
-    if weight.grad is not None and getattr(weight, MARK, False):
+    if getattr(weight, MARK, False) and weight.grad is not None:
         return weight.grad, None
     zeros = torch.zeros_like(weight)
     return zeros, zeros
