@@ -126,7 +126,7 @@ def main() -> None:
     keep_freed_memory()
     warnings.simplefilter("ignore")
     stored = ModelStore(Home.default()).get(MODEL)
-    base = Base.of(stored)
+    base = Base.open(MODEL, stored.folder)
     section = TrainSection(
         objective="sft", steps=options.steps, batch=options.batch, sequence=SEQUENCE, optimizer="adamw",
         lr=options.lr, betas=(0.9, 0.999),
@@ -155,7 +155,9 @@ def main() -> None:
             "lapis": judge.heldout(model)["loss"],
             "peft + transformers": heldout_loss(stored.folder, Path(place) / "theirs", judge),
         }
-    print(f"{options.steps} steps of {options.batch} chats, {sum(tokens):,} tokens, {options.threads} threads")
+    print(
+        f"{options.steps} steps of {options.batch} chats, {sum(tokens):,} tokens, {options.threads} threads"
+    )
     print(f"held-out loss before: {before:.4f}")
     print(f"{'side':<22}{'tokens/s':>10}{'ratio':>8}{'loss':>9}{'held out':>10}")
     rates = {name: 1 / statistics.median(values[2:]) for name, values in seconds.items()}

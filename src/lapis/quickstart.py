@@ -141,7 +141,7 @@ def _prepare(walk: Quickstart, recipe: Recipe) -> Dataset:
     def work() -> tuple[str, str, str, bool]:
         before = set(walk.home.data.glob("*")) if walk.home.data.is_dir() else set()
         with progress("data") as report:
-            dataset = prepare(recipe.data, recipe.tokenizer, walk.home, progress=report)
+            dataset = prepare(recipe.sources, recipe.tokenizer, walk.home, progress=report)
         made.append(dataset)
         first, steps = dataset.report[0], dataset.report
         came_in = f"{first.documents_in:,} texts, {first.bytes_in / 1e6:,.1f} MB"

@@ -38,4 +38,4 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
     """The texts as token shards."""
     recipe = tiny_recipe(texts)
-    return prepare(recipe.data, recipe.tokenizer, Home(tmp_path_factory.mktemp("home")), workers=1)
+    return prepare(recipe.sources, recipe.tokenizer, Home(tmp_path_factory.mktemp("home")), workers=1)

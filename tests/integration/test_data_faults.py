@@ -50,7 +50,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """What an unbroken run makes of the recipe."""
     loaded = load(recipe, Recipe)
-    dataset = prepare(loaded.data, loaded.tokenizer, Home(tmp_path_factory.mktemp("home")), workers=1)
+    dataset = prepare(loaded.sources, loaded.tokenizer, Home(tmp_path_factory.mktemp("home")), workers=1)
     assert len(dataset.manifest["shards"]) > 2
     return dataset
 

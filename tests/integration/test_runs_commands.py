@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "train": {"steps": STEPS, "sequence": 64, "batch": 4},
     }
     recipe = config.parse(values, Recipe)
-    dataset = prepare(recipe.data, recipe.tokenizer, home, workers=1)
+    dataset = prepare(recipe.sources, recipe.tokenizer, home, workers=1)
     objective = Pretraining(recipe.train, dataset)
     run = find_or_create(home, recipe, config.to_toml(recipe), objective)
     train(recipe, objective, run)

@@ -37,7 +37,7 @@ def prepare(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     loaded = _recipe(recipe, sets)
     with progress("data") as report:
         dataset = prepare_data(
-            loaded.data, loaded.tokenizer, Home.default(), workers=workers, progress=report
+            loaded.sources, loaded.tokenizer, Home.default(), workers=workers, progress=report
         )
     if as_json:
         print_json(_facts(dataset))
@@ -88,7 +88,7 @@ def _dataset(path: Path) -> Dataset:
     if path.is_dir():
         return Dataset.open(path)
     loaded = _recipe(path, ())
-    return find(loaded.data, loaded.tokenizer, Home.default())
+    return find(loaded.sources, loaded.tokenizer, Home.default())
 
 
 def _facts(dataset: Dataset) -> dict[str, Any]:

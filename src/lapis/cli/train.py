@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lapis.cli.output import json_option, print_json, say
+
+if TYPE_CHECKING:
+    from lapis.home import Home
+    from lapis.train.inspection import ShownText
+    from lapis.train.objective import Objective
+    from lapis.train.recipe import Recipe
+
+SHOWN = 6  # texts of a batch; --json has all
 
 
 @click.command()
@@ -22,18 +31,23 @@ from lapis.cli.output import json_option, print_json, say
     default=0,
     help="Devices beyond --ranks, to replace one that is lost.",
 )
+@click.option("--inspect", is_flag=True, help="Show what the first batch trains on, and train nothing.")
 @json_option
 def command(
-    recipe: Path, sets: tuple[str, ...], workers: int, ranks: int | None, spares: int, as_json: bool
+    recipe: Path,
+    sets: tuple[str, ...],
+    workers: int,
+    ranks: int | None,
+    spares: int,
+    inspect: bool,
+    as_json: bool,
 ) -> None:
     """Train a model by RECIPE. A run that was stopped or killed goes on from its last checkpoint."""
     from dataclasses import asdict
 
     from lapis import config
-    from lapis.data.pipeline import prepare
     from lapis.home import Home
     from lapis.log import progress
-    from lapis.train.pretrain import Pretraining
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
     from lapis.train.start import with_own_tokenizer
@@ -41,13 +55,16 @@ def command(
     from lapis.train.trainer import find_or_create, train
 
     home = Home.default()
-    resolved = with_own_tokenizer(config.load(recipe, Recipe, sets), home)
-    with progress("data") as report:
-        dataset = prepare(resolved.data, resolved.tokenizer, home, workers=workers, progress=report)
-    objective = Pretraining(resolved.train, dataset)
+    resolved = config.load(recipe, Recipe, sets)
+    if resolved.data is not None:
+        resolved = with_own_tokenizer(resolved, home)
+    objective = _objective(resolved, home, workers)
+    if inspect:
+        _inspect(objective, as_json)
+        return
     run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not as_json:
-        say(f"{run.id}: training on {dataset.tokens:,} tokens")
+        say(f"{run.id}: training on {objective.facts()['tokens']:,} tokens")
     if ranks is None:
         with progress("train") as report:
             train(resolved, objective, run, report)
@@ -58,6 +75,61 @@ def command(
         print_json(asdict(summary))
         return
     say(f"{run.id}: step {summary.step:,}, loss {summary.loss:.4f}, {summary.seconds:,.0f} s of training")
+    if resolved.data is None:
+        say(f"Next: lapis models export {run.id} FOLDER   lapis release create NAME --run {run.id}")
+        return
     say(
         f"Next: lapis evaluate {run.id}   lapis runs plot {run.id}   lapis release create NAME --run {run.id}"
     )
+
+
+def _objective(recipe: Recipe, home: Home, workers: int) -> Objective:
+    """Prepare what the recipe trains on; all that is wrong with it is said here, before any training."""
+    from lapis.data.pipeline import prepare
+    from lapis.log import progress
+    from lapis.train.base import fine_tuning
+    from lapis.train.pretrain import Pretraining
+
+    with progress("data") as report:
+        if recipe.data is None:
+            return fine_tuning(recipe, home, report)
+        dataset = prepare(recipe.data, recipe.tokenizer, home, workers=workers, progress=report)
+        return Pretraining(recipe.train, dataset)
+
+
+def _inspect(objective: Objective, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from lapis.train.inspection import shown_texts
+
+    batch = objective.step(0, 0, 1)
+    texts = list(shown_texts(batch.micros, objective.tokenizer))
+    tokens, trained = (sum(getattr(text, name) for text in texts) for name in ("tokens", "trained"))
+    if as_json:
+        rows = [{"tokens": text.tokens, "trained": text.trained, **asdict(text)} for text in texts]
+        counts = {"tokens": tokens, "trained": trained, "micro_batches": len(batch.micros)}
+        print_json({**dict(objective.facts()), "batch": {**counts, "texts": rows}})
+        return
+    facts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in objective.facts().items()
+                      if isinstance(value, int))  # fmt: skip
+    say(f"The whole set: {facts}.")
+    say(
+        f"The first step: {len(texts):,} texts in {len(batch.micros):,} micro-batches, {tokens:,} tokens, "
+        f"{trained:,} of them trained on ({_marked('like this')})."
+    )
+    for number, text in enumerate(texts[:SHOWN], 1):
+        say(f"\n--- text {number}: {text.tokens:,} tokens, {text.trained:,} trained on")
+        say(_plain_or_marked(text))
+    if len(texts) > SHOWN:
+        say(f"\n… and {len(texts) - SHOWN:,} more; --json shows all.")
+
+
+def _plain_or_marked(text: ShownText) -> str:
+    return "".join(_marked(piece.text) if piece.trained else piece.text for piece in text.pieces)
+
+
+def _marked(text: str) -> str:
+    """Underlined and green in a terminal; elsewhere between two marks."""
+    import sys
+
+    return click.style(text, fg="green", underline=True) if sys.stdout.isatty() else f"⟦{text}⟧"

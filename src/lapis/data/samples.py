@@ -76,7 +76,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Samples:
-    """A fine-tuning set. `digest` covers the examples, the template and the tokenizer."""
+    """A fine-tuning set. `digest` covers the examples, the template, the tokenizer and the model they are for."""
 
     trained: tuple[Sample, ...]
     heldout: tuple[Sample, ...]
@@ -109,9 +109,12 @@ def prepare_samples(
     *,
     longest: int,
     preferences: bool,
+    model: str = "",
     progress: Progress = silent,
 ) -> Samples:
     """Read, check and encode all examples; those of more than `longest` tokens are refused or dropped, as asked.
+
+    `model` is the digest of the model that they are for.
 
     Raises InputError naming file and line.
     """
@@ -125,6 +128,7 @@ def prepare_samples(
         "bos": encoder.bos_id,
         "longest": longest,
         "preferences": preferences,
+        "model": model,
     }
     if not apart:
         lines, apart = split(lines, config.heldout)

@@ -38,6 +38,7 @@ class FlatParameters:
     """
 
     def __init__(self, model: Decoder) -> None:
+        self.packed = model.lora is None  # ops keep packed copies of a model's own weights, not of adapters
         named = [item for item in model.named_parameters() if item[1].requires_grad]
         named.sort(key=lambda item: kind_of(*item))
         sizes = [-(-parameter.numel() // ALIGN) * ALIGN for _, parameter in named]

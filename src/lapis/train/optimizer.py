@@ -54,7 +54,8 @@ class Optimizer:
             self._adamw(slice(0, hidden), lr, self.weight_decay, scale)
         self._adamw(slice(hidden, decayed), embed_lr, self.weight_decay, scale)
         self._adamw(slice(decayed, len(flat.master)), embed_lr, 0.0, scale)
-        self.ops.weights_changed()
+        if self.flat.packed:
+            self.ops.weights_changed()
 
     def drop(self) -> None:
         """Forget the gradient."""
@@ -75,7 +76,8 @@ class Optimizer:
         self.flat.weight.copy_(self.flat.master)
         self.flat.grad.zero_()
         self.steps = steps
-        self.ops.weights_changed()
+        if self.flat.packed:
+            self.ops.weights_changed()
 
     def _adamw(self, part: slice, lr: float, weight_decay: float, scale: float) -> None:
         if part.start == part.stop:

@@ -33,21 +33,27 @@ class Preferences:
     """The objective over pairs of answers. The reference is the model as it was when the run began."""
 
     def __init__(
-        self, section: TrainSection, dpo: DpoSection, samples: Samples, tokenizer: Tokenizer
+        self,
+        section: TrainSection,
+        dpo: DpoSection,
+        samples: Samples,
+        tokenizer: Tokenizer,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.section, self.dpo, self.samples, self.tokenizer = section, dpo, samples, tokenizer
+        self.origin = origin or {}  # what the start event tells of the model
         self._reference: Decoder | None = None
         self._known: dict[bytes, float] = {}  # the reference's log probability of each text, computed once
         self._margins: list[float] = []  # of the last step
 
     @property
     def digest(self) -> str:
-        """That of the examples, the template and the tokenizer."""
+        """That of the samples."""
         return self.samples.digest
 
     def facts(self) -> Mapping[str, Any]:
-        """How many pairs there are."""
-        return facts_of(self.samples)
+        """How many pairs there are, and for which model."""
+        return {**facts_of(self.samples), **self.origin}
 
     def begin(self, model: Decoder) -> None:
         """Keep the first weights: with adapters the frozen base itself, else a second copy."""

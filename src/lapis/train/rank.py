@@ -9,6 +9,7 @@ from lapis import config
 from lapis.data.shards import Dataset
 from lapis.home import Home
 from lapis.log import progress
+from lapis.train.base import fine_tuning
 from lapis.train.launch import Program
 from lapis.train.objective import Objective
 from lapis.train.pretrain import Pretraining
@@ -19,13 +20,17 @@ from lapis.train.trainer import train
 
 def program(home: Home, run: Run, objective: Objective) -> Program:
     """The program of a run's ranks."""
-    return Program(__name__, (str(home.root), run.id, str(objective.facts()["dataset"])))
+    return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", ""))))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train: `arguments` are the home, the run's id and the dataset's folder."""
-    home, run_id, dataset = arguments
-    run = Run.open(Home(Path(home)), run_id)
+    """Train: `arguments` are the home, the run's id and the dataset's folder, empty for a run on examples."""
+    root, run_id, dataset = arguments
+    home = Home(Path(root))
+    run = Run.open(home, run_id)
     with progress("train") as report:
         recipe = config.load(run.folder / RECIPE, Recipe)
-        train(recipe, Pretraining(recipe.train, Dataset.open(Path(dataset))), run, report)
+        objective: Objective = (
+            Pretraining(recipe.train, Dataset.open(Path(dataset))) if dataset else fine_tuning(recipe, home)
+        )
+        train(recipe, objective, run, report)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lapis.config import Section
-from lapis.data.recipe import DataConfig, TokenizerConfig
+from lapis.data.recipe import DataConfig, ExamplesConfig, TokenizerConfig
+from lapis.errors import ConfigError
 from lapis.model.config import NAMED, ModelConfig
 from lapis.train.schedule import Schedule
 
@@ -74,8 +75,8 @@ class TrainSection(Section):
     """Training time in minutes; the number of steps follows from the speed that is measured on the way."""
     sequence: Positive = 256
     """Tokens in one training window; documents inside it do not see each other."""
-    objective: Literal["pretrain"] = "pretrain"
-    """What is learned: to continue text."""
+    objective: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """What is learned: to continue text, to answer as the examples do, or to prefer one answer to another."""
     batch: Positive = 8
     """Windows in one optimizer step, on all ranks together."""
     micro_batch: Positive | None = None
@@ -189,8 +190,10 @@ class Recipe(Section):
 
     name: str = "run"
     """Names the run; letters, digits, dots, dashes and underscores."""
-    data: DataConfig
-    """Sources and rules."""
+    data: DataConfig | None = None
+    """Sources and rules: what a model is pretrained on."""
+    examples: ExamplesConfig | None = None
+    """What a model is fine-tuned on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     model: ModelSection = ModelSection.model_validate({})
@@ -201,6 +204,34 @@ class Recipe(Section):
     """The checkpoints."""
     supervisor: SupervisorSection = SupervisorSection()
     """The supervisor of several ranks."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters and leave the model itself as it is."""
+    dpo: DpoSection = DpoSection()
+    """Preferences."""
+
+    @property
+    def sources(self) -> DataConfig:
+        """The section [data]. Raises ConfigError in a recipe that fine-tunes."""
+        if self.data is None:
+            raise ConfigError(
+                "This recipe fine-tunes on [examples]; it has no [data].",
+                hint="`lapis train RECIPE.toml --inspect` shows what it trains on.",
+            )
+        return self.data
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        objective, pretrains = self.train.objective, self.train.objective == "pretrain"
+        if (self.data is None) == pretrains or (self.examples is None) != pretrains:
+            wants = "data" if pretrains else "examples"
+            raise ValueError(f"train.objective = {objective!r} needs [{wants}], and of the two only that")
+        if self.model.source is None and not pretrains:
+            raise ValueError(f"train.objective = {objective!r} needs model.from: what is fine-tuned")
+        if self.tokenizer.path and not pretrains:
+            raise ValueError("fine-tuning uses the model's own tokenizer: leave tokenizer.path out")
+        if self.lora is not None and (self.model.source is None or self.train.optimizer != "adamw"):
+            raise ValueError('[lora] needs model.from, and train.optimizer = "adamw"')
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -114,8 +114,9 @@ class Alone:
         self._waiting = False
 
     def groups(self) -> Groups:
-        """The model's weights, the optimizer's state and the average, as views."""
-        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """The trained weights, the optimizer's state and the average, as views."""
+        trained = [item for item in self.model.named_parameters() if item[1].requires_grad]
+        weights = {name: parameter.detach() for name, parameter in trained}
         groups: dict[str, Mapping[str, Tensor]] = {"model": weights, "optimizer": self.optimizer.state()}
         return groups if self.average is None else {**groups, "ema": self.average.state()}
 

@@ -26,17 +26,24 @@ from lapis.train.recipe import TrainSection
 class Supervised:
     """The objective over examples: a step is `train.batch` of them, every trained token counts the same."""
 
-    def __init__(self, section: TrainSection, samples: Samples, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        section: TrainSection,
+        samples: Samples,
+        tokenizer: Tokenizer,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
         self.section, self.samples, self.tokenizer = section, samples, tokenizer
+        self.origin = origin or {}  # what the start event tells of the model
 
     @property
     def digest(self) -> str:
-        """That of the examples, the template and the tokenizer."""
+        """That of the samples."""
         return self.samples.digest
 
     def facts(self) -> Mapping[str, Any]:
-        """How many examples there are."""
-        return facts_of(self.samples)
+        """How many examples there are, and for which model."""
+        return {**facts_of(self.samples), **self.origin}
 
     def begin(self, model: Decoder) -> None:
         """Nothing is needed of the first weights."""

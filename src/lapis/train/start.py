@@ -11,6 +11,7 @@ from lapis.model.families import Decoder, build
 from lapis.model.store import ModelStore
 from lapis.model.weights import DTYPES, read_model
 from lapis.tokenizer.bpe import Tokenizer
+from lapis.train.lora import attach
 from lapis.train.recipe import Recipe
 
 
@@ -40,6 +41,8 @@ def first_model(recipe: Recipe, tokenizer: Tokenizer, home: Home) -> Decoder:
             f"{loaded.config.context} tokens.",
             param="train.sequence",
         )
+    if recipe.lora is not None:
+        attach(loaded.model, recipe.lora, recipe.train.seed)
     return loaded.model
 
 

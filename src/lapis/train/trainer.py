@@ -99,6 +99,8 @@ class Trainer:
             self._steps(progress, stop)
             with self.heartbeat.busy():
                 self.checkpoints.finish(self._snapshot())
+                if self.plan.done(self.step):
+                    self._measure()
             self._end("finished" if self.plan.done(self.step) else "stopped")
 
     def _steps(self, progress: Progress, stop: threading.Event) -> None:
@@ -120,6 +122,7 @@ class Trainer:
             if self.checkpoints.due(self.step) and not self.plan.done(self.step):
                 with self.heartbeat.busy():
                     self.checkpoints.begin(self._snapshot())
+                    self._measure()
                 last = time.monotonic()  # saving is not training time
 
     def _snapshot(self) -> Snapshot:
@@ -253,6 +256,8 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
             self.proofs = proof.expected(events, self.step)
+        if self.step == 0:
+            self._measure()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = load(checkpoint, {}).state
@@ -272,6 +277,11 @@ class Trainer:
         self.run.events.write(
             "resume", step=self.step, checkpoint=checkpoint.folder.name, seconds=self.trained_s
         )
+
+    def _measure(self) -> None:
+        measured = self.objective.heldout(self.model)
+        if measured:
+            self.run.events.write("heldout", step=self.step, **measured)
 
     def _end(self, reason: str) -> None:
         quick = bool(self.recent) and self.recent[-1][0] < PROOF_WITHIN_S
@@ -305,7 +315,10 @@ class Trainer:
 
     def _record(self, norm: float, progress: Progress) -> None:
         speed = self._speed()
-        mfu = speed * self.config.flops_per_token(self.section.sequence) / self.peak
+        share = (
+            1.0 if self.model.lora is None else 2 / 3
+        )  # frozen weights have no gradient: one product in three
+        mfu = speed * share * self.config.flops_per_token(self.section.sequence) / self.peak
         lr = self.section.lr * self.plan.scale(self.step - 1)
         self.run.events.write(
             "step",

@@ -1,0 +1,92 @@
+"""The model that is fine-tuned: its tokenizer and template, and the objective over examples that a recipe asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapis.data.recipe import ExamplesConfig
+from lapis.data.samples import Encoder, Samples, prepare_samples, template_of
+from lapis.errors import ConfigError, InputError
+from lapis.home import Home
+from lapis.log import Progress, silent
+from lapis.model import layout
+from lapis.model.store import StoredModel, open_folder
+from lapis.model.weights import read_chat_template, read_tokenizer
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.tokenizer.chat import ChatTemplate
+from lapis.train.objective import Objective
+from lapis.train.preference import Preferences
+from lapis.train.recipe import Recipe
+from lapis.train.sft import Supervised
+from lapis.train.start import model_folder
+
+
+@dataclass(frozen=True)
+class Base:
+    """A stored model that is fine-tuned; its weights are not read here."""
+
+    stored: StoredModel
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+
+    @staticmethod
+    def open(name: str, folder: Path) -> Base:
+        """A model folder under a name. Raises InputError for an adapter, or for ids beyond the vocabulary."""
+        stored = open_folder(name, folder)
+        if stored.base is not None:
+            raise InputError(
+                f"{name!r} is an adapter of {stored.base!r}; training starts from a whole model.",
+                hint=f"Start from {stored.base}, or from a merged model: lapis models export RUN FOLDER",
+            )
+        values = layout.read_tokenizer_config(folder)
+        tokenizer, rows = read_tokenizer(folder, values), stored.config.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise InputError(
+                f"The tokenizer of {name} has ids up to {tokenizer.vocab_size - 1:,}, its model rows for {rows:,} "
+                "tokens only.",
+                hint="Model and tokenizer do not belong together.",
+            )
+        return Base(stored, tokenizer, read_chat_template(folder, values))
+
+    def encoder(self, template: str = "") -> Encoder:
+        """How texts become this model's ids; `template` is a file with another chat template."""
+        manifest = self.stored.manifest
+        return Encoder(
+            self.tokenizer,
+            template_of(template, self.chat, self.tokenizer),
+            manifest.bos_id if manifest.add_bos else None,
+        )
+
+    def samples(
+        self, examples: ExamplesConfig, *, longest: int, preferences: bool, progress: Progress = silent
+    ) -> Samples:
+        """The examples for this model. Raises InputError naming file and line, ConfigError beyond its context."""
+        context = self.stored.config.context
+        if longest > context:
+            raise ConfigError(
+                f"train.sequence = {longest:,} is longer than the context of {self.stored.name}, "
+                f"{context:,} tokens.",
+                param="train.sequence",
+            )
+        return prepare_samples(
+            examples,
+            self.encoder(examples.template),
+            longest=longest,
+            preferences=preferences,
+            model=self.stored.digest,
+            progress=progress,
+        )
+
+
+def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Objective:
+    """The objective over a recipe's examples. Raises NotFoundError without the model, and as `Base.samples`."""
+    section, source, examples = recipe.train, recipe.model.source, recipe.examples
+    assert source is not None and examples is not None, "the recipe was checked"
+    base = Base.open(source, model_folder(source, home))
+    preferences = section.objective == "dpo"
+    samples = base.samples(examples, longest=section.sequence, preferences=preferences, progress=progress)
+    facts = {"base": base.stored.name, "base_folder": str(base.stored.folder.absolute())}
+    if preferences:
+        return Preferences(section, recipe.dpo, samples, base.tokenizer, facts)
+    return Supervised(section, samples, base.tokenizer, facts)
