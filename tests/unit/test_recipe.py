@@ -13,6 +13,8 @@ from lapis.train.recipe import Recipe
 
 MINIMAL = '[[data.sources]]\npath = "texts"\n[train]\nsteps = 10\n'
 
+TUNED = '[model]\nfrom = "m"\n[examples]\nfiles = ["a.jsonl"]\n[train]\nsteps = 10\nobjective = "sft"\n'
+
 
 def load(tmp_path: Path, text: str, *sets: str) -> Recipe:
     path = tmp_path / "recipe.toml"
@@ -43,10 +45,16 @@ def test_what_is_printed_is_read_back_to_the_same_digest(tmp_path: Path) -> None
         (MINIMAL.replace("10", "0"), "train.steps = 0"),
         (MINIMAL + '[model]\nname = "latpop"\n', "unknown size 'latpop'"),
         (MINIMAL + "sequence = 4096\n", "longer than the model's context"),
-        ("[train]\nsteps = 10\n", "'data' is required"),
         (MINIMAL + '[model]\nfrom = "x"\nlayers = 3\n', "has its size: leave name, layers, width"),
         (MINIMAL + '[model]\nfrm = "x"\n', "'model.frm'. Did you mean 'from'?"),
         (MINIMAL.replace("steps = 10", "minutes = 1.0") + 'schedule = "cosine"\n', "needs train.steps"),
+        ("[train]\nsteps = 10\n", "needs [data]"),
+        (MINIMAL + 'objective = "sft"\n', "needs [examples]"),
+        (MINIMAL + '[examples]\nfiles = ["a.jsonl"]\n', "needs [data], and of the two only that"),
+        (TUNED.replace('from = "m"', ""), "needs model.from"),
+        (TUNED + '[tokenizer]\npath = "t.json"\n', "the model's own tokenizer"),
+        (TUNED + "[lora]\n", 'train.optimizer = "adamw"'),
+        (TUNED.replace('["a.jsonl"]', "[]"), "at least one file"),
         ("[train\n", "not valid TOML"),
     ],
 )
