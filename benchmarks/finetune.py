@@ -55,8 +55,9 @@ def lapis_side(folder: Path, section: TrainSection, samples: Samples, tokenizer:
             replica.backward(lambda model, micro: objective.loss(model, micro, batch.weight), micro)
             for micro in batch.micros
         ]
-        replica.update(replica.finish(), lr=rate, embed_lr=rate)
-        return sum(loss.item() for loss in losses)
+        numbers = replica.finish(sum(loss.item() for loss in losses))
+        replica.update(numbers.norm, lr=rate, embed_lr=rate)
+        return numbers.loss
 
     return step, model
 

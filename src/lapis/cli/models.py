@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,16 +85,23 @@ def show(name: str, as_json: bool) -> None:
 @group.command()
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--adapter", is_flag=True, help="Of a run with [lora]: the adapter alone, in PEFT's format.")
 @json_option
-def export(name: str, destination: Path, as_json: bool) -> None:
-    """Write a model (or a release NAME:VERSION) as a plain Hugging Face folder, verified."""
+def export(name: str, destination: Path, adapter: bool, as_json: bool) -> None:
+    """Write a model, a release NAME:VERSION or a run as a plain Hugging Face folder, verified.
+
+    A run's adapter is merged into its base model unless --adapter is given.
+    """
     from lapis.home import Home
     from lapis.log import progress
     from lapis.model.manifest import copy_folder
 
-    model = _find(Home.default(), name)
-    with progress("export") as report:
-        manifest = copy_folder(model.folder, destination, sealed=False, progress=report)
+    home = Home.default()
+    if adapter:
+        _export_adapter(home, name, destination, as_json)
+        return
+    with progress("export") as report, _folder_of(home, name) as folder:
+        manifest = copy_folder(folder, destination, sealed=False, progress=report)
     if as_json:
         print_json(
             {
@@ -148,6 +157,38 @@ def facts(model: StoredModel) -> dict[str, Any]:
         "config": {} if config is None else as_facts(config),
         "files": {name: asdict(entry) for name, entry in model.manifest.files.items()},
     }
+
+
+def _export_adapter(home: Home, name: str, destination: Path, as_json: bool) -> None:
+    from lapis.train.export import export_adapter
+    from lapis.train.run import Run
+
+    run = Run.find(home, name)
+    base = export_adapter(run, destination)
+    if as_json:
+        print_json({"name": run.id, "folder": str(destination), "base": base})
+        return
+    say(f"The adapter of {run.id} for {base} is in {destination}.")
+    say(f"Next: lapis pull {destination} --name NAME   lapis serve")
+
+
+@contextmanager
+def _folder_of(home: Home, name: str) -> Iterator[Path]:
+    """The folder of a model or a release, else that of a run, written for the while. Raises NotFoundError."""
+    from lapis.train.run import Run
+
+    try:
+        folder = _find(home, name).folder
+    except NotFoundError as missing:
+        if not any(name == "last" or run.id.startswith(name) for run in Run.list(home)):
+            raise missing
+    else:
+        yield folder
+        return
+    from lapis.train.export import exported_run
+
+    with exported_run(home, name) as exported:
+        yield exported.folder
 
 
 def _find(home: Home, name: str) -> StoredModel:

@@ -86,7 +86,7 @@ def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Obje
     base = Base.open(source, model_folder(source, home))
     preferences = section.objective == "dpo"
     samples = base.samples(examples, longest=section.sequence, preferences=preferences, progress=progress)
-    facts = {"base": base.stored.name, "base_folder": str(base.stored.folder.absolute())}
+    facts = {"base": base.stored.name, "base_digest": base.stored.digest}
     if preferences:
         return Preferences(section, recipe.dpo, samples, base.tokenizer, facts)
     return Supervised(section, samples, base.tokenizer, facts)

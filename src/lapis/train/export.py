@@ -7,16 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lapis.checkpoint.sharded import Checkpoint, latest, load
+from torch import Tensor
+
+from lapis import config
+from lapis.checkpoint.sharded import Checkpoint, Loaded, latest, load
 from lapis.data.shards import Dataset
 from lapis.errors import ConflictError
 from lapis.home import Home
+from lapis.model.adapters import Adapter, write_adapter
 from lapis.model.config import ModelConfig
 from lapis.model.manifest import Source
-from lapis.model.weights import write_model
-from lapis.train.run import Run
+from lapis.model.weights import DTYPES, read_model, write_model
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.train.base import Base
+from lapis.train.lora import attach, merged
+from lapis.train.recipe import Recipe
+from lapis.train.run import RECIPE, Run
+from lapis.train.start import model_folder
 
 
 @dataclass(frozen=True)
@@ -40,30 +49,84 @@ def exported_run(home: Home, run_id: str, *, average: bool = False) -> Iterator[
     loaded = load(checkpoint)
     if average and "ema" not in loaded.groups:
         raise ConflictError(f"The run {run.id} keeps no average of its weights.", hint="Set train.ema.")
-    state = loaded.groups["ema" if average else "model"]
-    dataset = Dataset.open(dataset_folder(run))
+    weights = trained_weights(run, loaded, average=average)
+    origin = _of_examples(run) if _recipe(run).data is None else _of_dataset(run)
     lineage = {
         "run": run.id,
         "checkpoint": checkpoint.digest,
         "step": loaded.state["step"],
         "average": average,
-        "dataset": dataset.digest,
-        "tokenizer": dataset.tokenizer.digest,
-        "licences": dataset.manifest["licences"],
+        "dataset": loaded.state["data_digest"],
+        "tokenizer": origin.tokenizer.digest,
+        "licences": origin.licences,
     }
     with tempfile.TemporaryDirectory(prefix="lapis-export-") as temporary:
         folder = Path(temporary) / "model"
         write_model(
             folder,
-            ModelConfig(**loaded.state["model"]),
-            state,
-            dataset.tokenizer,
-            source=Source(kind="run", reference=run.id, licence=_licence(lineage["licences"])),
-            chat_template=None,
-            add_bos=True,
-            dtype=loaded.groups["model"]["embed"].dtype,
+            weights.config,
+            weights.state,
+            origin.tokenizer,
+            source=Source(kind="run", reference=run.id, licence=origin.licence),
+            chat_template=origin.chat_template,
+            add_bos=origin.add_bos,
+            bos_id=origin.bos_id,
+            stop_ids=origin.stop_ids,
+            dtype=weights.state["embed"].dtype,
         )
         yield Exported(folder, None if average else run.evaluation(), lineage)
+
+
+def export_adapter(run: Run, folder: Path) -> str:
+    """Write the adapter of a run's last good checkpoint in PEFT's format; returns the base model's name.
+
+    Raises ConflictError for a run without adapters or checkpoint, or if the folder holds something.
+    """
+    weights = trained_weights(run, load(last_checkpoint(run)))
+    if weights.adapter is None:
+        raise ConflictError(
+            f"The run {run.id} trained whole weights, not an adapter.", hint="Leave --adapter out."
+        )
+    name = base_of(run).stored.name
+    write_adapter(folder, weights.config, weights.adapter, name)
+    return name
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds as a whole model: an adapter is merged into the model that it was trained beside."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    adapter: Adapter | None
+
+
+def trained_weights(run: Run, loaded: Loaded, *, average: bool = False) -> Trained:
+    """The weights of a run's checkpoint, or their average. Raises ConflictError if the base is another one by now."""
+    recipe, shape = _recipe(run), ModelConfig(**loaded.state["model"])
+    state = loaded.groups["ema" if average else "model"]
+    if recipe.lora is None:
+        return Trained(shape, state, None)
+    model = read_model(base_of(run).stored.folder, dtype=DTYPES[recipe.train.dtype]).model
+    whole = dict(model.state_dict())
+    lora = attach(model, recipe.lora, recipe.train.seed)
+    lora.load_state_dict({name.removeprefix("lora."): weight for name, weight in state.items()})
+    adapter = lora.adapter()
+    return Trained(shape, merged(whole, adapter), adapter)
+
+
+def base_of(run: Run) -> Base:
+    """The model that a run started from. Raises NotFoundError, and ConflictError if it is another one by now."""
+    source = _recipe(run).model.source
+    assert source is not None, "only runs that start from a model are asked"
+    base = Base.open(source, model_folder(source, Home(run.folder.parent.parent)))
+    said = _start(run).get("base_digest", base.stored.digest)
+    if said != base.stored.digest:
+        raise ConflictError(
+            f"The run {run.id} started from other weights than {source} has now: {said[:12]}, not "
+            f"{base.stored.digest[:12]}."
+        )
+    return base
 
 
 def last_checkpoint(run: Run) -> Checkpoint:
@@ -77,11 +140,57 @@ def last_checkpoint(run: Run) -> Checkpoint:
 
 
 def dataset_folder(run: Run) -> Path:
-    """Where the dataset lies that a run was trained on. Raises ConflictError for a run that never started."""
+    """Where the dataset lies that a run was trained on.
+
+    Raises ConflictError for a run that never started or that has examples instead.
+    """
+    started = _start(run)
+    if "dataset" not in started:
+        raise ConflictError(
+            f"The run {run.id} was fine-tuned on examples; it has no dataset of its own.",
+            hint=f"Its events tell the loss on held-out examples. On text: lapis models export {run.id} FOLDER, then "
+            "lapis evaluate FOLDER --data DATASET",
+        )
+    return Path(started["dataset"])
+
+
+class _Origin(NamedTuple):
+    """What a model folder tells beside weights: how texts become ids, where they end, whose licence it is."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None
+    add_bos: bool
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+    licence: str
+    licences: Sequence[Mapping[str, Any]]  # of the training texts
+
+
+def _of_dataset(run: Run) -> _Origin:
+    dataset = Dataset.open(dataset_folder(run))
+    licences = dataset.manifest["licences"]
+    return _Origin(dataset.tokenizer, None, True, None, (), _licence(licences), licences)
+
+
+def _of_examples(run: Run) -> _Origin:
+    """All as the base has it, but for a template of the recipe's own."""
+    base, examples = base_of(run), _recipe(run).examples
+    manifest = base.stored.manifest
+    chat = base.encoder(examples.template if examples else "").chat
+    template = chat.template if chat else None
+    ends = (manifest.add_bos, manifest.bos_id, manifest.stop_ids)
+    return _Origin(base.tokenizer, template, *ends, base.stored.licence, ())
+
+
+def _start(run: Run) -> Mapping[str, Any]:
     started = run.events.read("start")
     if not started:
         raise ConflictError(f"The run {run.id} has not started.", hint="`lapis train RECIPE.toml` starts it.")
-    return Path(started[-1]["dataset"])
+    return started[-1]
+
+
+def _recipe(run: Run) -> Recipe:
+    return config.load(run.folder / RECIPE, Recipe)
 
 
 def _licence(table: Sequence[Mapping[str, Any]]) -> str:

@@ -15,9 +15,8 @@ from lapis.errors import ConflictError
 from lapis.evaluate.evaluation import evaluate
 from lapis.evaluate.report import EvalReport
 from lapis.log import Progress, silent
-from lapis.model.config import ModelConfig
 from lapis.model.families import build
-from lapis.train.export import dataset_folder, last_checkpoint
+from lapis.train.export import dataset_folder, last_checkpoint, trained_weights
 from lapis.train.pretrain import trained_tokens
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
@@ -47,9 +46,9 @@ def measure_run(run: Run, ground: Ground | None = None, progress: Progress = sil
     """
     checkpoint = last_checkpoint(run)
     loaded = load(checkpoint)
-    weights = loaded.groups["model"]
-    model = build(ModelConfig(**loaded.state["model"]), dtype=weights["embed"].dtype)
-    model.load_state_dict(weights)
+    weights = trained_weights(run, loaded)
+    model = build(weights.config, dtype=weights.state["embed"].dtype)
+    model.load_state_dict(weights.state)
     model.ops.weights_changed()
     own = ground_of_run(run, checkpoint.step) if ground is None else ground
     tokenizer = Dataset.open(dataset_folder(run)).tokenizer
