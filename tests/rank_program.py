@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         loaded = load(checkpoint)
         weights, step = loaded.groups["model"]["weights"].clone(), loaded.state["step"]
     if rank == 0:
+        events.write("start")
         events.write("resume", step=step, slot=int(os.environ["LOCAL_RANK"]))
     heartbeat.stepped(step)
     anew = step == 0

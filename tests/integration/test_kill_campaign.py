@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from lapis import config
 from lapis.checkpoint.folder import listing
 from lapis.checkpoint.manifest import SAVING
+from lapis.data.shards import Dataset
+from lapis.home import Home
 from lapis.train.launch import Group
-from lapis.train.recipe import SupervisorSection
-from lapis.train.supervisor import End
+from lapis.train.pretrain import Pretraining
+from lapis.train.rank import program
+from lapis.train.recipe import CheckpointSection, SupervisorSection
+from lapis.train.run import Run
+from lapis.train.supervisor import End, newest_step, supervise
+from lapis.train.trainer import train
 from tests.rank_program import weights_after
 
+from .conftest import tiny_recipe
 from .test_supervisor import events_of, last_weights, run, told, until
+from .test_trainer import weights_digest
 
 PATIENT = SupervisorSection(restarts=100)
 SAVES_S = 2.0  # to wait for a checkpoint that is being written
@@ -28,7 +38,8 @@ SAVES_S = 2.0  # to wait for a checkpoint that is being written
 class Campaign:
     """Kills one rank after the other: every other one while a checkpoint is written; damages a checkpoint as well."""
 
-    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+    def __init__(self, folder: Path, kills: int, seed: int, most: int = 7) -> None:
+        self.most = most  # steps of a life
         self.folder, self.left, self.moments = folder, kills, random.Random(seed)
         self.checkpoints = folder / "checkpoints"
         self.in_saves, self.damaged = 0, 0
@@ -57,18 +68,18 @@ class Campaign:
                 time.sleep(0.0005)
             time.sleep(self.moments.uniform(0, 0.005))
         else:
-            steps = self.moments.randint(0, 7)
+            steps = self.moments.randint(0, self.most)
             until(lambda: self.steps() >= steps)
             time.sleep(self.moments.uniform(0, 0.05))
 
     def life(self) -> int:
         """How often the ranks began."""
-        return len(told(self.folder, "resume"))
+        return len(told(self.folder, "start"))
 
     def steps(self) -> int:
-        """How many steps they have done since."""
+        """How many steps they have told of since."""
         events = [event["event"] for event in events_of(self.folder).read()]
-        return events[::-1].index("resume")
+        return events[::-1][: events[::-1].index("start")].count("step")
 
     def saving(self) -> bool:
         with suppress(FileNotFoundError):
@@ -104,7 +115,27 @@ def test_six_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     attack = campaign(tmp_path, steps=300, kills=100, seed=2)
     assert attack.in_saves > 20
     assert attack.damaged > 5
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_trainer_too_ends_with_the_same_weights(home: Home, texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts, steps=1000)
+    recipe = recipe.model_copy(update={"checkpoint": CheckpointSection(seconds=0.05)})
+    objective = Pretraining(recipe.train, dataset)
+    whole, broken = (Run.create(home, name, config.to_toml(recipe), "0" * 64) for name in ("whole", "broken"))
+    train(recipe, objective, whole)
+    attack = Campaign(broken.folder, kills=10, seed=3, most=2)
+    with Group(program(home, broken, objective), 1, broken.folder / "ranks") as group:
+        attacker = threading.Thread(target=attack, args=(group,))
+        attacker.start()
+        end = supervise(group, 0, PATIENT, broken.events, lambda: newest_step(broken.checkpoints))
+        attacker.join()
+    assert (end, attack.left) == (End("finished", 0), 0)
+    assert attack.in_saves > 0
+    assert weights_digest(broken) == weights_digest(whole)
