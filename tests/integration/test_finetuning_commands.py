@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +11,23 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from lapis import config
 from lapis.checkpoint.sharded import load
 from lapis.cli.main import lapis
 from lapis.errors import ConflictError, InputError, LapisError
 from lapis.home import Home
 from lapis.kernels.batch import packed
+from lapis.log import silent
 from lapis.model.adapters import read_adapter
 from lapis.model.manifest import Source
 from lapis.model.store import ModelStore
 from lapis.model.weights import read_model, write_model
+from lapis.train.base import fine_tuning
 from lapis.train.export import last_checkpoint
 from lapis.train.lora import merged
+from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.trainer import Trainer, train
 from tests import small_models
 
 RECIPE = """
@@ -168,7 +174,40 @@ def test_bad_examples_are_told_before_a_run_is_made(place: Path, home: Home, lin
 
 
 def test_a_model_with_ids_beyond_its_vocabulary_is_not_trained(place: Path, home: Home) -> None:
-    config = home.models / "m" / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 320', '"vocab_size": 280'))
+    shape = home.models / "m" / "config.json"
+    shape.write_text(shape.read_text().replace('"vocab_size": 320', '"vocab_size": 280'))
     said = refused(InputError, "train", str(place / "sft.toml"))
     assert "has ids up to 299, its model rows for 280 tokens only" in said
+
+
+class After(threading.Event):
+    """Is set once it was asked for so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_stopped_adapter_run_goes_on_bit_for_bit(place: Path, home: Home) -> None:
+    path = place / "sft.toml"
+    resolved = config.load(path, Recipe, ["train.steps=4", "train.decay=0.0"])
+    weights = []
+    for name, pauses in (("whole", 0), ("paused", 2)):
+        objective = fine_tuning(resolved, home)
+        made = Run.create(home, name, config.to_toml(resolved), "0000")
+        if pauses:
+            first = Trainer(resolved, objective, made)
+            with pytest.raises(KeyboardInterrupt):
+                first.loop(silent, After(pauses))
+            assert made.events.read("end")[-1]["step"] == pauses
+        train(resolved, fine_tuning(resolved, home), made)
+        weights.append(load(last_checkpoint(made)).groups["model"])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    (place / "sft.jsonl").write_text((place / "sft.jsonl").read_text().replace("fox", "dog"))
+    with pytest.raises(ConflictError, match="other data"):
+        Trainer(resolved, fine_tuning(resolved, home), made).loop(silent, threading.Event())
