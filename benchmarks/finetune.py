@@ -1,9 +1,10 @@
 """LoRA fine-tuning of SmolLM2-135M-Instruct on chats, beside peft + transformers on the same data.
 
 Both sides see the same token ids, the same mask, the same batches in the same order, adapters of the same rank on the
-same linear maps, and AdamW with the same rate. The peer is `AutoModelForCausalLM` in bf16 with `peft.get_peft_model` in
-a plain PyTorch loop, a batch padded to its longest chat. Steps are taken in turn; medians. At the end both adapters are
-measured on the held-out chats by one judge: the peer's is saved as peft does, and read here.
+same linear maps, and AdamW with the same rate. The peer is `AutoModelForCausalLM` with `peft.get_peft_model` in a plain
+PyTorch loop under bf16 autocast (or with weights in bf16, which is slower), a batch padded to its longest chat. Steps
+are taken in turn; medians. At the end both adapters are measured on the held-out chats by one judge: the peer's is
+saved as peft does, and read here.
 
     lapis pull smollm2-135m-instruct
     python benchmarks/finetune.py [--steps 45] [--batch 8] [--threads 2]
@@ -62,13 +63,15 @@ def lapis_side(folder: Path, section: TrainSection, samples: Samples, tokenizer:
     return step, model
 
 
-def peft_side(folder: Path, section: TrainSection, samples: Samples, pad: int) -> tuple[Step, Any]:
+def peft_side(
+    folder: Path, section: TrainSection, samples: Samples, pad: int, dtype: torch.dtype
+) -> tuple[Step, Any]:
     """A step of the peer: its loss. And the model, with its adapters."""
     import peft
     import transformers
 
     torch.manual_seed(section.seed)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config)
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
@@ -78,7 +81,8 @@ def peft_side(folder: Path, section: TrainSection, samples: Samples, pad: int) -
         ids, mask, labels = padded(
             [samples.trained[n] for n in of_step(samples.trained, number, section.batch, section.seed)], pad
         )
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, section.clip)
         for group in adamw.param_groups:
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--peer", choices=["autocast", "bf16"], default="autocast")
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -138,7 +143,8 @@ def main() -> None:
         plain = Path(place) / "plain"
         copy_folder(stored.folder, plain, sealed=False)
         mine, model = lapis_side(stored.folder, section, samples, base.tokenizer)
-        theirs, peer = peft_side(plain, section, samples, base.tokenizer.end_id)
+        dtype = torch.bfloat16 if options.peer == "bf16" else torch.float32
+        theirs, peer = peft_side(plain, section, samples, base.tokenizer.end_id, dtype)
         before = judge.heldout(model)["loss"]
         seconds: dict[str, list[float]] = {"lapis": [], "peft + transformers": []}
         losses: dict[str, list[float]] = {name: [] for name in seconds}
