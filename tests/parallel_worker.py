@@ -135,8 +135,9 @@ def run(case: Case, world: World) -> dict[str, object]:
         weight, total = weight_of(step), torch.zeros(())
         for micro in (joined(mine[::2]), joined(mine[1::2])):
             total += made.backward(lambda model, part, weight=weight: loss(model, part, weight), micro)
-        losses.append(float(world.sum(total)))
-        norms.append(made.finish())
+        numbers = made.finish(total.item())
+        losses.append(numbers.loss)
+        norms.append(numbers.norm)
         if step == 0:
             grads = {name: grad.clone() for name, grad in made.optimizer.gradients().items()}
         made.update(norms[-1], lr=LR, embed_lr=EMBED_LR)
@@ -163,7 +164,7 @@ def lone_step(config: ModelConfig, made: Parallel) -> dict[str, Tensor]:
         if placement.tp_dim is not None or world.mesh.place(world.rank).tp == 0:  # else one of tp's summands
             for piece in placement.held(world.mesh, world.rank):
                 inside(local(parameter.grad), piece).copy_(outside(wholes[name], piece))
-    made.update(made.finish(), lr=LR, embed_lr=EMBED_LR)
+    made.update(made.finish(0.0).norm, lr=LR, embed_lr=EMBED_LR)
     return made.optimizer.master
 
 

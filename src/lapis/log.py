@@ -58,6 +58,13 @@ class EventLog:
         return events
 
 
+class UntoldEvents(EventLog):
+    """Reads like EventLog and writes nothing: of several ranks one tells."""
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Nothing."""
+
+
 @contextmanager
 def progress(title: str, unit: str = "", stream: Any = None) -> Iterator[Progress]:
     """Show long work: a live line in a terminal, one plain line every few seconds elsewhere."""

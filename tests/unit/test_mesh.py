@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from lapis.checkpoint.piece import uncovered
+from lapis.cli.train import command as train_command
 from lapis.errors import ConfigError
 from lapis.kernels.stock import StockOps
 from lapis.model.families import skeleton
 from lapis.model.shapes import shapes
+from lapis.train import layout
 from lapis.train.mesh import AXES, Mesh
 from lapis.train.placement import placements, stage
+from lapis.train.recipe import TrainSection
 from tests.parallel_worker import LLAMA, MODELS
 
 
@@ -101,3 +107,52 @@ def test_the_ranks_hold_every_element_as_often_as_there_are_copies(name: str, me
 def test_stages_hold_every_layer_once() -> None:
     config, mesh = replace(LLAMA, layers=7), Mesh(pp=3)
     assert [list(stage(config, mesh, at)) for at in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dry_run_counts_every_parameter_once_and_what_ranks_hold(name: str) -> None:
+    config, section = MODELS[name], TrainSection(steps=1, sequence=32, batch=8)
+    (alone,) = layout.plan(config, Mesh(), section)
+    assert alone.parameters == config.parameters and alone.master == 4 * config.parameters
+    sharded = layout.plan(config, Mesh(fsdp=4), section)
+    assert sum(rank.parameters for rank in sharded) == config.parameters
+    assert max(rank.total for rank in sharded) < alone.total
+    copies = layout.plan(config, Mesh(dp=2), section)
+    assert {rank.parameters for rank in copies} == {config.parameters}
+    halves = layout.plan(config, Mesh(pp=2, tp=2), section)
+    assert [list(rank.heads) for rank in halves] == [[0, 1], [2, 3]] * 2
+    assert {number for rank in halves for number in rank.layers} == set(range(config.layers))
+    again = layout.plan(config, Mesh(), section.model_copy(update={"recompute": "full"}))[0]
+    assert again.activations < alone.activations
+
+
+def test_a_dry_run_says_which_rank_lacks_memory_and_joins_equal_ranks() -> None:
+    layouts = layout.plan(LLAMA, Mesh(fsdp=2, tp=2), TrainSection(steps=1, sequence=32, batch=8))
+    assert [row[0] for row in layout.rows(layouts)] == ["0, 2", "1, 3"]
+    layout.check_memory(layouts, 10**9)
+    with pytest.raises(ConfigError, match="Rank 0 needs about"):
+        layout.check_memory(layouts, 10**5)
+
+
+def test_the_command_shows_the_layout_of_a_cluster_and_starts_nothing(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "laptop.toml"
+    line = (
+        "--dry-run",
+        "--ranks",
+        "24",
+        "--set",
+        "train.batch=24",
+        "--set",
+        "train.mesh=fsdp=12,tp=2",
+        "--json",
+    )
+    done = CliRunner().invoke(train_command, [str(recipe), *line], catch_exceptions=False)
+    facts = json.loads(done.stdout)
+    assert len(facts["ranks"]) == 24 and facts["ranks"][3]["place"]["fsdp"] == 1
+    with pytest.raises(ConfigError, match="24 ranks, but 8 were started"):
+        CliRunner().invoke(
+            train_command,
+            [str(recipe), *line[:2], "8", *line[3:]],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lapis.cli.output import json_option, print_json, say
+from lapis.cli.output import json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from lapis.home import Home
@@ -31,6 +31,13 @@ SHOWN = 6  # texts of a batch; --json has all
     default=0,
     help="Devices beyond --ranks, to replace one that is lost.",
 )
+@click.option("--dry-run", is_flag=True, help="Show what each of --ranks would hold, and start nothing.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="With --dry-run: what a rank has; fails if one needs more.",
+)
 @click.option("--inspect", is_flag=True, help="Show what the first batch trains on, and train nothing.")
 @json_option
 def command(
@@ -39,6 +46,8 @@ def command(
     workers: int,
     ranks: int | None,
     spares: int,
+    dry_run: bool,
+    memory: float | None,
     inspect: bool,
     as_json: bool,
 ) -> None:
@@ -48,28 +57,41 @@ def command(
     from lapis import config
     from lapis.home import Home
     from lapis.log import progress
+    from lapis.train.mesh import mesh_of
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
     from lapis.train.start import with_own_tokenizer
     from lapis.train.supervisor import train_ranks
     from lapis.train.trainer import find_or_create, train
+    from lapis.train.world import first_alone, is_first
 
     home = Home.default()
     resolved = config.load(recipe, Recipe, sets)
+    if dry_run:
+        _dry_run(resolved, home, ranks, memory, as_json)
+        return
     if resolved.data is not None:
         resolved = with_own_tokenizer(resolved, home)
-    objective = _objective(resolved, home, workers)
-    if inspect:
-        _inspect(objective, as_json)
+    if ranks is not None:
+        mesh_of(resolved.train.mesh, ranks).require(ranks)
+    with first_alone():
+        objective = _objective(resolved, home, workers)
+        if inspect:
+            _inspect(objective, as_json)
+            return
+        run = find_or_create(home, resolved, config.to_toml(resolved), objective)
+    if not is_first():
+        train(resolved, objective, run)
         return
-    run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not as_json:
         say(f"{run.id}: training on {objective.facts()['tokens']:,} tokens")
     if ranks is None:
         with progress("train") as report:
             train(resolved, objective, run, report)
     else:
-        train_ranks(run, program(home, run, objective), ranks, spares, resolved.supervisor)
+        train_ranks(
+            run, program(home, run, objective, resolved.train.mesh), ranks, spares, resolved.supervisor
+        )
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))
@@ -81,6 +103,36 @@ def command(
     say(
         f"Next: lapis evaluate {run.id}   lapis runs plot {run.id}   lapis release create NAME --run {run.id}"
     )
+
+
+def _dry_run(recipe: Recipe, home: Home, ranks: int | None, memory: float | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from lapis.model.layout import read_config
+    from lapis.train import layout
+    from lapis.train.mesh import mesh_of
+    from lapis.train.start import model_folder
+
+    source, line = recipe.model.source, recipe.train.mesh
+    config = (
+        recipe.model.resolve(recipe.tokenizer.vocab_size)
+        if source is None
+        else read_config(model_folder(source, home))
+    )
+    mesh = mesh_of(line, ranks or 1)
+    mesh.require(ranks)
+    layouts = layout.plan(config, mesh, recipe.train)
+    if as_json:
+        facts = [{**asdict(rank), "place": rank.place._asdict(), "total": rank.total} for rank in layouts]
+        print_json({"mesh": str(mesh), "parameters": config.parameters, "ranks": facts})
+    else:
+        say(f"{config.parameters:,} parameters on {mesh.size} ranks: {str(mesh) or 'one process'}")
+        print_table(
+            ("ranks", "layers", "heads", "experts", "parameters", "GB", "of it activations"),
+            layout.rows(layouts),
+        )
+    if memory is not None:
+        layout.check_memory(layouts, int(memory * 1e9))
 
 
 def _objective(recipe: Recipe, home: Home, workers: int) -> Objective:

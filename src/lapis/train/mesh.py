@@ -48,12 +48,14 @@ class Mesh:
         for item in filter(None, (item.strip() for item in line.split(","))):
             name, _, number = (part.strip() for part in item.partition("="))
             if name not in AXES:
-                raise ConfigError(f"mesh: unknown axis {name!r}", hint=nearest(name, AXES), param="mesh")
+                raise ConfigError(
+                    f"mesh: unknown axis {name!r}", hint=nearest(name, AXES), param="train.mesh"
+                )
             if name in found:
-                raise ConfigError(f"mesh: the axis {name} is named twice.", hint=FORM, param="mesh")
+                raise ConfigError(f"mesh: the axis {name} is named twice.", hint=FORM, param="train.mesh")
             if not (number.isascii() and number.isdigit() and int(number) > 0):
                 raise ConfigError(
-                    f"mesh: {item!r}: a positive whole number was expected.", hint=FORM, param="mesh"
+                    f"mesh: {item!r}: a positive whole number was expected.", hint=FORM, param="train.mesh"
                 )
             found[name] = int(number)
         return Mesh(**found)
@@ -102,6 +104,15 @@ class Mesh:
         moves = (range(getattr(self, name)) if name in axes else (getattr(at, name),) for name in AXES)
         return tuple(self.rank(Place(*spot)) for spot in itertools.product(*moves))
 
+    def require(self, started: int | None) -> None:
+        """Raise ConfigError if another number of ranks is started than the mesh has; None: it is not known yet."""
+        if started is not None and started != self.size:
+            raise ConfigError(
+                f"The mesh {str(self) or 'of one rank'} has {self.size} ranks, but {started} were started.",
+                hint=f"Start {self.size} ranks, or change train.mesh.",
+                param="train.mesh",
+            )
+
     def check(self, config: ModelConfig, *, sequence: int, batch: int) -> None:
         """Raise ConfigError naming everything that this mesh cannot divide; `batch` windows make one step."""
         wrong = [
@@ -117,7 +128,7 @@ class Mesh:
             raise ConfigError(
                 f"The mesh {self} does not fit: {'; '.join(wrong)}.",
                 hint="Try others with: lapis train RECIPE --dry-run --set train.mesh=…",
-                param="mesh",
+                param="train.mesh",
             )
 
     def _divisions(
@@ -136,3 +147,8 @@ class Mesh:
 
 
 AXES = tuple(field.name for field in fields(Mesh))
+
+
+def mesh_of(line: str, ranks: int) -> Mesh:
+    """The mesh of a recipe's line; without one, all ranks share the weights (fsdp). Raises ConfigError."""
+    return Mesh.parse(line) if line else Mesh(fsdp=ranks)

@@ -26,12 +26,15 @@ from lapis.model.families import Decoder, initial_weights, skeleton
 from lapis.model.weights import DTYPES
 from lapis.train import context_parallel, expert_parallel, tensor_parallel
 from lapis.train.average import lerp_weight
+from lapis.train.bad_step import Numbers
 from lapis.train.placement import EXPERTS, Placement, local_config, placements
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
 from lapis.train.replica import Groups
 from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
 from lapis.train.world import World
+
+OBJECTIVES = ("pretrain",)  # what is measured on the way by others needs a whole model
 
 
 class Whole(nn.Module):
@@ -77,9 +80,15 @@ class Parallel:
         torch.autograd.backward(value)
         return value.detach()
 
-    def finish(self) -> float:
-        """Complete the gradients, once a step; the norm of the whole gradient, the same on all ranks."""
-        return self.optimizer.finish()
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the samples this rank works on; ranks that compute together have the same."""
+        return self.world.data_rank, self.world.data_ranks
+
+    def finish(self, loss: float) -> Numbers:
+        """Complete the gradients, once a step; loss and gradient norm of the whole step, the same on all ranks."""
+        total = torch.tensor(loss, dtype=torch.float64, device=self.world.device)
+        return Numbers(float(self.world.sum(total)), self.optimizer.finish())
 
     @torch.no_grad()
     def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
@@ -137,6 +146,10 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     """
     if world.mesh.pp > 1:
         raise ConfigError("Pipeline stages (pp) are not offered yet.", param="train.mesh")
+    if section.objective not in OBJECTIVES:
+        raise ConfigError(
+            f"The objective {section.objective} is not offered on several ranks yet.", param="train.objective"
+        )
     if section.compile:
         raise ConfigError("train.compile is not offered on several ranks yet.", param="train.compile")
     own, dtype = local_config(config, world.mesh), DTYPES[section.dtype]

@@ -18,18 +18,18 @@ from lapis.train.run import RECIPE, Run
 from lapis.train.trainer import train
 
 
-def program(home: Home, run: Run, objective: Objective) -> Program:
-    """The program of a run's ranks."""
-    return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", ""))))
+def program(home: Home, run: Run, objective: Objective, mesh: str = "") -> Program:
+    """The program of a run's ranks on a mesh, which may be another one than when the run began."""
+    return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", "")), mesh))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train: `arguments` are the home, the run's id and the dataset's folder, empty for a run on examples."""
-    root, run_id, dataset = arguments
+    """Train: `arguments` are the home, the run's id, the dataset's folder (none: on examples), and the mesh."""
+    root, run_id, dataset, mesh = arguments
     home = Home(Path(root))
     run = Run.open(home, run_id)
     with progress("train") as report:
-        recipe = config.load(run.folder / RECIPE, Recipe)
+        recipe = config.load(run.folder / RECIPE, Recipe, (f"train.mesh={mesh}",))
         objective: Objective = (
             Pretraining(recipe.train, Dataset.open(Path(dataset))) if dataset else fine_tuning(recipe, home)
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lapis.config import Section
 from lapis.data.recipe import DataConfig, ExamplesConfig, TokenizerConfig
 from lapis.errors import ConfigError
+from lapis.hashing import digest_json
 from lapis.model.config import NAMED, ModelConfig
+from lapis.train.mesh import Mesh
 from lapis.train.schedule import Schedule
 
 VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
@@ -111,6 +113,8 @@ class TrainSection(Section):
     """Layers that are computed again for the gradient, to save memory: none, every second one, all."""
     compile: bool = False
     """Compile the layers with torch.compile, where the kernels are plain torch; kept for the next start."""
+    mesh: str = ""
+    """How several ranks share the work, such as "fsdp=4,tp=2"; by default all share the weights (fsdp)."""
     bad_step: Literal["stop", "skip"] = "stop"
     """What follows a step whose loss or gradient is bad, after it was done once more: stop, or go on without it."""
     outlier: Annotated[float, Field(ge=3)] | None = None
@@ -123,6 +127,14 @@ class TrainSection(Section):
             values = {"lr": 0.0006, "betas": (0.9, 0.95), **values}
             values.setdefault("embed_lr", values["lr"])
         return values
+
+    @field_validator("mesh")
+    @classmethod
+    def _mesh(cls, line: str) -> str:
+        try:
+            return str(Mesh.parse(line))
+        except ConfigError as error:
+            raise ValueError(f"{error.message} {error.hint or ''}".strip()) from error
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -232,6 +244,10 @@ class Recipe(Section):
         if self.lora is not None and (self.model.source is None or self.train.optimizer != "adamw"):
             raise ValueError('[lora] needs model.from, and train.optimizer = "adamw"')
         return self
+
+    def digest(self) -> str:
+        """The digest of all that decides what is learned: not of the mesh, so a run can go on on another."""
+        return digest_json(self.model_dump(mode="json", exclude={"train": {"mesh"}}))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from lapis.errors import ConflictError, InputError, NotFoundError, nearest
 from lapis.home import Home
-from lapis.log import EventLog
+from lapis.log import EventLog, UntoldEvents
 from lapis.storage import lock, storage_errors, sync_folder, sync_tree, write_text
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -153,6 +153,12 @@ class Run:
                         raise
                     time.sleep(0.02)  # a status question holds it for an instant
             yield
+
+    def watched(self) -> Run:
+        """The same run as ranks other than the first see it: what they tell is dropped."""
+        run = Run(self.folder)
+        run.events = UntoldEvents(self.events.path)
+        return run
 
     def status(self) -> Status:
         """Whether a process trains this run now, and if not, how the last one ended."""

@@ -7,12 +7,17 @@ from pathlib import Path
 from lapis.errors import ConfigError, ConflictError
 from lapis.home import Home
 from lapis.model import layout
+from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, build
 from lapis.model.store import ModelStore
 from lapis.model.weights import DTYPES, read_model
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.lora import attach
+from lapis.train.objective import Objective
+from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
+from lapis.train.replica import Alone, Replica
+from lapis.train.world import World
 
 
 def first_model(recipe: Recipe, tokenizer: Tokenizer, home: Home) -> Decoder:
@@ -44,6 +49,32 @@ def first_model(recipe: Recipe, tokenizer: Tokenizer, home: Home) -> Decoder:
     if recipe.lora is not None:
         attach(loaded.model, recipe.lora, recipe.train.seed)
     return loaded.model
+
+
+def first_replica(
+    recipe: Recipe, objective: Objective, home: Home, world: World
+) -> tuple[Replica, ModelConfig]:
+    """What takes the first step, in this process or on the ranks of a world, and the whole model's configuration.
+
+    Raises as `first_model`, and ConfigError for a mesh that does not divide the model.
+    """
+    section, mesh = recipe.train, world.mesh
+    if world.size == 1:
+        model = first_model(recipe, objective.tokenizer, home)
+        objective.begin(model)
+        return Alone(model, section), model.config
+    if recipe.model.source is None:
+        config = recipe.model.resolve(objective.tokenizer.vocab_size)
+        mesh.check(config, sequence=section.sequence, batch=section.batch)
+        replica = parallelize(config, world, section)
+    else:
+        model = first_model(recipe, objective.tokenizer, home)
+        config = model.config
+        mesh.check(config, sequence=section.sequence, batch=section.batch)
+        replica = parallelize(config, world, section)
+        replica.fill((name, parameter.detach()) for name, parameter in model.named_parameters())
+    objective.begin(replica.model)
+    return replica, config
 
 
 def with_own_tokenizer(recipe: Recipe, home: Home) -> Recipe:

@@ -8,13 +8,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lapis.checkpoint.piece import Box, Part, Sharded
 from lapis.checkpoint.sharded import Checkpoint, load
 from lapis.errors import ConflictError, TrainingError
 from lapis.hashing import digest_json
@@ -27,12 +29,13 @@ from lapis.train.bad_step import Numbers
 from lapis.train.checkpoints import Checkpoints, Snapshot
 from lapis.train.compiled import compile_layers
 from lapis.train.heartbeat import Heartbeat
+from lapis.train.mesh import mesh_of
 from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
-from lapis.train.replica import Alone, Replica
 from lapis.train.run import Run
-from lapis.train.start import first_model
+from lapis.train.start import first_replica
+from lapis.train.world import World, is_first, started
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
@@ -60,7 +63,10 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
     if run.status() == "finished":
         return run
     keep_freed_memory()
-    with run.hold(), _stop_signals() as stop:
+    first = is_first()
+    with run.hold() if first else nullcontext(), _stop_signals() as stop:
+        if not first:
+            run, progress = run.watched(), silent
         Trainer(recipe, objective, run).loop(progress, stop)
     return run
 
@@ -72,12 +78,13 @@ class Trainer:
         self.spent, self.heartbeat = goodput.Spent(), Heartbeat.of_environment()
         self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
         home = Home(run.folder.parent.parent)
-        model = first_model(recipe, objective.tokenizer, home)
-        objective.begin(model)
-        self.replica: Replica = Alone(model, self.section)
+        mesh = mesh_of(self.section.mesh, started())
+        self.world = World.alone() if mesh.size == 1 else World.join(mesh)
+        self.replica, self.config = first_replica(recipe, objective, home, self.world)
+        self.model = self.replica.model
         if self.section.compile:
-            compile_layers(model, home)
-        self.model, self.config, self.setup = model, model.config, setup(model)
+            compile_layers(self.model, home)
+        self.setup = setup(self.model) + (f", mesh {mesh}" if mesh.size > 1 else "")
         self.step = 0  # steps done
         self.tokens = 0  # seen in them
         self.trained_s = 0.0
@@ -88,7 +95,7 @@ class Trainer:
         self.plan = self._first_plan()
         self.proofs: dict[int, Any] = {}  # losses that a resumed run must meet again
         self.checkpoints = Checkpoints(run, recipe.checkpoint, self.spent)
-        self.peak = gemm_flops()
+        self.peak = gemm_flops() * self.world.size
         self.recent: deque[tuple[float, int]] = deque(maxlen=SPEED_OVER)  # seconds and tokens of a step
         torch.manual_seed(self.section.seed)  # for whoever draws: a checkpoint keeps how far it came
 
@@ -104,8 +111,8 @@ class Trainer:
             self._end("finished" if self.plan.done(self.step) else "stopped")
 
     def _steps(self, progress: Progress, stop: threading.Event) -> None:
-        recorded, last = -math.inf, time.monotonic()
-        while not self.plan.done(self.step) and not stop.is_set():
+        recorded, last, stopped = -math.inf, time.monotonic(), stop.is_set()
+        while not self.plan.done(self.step) and not stopped:
             before = self.tokens
             norm = self._one_step()
             self.heartbeat.stepped(self.step)
@@ -117,6 +124,7 @@ class Trainer:
             if now - recorded >= RECORD_EVERY_S or self.plan.done(self.step):
                 recorded = now
                 self._record(norm, progress)
+            stopped, self.trained_s = self.world.agree(stop.is_set(), self.trained_s)
             self._close_plan()
             self.checkpoints.poll()
             if self.checkpoints.due(self.step) and not self.plan.done(self.step):
@@ -141,8 +149,13 @@ class Trainer:
             "recipe_digest": self.recipe.digest(),
             "data_digest": self.objective.digest,
         }
-        groups = {**self.replica.groups(), "random": {"torch": torch.get_rng_state()}}
+        groups = {**self.replica.groups(), "random": {"torch": self._first_ranks(torch.get_rng_state())}}
         return Snapshot(self.step, groups, state, self.smooth)
+
+    def _first_ranks(self, whole: Tensor) -> Sharded[Tensor]:
+        """A tensor that the first rank saves and all read."""
+        shape = tuple(whole.shape)
+        return Sharded(shape, (Part(Box.whole(shape), whole, owned=self.world.is_main),))
 
     def _one_step(self) -> float:
         with self.spent.on("data"):
@@ -168,7 +181,7 @@ class Trainer:
             if self.section.outlier is not None:
                 self.good.append(numbers)
         self.step += 1
-        self.tokens += sum(len(micro.ids_T) for micro in batch.micros)
+        self.tokens += sum(len(micro.ids_T) for micro in batch.micros) * self.world.data_ranks
         return numbers.norm
 
     def _gradients(self, batch: StepBatch) -> Numbers:
@@ -267,7 +280,7 @@ class Trainer:
                 hint="Give the recipe another name, so that it becomes a run of its own.",
             )
         random = torch.get_rng_state()
-        load(checkpoint, {**self.replica.groups(), "random": {"torch": random}})
+        load(checkpoint, {**self.replica.groups(), "random": {"torch": self._first_ranks(random)}})
         self.replica.resumed(state["optimizer_steps"])
         torch.set_rng_state(random)
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
@@ -284,8 +297,9 @@ class Trainer:
             self.run.events.write("heldout", step=self.step, **measured)
 
     def _end(self, reason: str) -> None:
-        quick = bool(self.recent) and self.recent[-1][0] < PROOF_WITHIN_S
-        if reason == "stopped" and quick:  # the next step's loss, so that the resume can be proved
+        slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
+        slow, _ = self.world.agree(slow, 0.0)
+        if reason == "stopped" and not slow:  # the next step's loss, so that the resume can be proved
             self._prove(self._gradients(self.objective.step(self.step, *self.replica.share)).loss)
             self.replica.drop_gradients()
         self._write_end(reason)

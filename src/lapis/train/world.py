@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lapis.errors import ConfigError
 from lapis.train.mesh import Mesh
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 3600.0  # longer than any rank may be late; that one is lost is seen by the supervisor
 # the axes along which ranks talk, beside FSDP's own: those that split rows, experts, and whole weights
 GROUPS = (("tp",), ("cp",), ("ep",), ("ep", "fsdp", "cp", "tp"), ("fsdp", "cp", "tp"))
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -47,13 +48,7 @@ class World:
         Joining again with another mesh of the same size keeps the connection. Raises ConfigError if the number of
         ranks that were started is not that of the mesh.
         """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != mesh.size:
-            raise ConfigError(
-                f"The mesh {mesh or 'of one rank'} has {mesh.size} ranks, but {started} were started.",
-                hint=f"Start {mesh.size} ranks, or change train.mesh.",
-                param="mesh",
-            )
+        mesh.require(started())
         device = _connect(device)
         rank, sizes = dist.get_rank(), (mesh.pp, mesh.dp, mesh.ep, mesh.fsdp * mesh.cp, mesh.tp)
         dense = init_device_mesh(
@@ -100,10 +95,42 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Whether any rank is to stop, and the first rank's clock: clocks differ, what follows from them must not."""
+        if self.size == 1:
+            return stop, seconds
+        told = torch.tensor([float(stop), seconds if self.is_main else 0.0], dtype=torch.float64)
+        stops, first = self.sum(told.to(self.device)).tolist()
+        return stops > 0, first
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+
+def started() -> int:
+    """How many ranks were started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks: the first rank, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first rank does the block before all others, which then find what it made."""
+    if started() == 1:
+        yield
+        return
+    _connect(None)
+    if not is_first():
+        dist.barrier()
+    yield
+    if is_first():
+        dist.barrier()
 
 
 def _connect(device: torch.device | None) -> torch.device:

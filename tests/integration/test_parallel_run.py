@@ -1,0 +1,97 @@
+"""`lapis train` as a plain torch.distributed program: what many ranks learn, and a run that changes its layout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lapis import config
+from lapis.cli.train import command
+from lapis.errors import ConfigError
+from lapis.home import Home
+from lapis.train.run import Run
+
+from .conftest import tiny_recipe
+
+STEPS = 60
+
+
+@pytest.fixture
+def recipe(texts: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(config.to_toml(tiny_recipe(texts, steps=STEPS, optimizer="adamw", dtype="fp32")))
+    return path
+
+
+def start(recipe: Path, mesh: str, *sets: str) -> list[subprocess.Popen[str]]:
+    """Two ranks of `lapis train`, as any launcher starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    options = [part for item in (f"train.mesh={mesh}", *sets) for part in ("--set", item)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "lapis.cli.main", "train", str(recipe), *options],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def alone(recipe: Path, *sets: str) -> None:
+    options = [part for item in sets for part in ("--set", item)]
+    done = CliRunner().invoke(command, [str(recipe), *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in run.events.read("step")}
+
+
+def test_a_run_stopped_on_two_ranks_goes_on_in_one_process(recipe: Path, home: Home) -> None:
+    ranks = start(recipe, "cp=2", "checkpoint.steps=4")
+    give_up = time.monotonic() + 120
+    while not (Run.list(home) and Run.list(home)[0].events.read("checkpoint")):
+        assert time.monotonic() < give_up and all(rank.poll() is None for rank in ranks), "they train"
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)  # one rank is asked, all stop after the same step
+    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    (run,) = Run.list(home)
+    assert run.status() == "stopped", outputs
+    assert len(run.events.read("start")) == 1, "one rank tells"
+    alone(recipe, "checkpoint.steps=4")  # proves by itself that the next losses are those of the ranks
+    assert [run.id for run in Run.list(home)] == [run.id] and run.status() == "finished"
+    alone(recipe, "checkpoint.steps=4", "name=alone")
+    assert losses(run)[STEPS] == pytest.approx(losses(Run.list(home)[-1])[STEPS], rel=1e-5)
+
+
+def test_two_ranks_learn_what_one_process_learns(recipe: Path, home: Home) -> None:
+    outputs = [rank.communicate(timeout=200)[0] for rank in start(recipe, "")]
+    (many,) = Run.list(home)
+    assert many.status() == "finished", outputs
+    alone(recipe, "name=alone")
+    one = Run.list(home)[-1]
+    assert one.id != many.id
+    assert losses(many)[STEPS] == pytest.approx(losses(one)[STEPS], rel=1e-5)
+    assert many.summary().tokens == one.summary().tokens
+
+
+def test_a_mesh_of_another_size_is_refused(recipe: Path, home: Home) -> None:
+    with pytest.raises(ConfigError, match="4 ranks, but 1 were started"):
+        CliRunner().invoke(
+            command,
+            [str(recipe), "--set", "train.mesh=fsdp=4"],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
