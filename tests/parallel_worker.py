@@ -48,6 +48,7 @@ MODELS = {
     "mixtral": replace(
         LLAMA, family="moe", experts=4, experts_per_token=2, expert_ffn=64, normalise_experts=True
     ),
+    "odd": replace(LLAMA, family="moe", experts=3, experts_per_token=2, expert_ffn=64),
     "olmoe": replace(
         LLAMA, family="moe", experts=4, experts_per_token=2, expert_ffn=32, head_norm="whole", tied=False,
         layers=3, dense_layers=(1,),
@@ -74,7 +75,7 @@ class Case:
 SHORT = (
     Case("llama", "dp=2"), Case("qwen2", "fsdp=2"), Case("qwen2", "fsdp=2", "muon"), Case("gpt2", "tp=2"),
     Case("qwen3", "tp=2"), Case("olmoe", "tp=2", "muon"), Case("qwen3", "cp=2"), Case("gpt2", "cp=2"),
-    Case("mixtral", "ep=2"), Case("llama", "dp=2,fsdp=2"), Case("qwen2", "fsdp=2,tp=2"),
+    Case("mixtral", "ep=2"), Case("odd", "fsdp=2", "muon"), Case("llama", "dp=2,fsdp=2"), Case("qwen2", "fsdp=2,tp=2"),
     Case("qwen2", "fsdp=2,tp=2", "muon"), Case("mixtral", "ep=2,fsdp=2"), Case("olmoe", "ep=2,fsdp=2", "muon"),
     Case("llama", "cp=2,fsdp=2", recompute="full"), Case("llama", "fsdp=2", dtype="bf16"),
 )  # fmt: skip
@@ -84,7 +85,7 @@ LONG = tuple(
     for model in MODELS
     for mesh in ("dp=2", "fsdp=2", "tp=2", "cp=2", "ep=2", "dp=2,fsdp=2", "fsdp=4", "dp=2,tp=2", "fsdp=2,tp=2",
                  "fsdp=2,cp=2", "cp=2,tp=2", "cp=4", "ep=2,fsdp=2", "ep=2,tp=2", "ep=2,cp=2", "ep=4", "ep=2,dp=2")
-    if "ep" not in mesh or MODELS[model].experts
+    if "ep" not in mesh or MODELS[model].experts == 4
 )  # fmt: skip
 CASES = {case.name: case for case in (*SHORT, *LONG)}
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (  # the one way to
     HSDPMeshInfo,
     ShardPlacementResult,
 )
+from torch.distributed.tensor import Shard
 
 from lapis.checkpoint.piece import Sharded
 from lapis.data.loader import TokenBatch
@@ -27,7 +28,7 @@ from lapis.model.weights import DTYPES
 from lapis.train import context_parallel, expert_parallel, tensor_parallel
 from lapis.train.average import lerp_weight
 from lapis.train.bad_step import Numbers
-from lapis.train.placement import EXPERTS, Placement, local_config, placements
+from lapis.train.placement import Placement, local_config, placements
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
 from lapis.train.replica import Groups
@@ -159,7 +160,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     _own_experts(model, placed, world)
     recompute_layers(model, section.recompute)
     root = Whole(model)
-    _shard(root, world, dtype)
+    _shard(root, placed, world, dtype)
     root.to_empty(device=world.device)
     optimizer = ShardedOptimizer(
         dict(model.named_parameters()),
@@ -205,19 +206,23 @@ def _own_experts(model: Decoder, placed: Mapping[str, Placement], world: World) 
             setattr(model.get_submodule(layer), short, nn.Parameter(torch.empty(shape, device="meta")))
 
 
-def _shard(root: Whole, world: World, dtype: torch.dtype) -> None:
+def _shard(root: Whole, placed: Mapping[str, Placement], world: World, dtype: torch.dtype) -> None:
     """FSDP2 layer by layer and around the whole; gradients are summed, since losses are parts of a sum."""
     assert world.dense is not None and world.expert is not None, "a world with a mesh"
     dense, expert = (mesh["dp", "shard"] for mesh in (world.dense, world.expert))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    experts = {id(p) for name, p in root.named_parameters() if name.rsplit(".", 1)[-1] in EXPERTS}
     info = HSDPMeshInfo(expert, shard_mesh_dim=1, replicate_mesh_dim=0)
+    experts = {
+        id(root.model.get_parameter(name)): ShardPlacementResult(Shard(placement.shard_dim(world.mesh)), info)
+        for name, placement in placed.items()
+        if placement.expert
+    }
 
-    def placed(parameter: nn.Parameter) -> ShardPlacementResult | None:
-        return ShardPlacementResult(None, info) if id(parameter) in experts else None
+    def of_expert(parameter: nn.Parameter) -> ShardPlacementResult | None:
+        return experts.get(id(parameter))
 
     for layer in root.model.layers:
-        fully_shard(layer, mesh=dense, mp_policy=policy, shard_placement_fn=placed)
+        fully_shard(layer, mesh=dense, mp_policy=policy, shard_placement_fn=of_expert)
     fully_shard(root, mesh=dense, mp_policy=policy)
     for module in root.modules():
         if isinstance(module, FSDPModule):

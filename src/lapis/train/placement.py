@@ -1,4 +1,4 @@
-"""Which part of every weight a rank holds: first split by tp, ep and pp, then dealt by rows. No torch here.
+"""Which part of every weight a rank holds: first split by tp, ep and pp, then dealt in shards. No torch here.
 
 Every question about who holds what is answered here: the first weights, checkpoints, the optimizer that needs whole
 matrices, and the dry run all ask the same functions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 from lapis.checkpoint.piece import Box
@@ -50,7 +51,7 @@ class Placement:
     layer: int | None
 
     def shard_axes(self) -> tuple[str, ...]:
-        """The axes along which the rows of what tp and ep left are dealt."""
+        """The axes along which one dim of what tp and ep left is dealt."""
         return ("fsdp", "cp") if self.expert else ("ep", "fsdp", "cp")
 
     def copies(self) -> tuple[str, ...]:
@@ -77,31 +78,45 @@ class Placement:
         """The shape that a rank computes with."""
         return tuple(sum(run.size for run in runs) for runs in self.split(mesh, 0))
 
-    def rows(self, mesh: Mesh, rank: int) -> range:
-        """Which rows of what it computes with a rank keeps: dim 0 in chunks of equal size, the last shorter."""
-        total, axes = self.computed_shape(mesh)[0], self.shard_axes()
-        ranks, at = 1, 0
-        for axis in axes:
-            size = getattr(mesh, axis)
-            ranks, at = ranks * size, at * size + getattr(mesh.place(rank), axis)
-        chunk = -(-total // ranks)
+    def shard_ranks(self, mesh: Mesh) -> int:
+        """How many ranks share what tp and ep left."""
+        return prod(getattr(mesh, axis) for axis in self.shard_axes())
+
+    def shard_dim(self, mesh: Mesh) -> int:
+        """The dim that is dealt: the first; experts that do not divide by the ranks are cut through instead."""
+        first, second, *_ = (*self.computed_shape(mesh), 1)
+        ranks = self.shard_ranks(mesh)
+        return 1 if self.expert and first % ranks and second % ranks == 0 else 0
+
+    def shard(self, mesh: Mesh, rank: int) -> range:
+        """Which indices of that dim a rank keeps: chunks of equal size, the last shorter."""
+        total, place, at = self.computed_shape(mesh)[self.shard_dim(mesh)], mesh.place(rank), 0
+        for axis in self.shard_axes():
+            at = at * getattr(mesh, axis) + getattr(place, axis)
+        chunk = -(-total // self.shard_ranks(mesh))
         return range(min(at * chunk, total), min((at + 1) * chunk, total))
 
+    def held_shape(self, mesh: Mesh, rank: int) -> Shape:
+        """The shape of the shard that a rank keeps."""
+        shape = list(self.computed_shape(mesh))
+        shape[self.shard_dim(mesh)] = len(self.shard(mesh, rank))
+        return tuple(shape)
+
     def held(self, mesh: Mesh, rank: int) -> list[Piece]:
-        """The boxes of the whole weight that a rank keeps; their corners count from its first row."""
-        first, *others = self.split(mesh, rank)
-        rows = self.rows(mesh, rank)
-        kept = []
-        for run in first:
-            low, high = max(run.local, rows.start), min(run.local + run.size, rows.stop)
+        """The boxes of the whole weight that a rank keeps; their corners count from those of its shard."""
+        dims, dim, kept = list(self.split(mesh, rank)), self.shard_dim(mesh), self.shard(mesh, rank)
+        clipped = []
+        for run in dims[dim]:
+            low, high = max(run.local, kept.start), min(run.local + run.size, kept.stop)
             if low < high:
-                kept.append(Run(run.whole + low - run.local, low - rows.start, high - low))
+                clipped.append(Run(run.whole + low - run.local, low - kept.start, high - low))
+        dims[dim] = tuple(clipped)
         return [
             Piece(
                 Box(tuple(run.whole for run in runs), tuple(run.size for run in runs)),
                 Box(tuple(run.local for run in runs), tuple(run.size for run in runs)),
             )
-            for runs in itertools.product(kept, *others)
+            for runs in itertools.product(*dims)
         ]
 
 

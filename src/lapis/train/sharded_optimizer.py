@@ -175,7 +175,7 @@ class ShardedOptimizer:
         holders = world.mesh.peers(world.rank, *axes)
         turn = holders.index(world.rank)
         mine = self.placements[names[turn]] if turn < len(names) else None
-        shapes = [() if mine is None else held_shape(mine, world, rank) for rank in holders]
+        shapes = [() if mine is None else mine.held_shape(world.mesh, rank) for rank in holders]
         receive = [0 if mine is None else prod(shape) for shape in shapes]
         send = [updates[name].numel() for name in names] + [0] * (len(holders) - len(names))
         sent = torch.cat([updates[name].flatten() for name in names])
@@ -224,11 +224,6 @@ def inside(shard: Tensor, piece: Piece) -> Tensor:
 def outside(whole: Tensor, piece: Piece) -> Tensor:
     """The same piece as a view of the whole tensor."""
     return whole[piece.whole.inside(Box.whole(whole.shape))]
-
-
-def held_shape(placement: Placement, world: World, rank: int) -> tuple[int, ...]:
-    """The shape of the shard that a rank keeps."""
-    return len(placement.rows(world.mesh, rank)), *placement.computed_shape(world.mesh)[1:]
 
 
 def block_rows(placement: Placement, piece: Piece) -> int:
