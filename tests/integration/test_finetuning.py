@@ -28,6 +28,7 @@ from lapis.train.lora import attach, merged
 from lapis.train.objective import Objective
 from lapis.train.preference import Preferences, judge
 from lapis.train.recipe import DpoSection, LoraSection, TrainSection
+from lapis.train.recompute import recompute_layers
 from lapis.train.sft import Supervised
 from tests import small_models
 
@@ -108,6 +109,22 @@ def test_a_new_adapter_changes_no_bit_and_only_adapters_learn(name: str) -> None
     assert losses[5] < losses[1]
     frozen = [weight.grad for name, weight in made.named_parameters() if name not in names]
     assert frozen == [None] * len(frozen)
+
+
+def test_layers_that_are_computed_again_give_adapters_the_same_gradients() -> None:
+    found = []
+    for how in ("none", "full"):
+        made = model(SHAPES["llama"])
+        attach(made, LoraSection(rank=4, alpha=8.0), seed=1)
+        shaken(made)
+        recompute_layers(made, how)
+        objective = supervised(samples(8, 1))
+        batch = objective.step(0, 0, 1)
+        torch.autograd.backward([objective.loss(made, micro, batch.weight) for micro in batch.micros])
+        found.append([weight.grad for weight in made.parameters() if weight.requires_grad])
+    for plain, again in zip(*found, strict=True):
+        assert plain is not None and again is not None
+        assert torch.equal(plain, again)
 
 
 def test_targets_are_named_as_peft_does_and_others_are_refused() -> None:
