@@ -75,7 +75,8 @@ class Case:
 SHORT = (
     Case("llama", "dp=2"), Case("qwen2", "fsdp=2"), Case("qwen2", "fsdp=2", "muon"), Case("gpt2", "tp=2"),
     Case("qwen3", "tp=2"), Case("olmoe", "tp=2", "muon"), Case("qwen3", "cp=2"), Case("gpt2", "cp=2"),
-    Case("mixtral", "ep=2"), Case("odd", "fsdp=2", "muon"), Case("llama", "dp=2,fsdp=2"), Case("qwen2", "fsdp=2,tp=2"),
+    Case("mixtral", "ep=2", "muon"), Case("odd", "fsdp=2", "muon"), Case("llama", "dp=2,fsdp=2"),
+    Case("qwen2", "fsdp=2,tp=2"),
     Case("qwen2", "fsdp=2,tp=2", "muon"), Case("mixtral", "ep=2,fsdp=2"), Case("olmoe", "ep=2,fsdp=2", "muon"),
     Case("llama", "cp=2,fsdp=2", recompute="full"), Case("llama", "fsdp=2", dtype="bf16"),
 )  # fmt: skip

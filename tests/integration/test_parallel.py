@@ -122,6 +122,9 @@ def check(folder: Path, case: Case) -> None:
     seen = [torch.load(folder / f"{case.name}.{rank}.pt") for rank in range(mesh.size)]
     expected = one_process(case.model, case.optimizer)
     close, norm_close, grad_close = (1e-3, 5e-2, 3e-2) if case.dtype == "bf16" else (1e-5, 1e-4, 1e-5)
+    if case.optimizer == "muon" and case.dtype == "fp32":
+        # its bf16 iterations magnify a last bit from the second step on; the lone step below is exact
+        close, norm_close = 5e-5, 5e-4
     for rank in seen:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=close)
         assert rank["norms"] == pytest.approx(expected["norms"], rel=norm_close)

@@ -191,7 +191,9 @@ class ShardedOptimizer:
             whole = received.new_empty(mine.shape)
             for view, piece in pieces:
                 outside(whole, piece).copy_(view)
-            whole = orthogonal(whole, mine)
+            here = mine.split(world.mesh, world.rank)[0][0]  # of a stack, the experts that these ranks own
+            owned = whole[here.whole : here.whole + here.size] if mine.expert else whole
+            owned.copy_(orthogonal(owned, mine))
             for view, piece in pieces:
                 view.copy_(outside(whole, piece))
         dist.all_to_all_single(sent, received, send, receive, group=group)
@@ -240,7 +242,7 @@ def block_rows(placement: Placement, piece: Piece) -> int:
 
 
 def orthogonal(whole: Tensor, placement: Placement) -> Tensor:
-    """The orthogonal updates of all matrices that are joined in a weight, in bf16."""
+    """The orthogonal updates of all matrices that are joined in a weight, or in some experts of it, in bf16."""
     dim = len(placement.shape) - 2
     sizes = placement.parts if placement.tp_dim == dim else (placement.shape[dim],)
     matrices = whole.view(-1, *placement.shape[-2:])
@@ -248,4 +250,4 @@ def orthogonal(whole: Tensor, placement: Placement) -> Tensor:
         torch.cat([torch_steps.orthogonal(block, NEWTON_SCHULZ, ITERATIONS) for block in cut(matrix, sizes)])
         for matrix in matrices
     ]
-    return torch.stack(done).view(placement.shape)
+    return torch.stack(done).view(whole.shape)
