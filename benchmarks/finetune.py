@@ -52,11 +52,8 @@ def lapis_side(folder: Path, section: TrainSection, samples: Samples, tokenizer:
 
     def step(number: int, rate: float) -> float:
         batch = objective.step(number, 0, 1)
-        losses = [
-            replica.backward(lambda model, micro: objective.loss(model, micro, batch.weight), micro)
-            for micro in batch.micros
-        ]
-        numbers = replica.finish(sum(loss.item() for loss in losses))
+        loss = replica.backward(lambda model, micro: objective.loss(model, micro, batch.weight), batch.micros)
+        numbers = replica.finish(loss)
         replica.update(numbers.norm, lr=rate, embed_lr=rate)
         return numbers.loss
 

@@ -134,10 +134,8 @@ def run(case: Case, world: World) -> dict[str, object]:
     losses, norms, grads = [], [], {}
     for step in range(STEPS):
         mine = windows(step)[world.data_rank :: world.data_ranks]
-        weight, total = weight_of(step), torch.zeros(())
-        for micro in (joined(mine[::2]), joined(mine[1::2])):
-            total += made.backward(lambda model, part, weight=weight: loss(model, part, weight), micro)
-        numbers = made.finish(total.item())
+        weight, micros = weight_of(step), (joined(mine[::2]), joined(mine[1::2]))
+        numbers = made.finish(made.backward(lambda model, part, weight=weight: loss(model, part, weight), micros))
         losses.append(numbers.loss)
         norms.append(numbers.norm)
         if step == 0:

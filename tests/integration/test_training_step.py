@@ -44,8 +44,8 @@ def tokens_of(lengths: tuple[int, ...], seed: int = 0) -> TokenBatch:
 
 
 def gradients(replica: Alone, micros: list[TokenBatch], weight: float) -> tuple[float, dict[str, Tensor]]:
-    losses = [replica.backward(lambda m, tokens: token_loss(m, tokens, weight), micro) for micro in micros]
-    return replica.finish(sum(map(float, losses))).loss, {
+    loss = replica.backward(lambda m, tokens: token_loss(m, tokens, weight), micros)
+    return replica.finish(loss).loss, {
         name: view.clone() for name, view in replica.flat.views(replica.flat.grad).items()
     }
 

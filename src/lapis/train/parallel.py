@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -74,12 +75,16 @@ class Parallel:
         """Updates done."""
         return self.optimizer.steps
 
-    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
-        """Add a micro-batch's gradients; this rank's part of its loss, which the ranks' parts add up to."""
-        micro = padded(micro, self.world.mesh.row_step)
-        value: Tensor = self.root(lambda model: loss(model, micro))
-        torch.autograd.backward(value)
-        return value.detach()
+    def backward(
+        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
+    ) -> float:
+        """Add the gradients of micro-batches; this rank's part of their loss, which the ranks' parts add up to."""
+        values = []
+        for micro in (padded(micro, self.world.mesh.row_step) for micro in micros):
+            value: Tensor = self.root(lambda model, micro=micro: loss(model, micro))
+            torch.autograd.backward(value)
+            values.append(value.detach())
+        return math.fsum(value.item() for value in values)
 
     @property
     def share(self) -> tuple[int, int]:

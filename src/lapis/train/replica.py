@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -36,8 +37,10 @@ class Replica(Protocol):
     def share(self) -> tuple[int, int]:
         """Which share of the samples this process works on, and how many there are."""
 
-    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
-        """Add a micro-batch's gradients; its part of the loss, without a gradient."""
+    def backward(
+        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
+    ) -> float:
+        """Add the gradients of a step's micro-batches; this process's part of their loss."""
 
     def finish(self, loss: float) -> Numbers:
         """Complete the gradients of a step, of which `loss` is this process's part.
@@ -86,14 +89,19 @@ class Alone:
         """All samples are this process's."""
         return 0, 1
 
-    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micro: TokenBatch) -> Tensor:
-        """Add a micro-batch's gradients."""
-        if self._waiting:
-            self.flat.set_aside()
-        self._waiting = True
-        value = loss(self.model, micro)
-        torch.autograd.backward(value)
-        return value.detach()
+    def backward(
+        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
+    ) -> float:
+        """Add the gradients of micro-batches, one after the other."""
+        values = []
+        for micro in micros:
+            if self._waiting:
+                self.flat.set_aside()
+            self._waiting = True
+            value = loss(self.model, micro)
+            torch.autograd.backward(value)
+            values.append(value.detach())
+        return math.fsum(value.item() for value in values)
 
     def finish(self, loss: float) -> Numbers:
         """Add up the micro-batches' gradients; the loss as it is, and their norm."""

@@ -190,8 +190,7 @@ class Trainer:
         def share(model: Any, micro: Any) -> Any:
             return self.objective.loss(model, micro, batch.weight)
 
-        losses = [self.replica.backward(share, micro) for micro in batch.micros]
-        return self.replica.finish(math.fsum(loss.item() for loss in losses))
+        return self.replica.finish(self.replica.backward(share, batch.micros))
 
     def _replay(self, batch: StepBatch, first: Numbers, why: str) -> Numbers:
         """Do a bad step's passes once more, tell what it was, and act on it as the recipe says.
