@@ -135,7 +135,9 @@ def run(case: Case, world: World) -> dict[str, object]:
     for step in range(STEPS):
         mine = windows(step)[world.data_rank :: world.data_ranks]
         weight, micros = weight_of(step), (joined(mine[::2]), joined(mine[1::2]))
-        numbers = made.finish(made.backward(lambda model, part, weight=weight: loss(model, part, weight), micros))
+        numbers = made.finish(
+            made.backward(lambda model, part, weight=weight: loss(model, part, weight), micros)
+        )
         losses.append(numbers.loss)
         norms.append(numbers.norm)
         if step == 0:

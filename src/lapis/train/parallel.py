@@ -75,9 +75,7 @@ class Parallel:
         """Updates done."""
         return self.optimizer.steps
 
-    def backward(
-        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
-    ) -> float:
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]) -> float:
         """Add the gradients of micro-batches; this rank's part of their loss, which the ranks' parts add up to."""
         values = []
         for micro in (padded(micro, self.world.mesh.row_step) for micro in micros):

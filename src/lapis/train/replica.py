@@ -37,9 +37,7 @@ class Replica(Protocol):
     def share(self) -> tuple[int, int]:
         """Which share of the samples this process works on, and how many there are."""
 
-    def backward(
-        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
-    ) -> float:
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]) -> float:
         """Add the gradients of a step's micro-batches; this process's part of their loss."""
 
     def finish(self, loss: float) -> Numbers:
@@ -89,9 +87,7 @@ class Alone:
         """All samples are this process's."""
         return 0, 1
 
-    def backward(
-        self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]
-    ) -> float:
+    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]) -> float:
         """Add the gradients of micro-batches, one after the other."""
         values = []
         for micro in micros:
