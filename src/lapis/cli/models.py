@@ -86,8 +86,13 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--adapter", is_flag=True, help="Of a run with [lora]: the adapter alone, in PEFT's format.")
+@click.option(
+    "--gguf",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="One GGUF file, its matrices stored so, for llama.cpp and its kin.",
+)
 @json_option
-def export(name: str, destination: Path, adapter: bool, as_json: bool) -> None:
+def export(name: str, destination: Path, adapter: bool, gguf: str | None, as_json: bool) -> None:
     """Write a model, a release NAME:VERSION or a run as a plain Hugging Face folder, verified.
 
     A run's adapter is merged into its base model unless --adapter is given.
@@ -97,8 +102,13 @@ def export(name: str, destination: Path, adapter: bool, as_json: bool) -> None:
     from lapis.model.manifest import copy_folder
 
     home = Home.default()
+    if adapter and gguf:
+        raise click.UsageError("--adapter and --gguf exclude each other: a GGUF file holds a whole model.")
     if adapter:
         _export_adapter(home, name, destination, as_json)
+        return
+    if gguf:
+        _export_gguf(home, name, destination, gguf, as_json)
         return
     with progress("export") as report, _folder_of(home, name) as folder:
         manifest = copy_folder(folder, destination, sealed=False, progress=report)
@@ -170,6 +180,21 @@ def _export_adapter(home: Home, name: str, destination: Path, as_json: bool) -> 
         return
     say(f"The adapter of {run.id} for {base} is in {destination}.")
     say(f"Next: lapis pull {destination} --name NAME   lapis serve")
+
+
+def _export_gguf(home: Home, name: str, destination: Path, kind: str, as_json: bool) -> None:
+    from lapis.log import progress
+    from lapis.model.gguf_export import export_gguf
+
+    with progress("export") as report, _folder_of(home, name) as folder:
+        manifest = export_gguf(folder, destination, kind, report)
+    size = destination.stat().st_size
+    if as_json:
+        told = {"name": name, "file": str(destination), "type": kind, "bytes": size}
+        print_json({**told, "digest": manifest.digest})
+        return
+    say(f"{name} is in {destination}: {size:,} bytes, matrices in {kind}.")
+    say(f"Next: llama-server -m {destination}")
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json with which transformers computes the same. Raises ConfigError if none of its models does."""
-    kind = _hf_kind(config)
+    kind = hf_kind(config)
     result = {"architectures": [CLASSES[kind]], "model_type": kind, "torch_dtype": "bfloat16"}
     result |= _to_gpt2(config) if kind == GPT2 else _to_llama_like(config, kind)
     if from_hf(result) != config:
@@ -282,7 +282,8 @@ def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any], cont
     )
 
 
-def _hf_kind(config: ModelConfig) -> str:
+def hf_kind(config: ModelConfig) -> str:
+    """Hugging Face's `model_type` of such a model."""
     if config.family == "gpt2":
         return GPT2
     if config.family == "moe":

@@ -19,50 +19,13 @@ from lapis.errors import InputError
 from lapis.log import Progress, silent
 from lapis.model.config import ModelConfig
 from lapis.model.gguf_config import TABLES, Metadata, read_config
+from lapis.model.gguf_names import hf_name
 from lapis.model.gguf_tokenizer import build_tokenizer
-from lapis.model.hf_state import EMBED, HEAD, NORM, from_hf_state
+from lapis.model.hf_state import from_hf_state
 from lapis.model.weights import ImportedModel
 
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 ROWS_AT_ONCE = 4096  # rows dequantised together: bounds the float32 copy
-
-# tensor of one layer in a GGUF file -> Hugging Face's name, of models with rotary positions and of GPT-2
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-}
-GPT2_NAMES = {
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
-}
-WHOLE_NAMES = {"token_embd.weight": EMBED, "output_norm.weight": NORM, "output.weight": HEAD}
-GPT2_WHOLE_NAMES = {
-    "token_embd.weight": "transformer.wte.weight",
-    "position_embd.weight": "transformer.wpe.weight",
-    "output_norm.weight": "transformer.ln_f.weight",
-    "output_norm.bias": "transformer.ln_f.bias",
-    "output.weight": HEAD,
-}
-# the matrices of all experts of a layer in one tensor
-EXPERTS = {
-    "ffn_gate_exps.weight": "gate",
-    "ffn_up_exps.weight": "up",
-    "ffn_down_exps.weight": "mlp.experts.down_proj",
-}
 
 
 def read_gguf(path: Path, progress: Progress = silent) -> ImportedModel:
@@ -85,7 +48,7 @@ def read_gguf(path: Path, progress: Progress = silent) -> ImportedModel:
                 raise InputError(f"{path}: the tensor {tensor.name} does not hold whole heads.")
             weight = _to_rotate_half(weight, config.head_size)
         transposed = config.family == "gpt2" and weight.ndim == 2 and tensor.name.startswith("blk.")
-        tensors[_hf_name(tensor.name, config.family)] = weight.T if transposed else weight
+        tensors[hf_name(tensor.name, config.family)] = weight.T if transposed else weight
     _join_experts(path, config, tensors)
     state = from_hf_state(config, tensors, where=str(path))
     built = build_tokenizer(facts.values, where=str(path))
@@ -113,23 +76,6 @@ def _open(path: Path) -> GGUFReader:
             f"{path} is not a whole GGUF file: {error}.",
             hint="It may have been cut off while it was copied or downloaded: fetch it again.",
         ) from error
-
-
-def _hf_name(name: str, family: str) -> str:
-    """Hugging Face's name of a GGUF tensor; a name that has none stays, and is refused as unknown later."""
-    gpt2 = family == "gpt2"
-    whole = GPT2_WHOLE_NAMES if gpt2 else WHOLE_NAMES
-    if name in whole:
-        return whole[name]
-    prefix, _, rest = name.partition(".")
-    index, _, part = rest.partition(".")
-    stem, _, kind = part.rpartition(".")
-    known = (GPT2_NAMES if gpt2 else LAYER_NAMES).get(stem)
-    if prefix == "blk" and part in EXPERTS:
-        return f"model.layers.{index}.{EXPERTS[part]}"
-    if prefix != "blk" or known is None or kind not in ("weight", "bias"):
-        return name
-    return f"transformer.h.{index}.{known}.{kind}" if gpt2 else f"model.layers.{index}.{known}.{kind}"
 
 
 def _join_experts(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:

@@ -1,8 +1,9 @@
-"""The ModelConfig of a GGUF file, from its metadata and the tensors that it holds."""
+"""The ModelConfig of a GGUF file, from its metadata and the tensors that it holds, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from gguf import GGUFReader
 from lapis.errors import ConfigError, InputError
 from lapis.kernels.rope import RopeScaling, frequencies, yarn_attention
 from lapis.model.config import SUPPORTED, ModelConfig
+from lapis.model.config_hf import hf_kind
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "olmoe", "gpt2")
+# what GGUF calls a model_type of transformers; the others have the same name
+OF_MODEL_TYPE = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
 FREQUENCIES = "rope_freqs.weight"
 TABLES = (FREQUENCIES,)  # tensors that are no weights
 
@@ -154,3 +158,78 @@ def _from_table(path: Path, table: Any, head_size: int, base: float) -> RopeScal
         f"{path}: its table of rotary frequencies (rope_freqs) is not Llama 3's: not supported.",
         hint=f"Supported: {SUPPORTED}.",
     )
+
+
+def architecture(config: ModelConfig) -> str:
+    """What a GGUF file calls such a model."""
+    kind = hf_kind(config)
+    return OF_MODEL_TYPE.get(kind, kind)
+
+
+def to_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The metadata from which `read_config` reads this shape.
+
+    Raises ConfigError for a sliding window: of the architectures here, llama.cpp computes none with one.
+    """
+    if config.window is not None:
+        raise ConfigError(
+            f"A GGUF file of this model would be computed without its sliding window of {config.window} tokens.",
+            hint="The plain folder has it: lapis models export NAME FOLDER",
+        )
+    kind, gpt2 = architecture(config), config.family == "gpt2"
+    values: dict[str, Any] = {
+        "context_length": config.context,
+        "embedding_length": config.width,
+        "block_count": config.layers,
+        "feed_forward_length": config.ffn,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        f"attention.layer_norm_{'' if gpt2 else 'rms_'}epsilon": config.norm_eps,
+    }
+    if config.rotary:
+        values |= {"rope.freq_base": config.rope_base, "rope.dimension_count": config.head_size}
+        values |= _scaling_metadata(config.rope_scaling)
+    if config.experts:
+        values |= {
+            "expert_count": config.experts,
+            "expert_used_count": config.experts_per_token,
+            "expert_feed_forward_length": config.expert_ffn,
+        }
+    return {f"{kind}.{key}": value for key, value in values.items()}
+
+
+def frequency_table(config: ModelConfig) -> np.ndarray[Any, Any] | None:
+    """What Llama 3's scaling divides each frequency by: a tensor of the file, since no metadata tell it."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "llama3":
+        return None
+    plain, scaled = (frequencies(config.head_size, config.rope_base, how) for how in (None, scaling))
+    table: np.ndarray[Any, Any] = (np.array(plain) / np.array(scaled)).astype(np.float32)
+    return table
+
+
+def require_same(config: ModelConfig, found: ModelConfig) -> None:
+    """Raise ConfigError if a file that was written of `config` says something else."""
+    scaling = found.rope_scaling
+    if scaling is not None and config.rope_scaling is not None and scaling.kind == "yarn":
+        attention = config.rope_scaling.attention  # stored as a float32 factor of YaRN's own
+        if np.isclose(scaling.attention, attention, rtol=1e-6, atol=0):
+            found = replace(found, rope_scaling=replace(scaling, attention=attention))
+    if found != config:
+        odd = [name for name, value in asdict(config).items() if value != asdict(found)[name]]
+        raise ConfigError(
+            f"A GGUF file cannot say what this {config.family} model computes ({', '.join(odd)}).",
+            hint="The plain folder can: lapis models export NAME FOLDER",
+        )
+
+
+def _scaling_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None or scaling.kind == "llama3":
+        return {}
+    values: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    if scaling.kind == "yarn":
+        values["rope.scaling.original_context_length"] = scaling.original_context
+        values["rope.scaling.attn_factor"] = scaling.attention / yarn_attention(scaling.factor)
+    return values

@@ -1,7 +1,11 @@
-"""The tokenizer of a GGUF file, rebuilt from its metadata: byte-level BPE, or SentencePiece's (Llama 2)."""
+"""The tokenizer of a GGUF file, rebuilt from its metadata: byte-level BPE, or SentencePiece's (Llama 2).
+
+Back: the metadata of a byte-level BPE whose split has a name.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +86,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> BuiltTokenizer:
         )
     tokens, types = _tokens(metadata, where)
     if kind == "gpt2":
-        inner = _byte_level_bpe(tokens, _merges(metadata, tokens, where), SPLITS[str(pre)])
+        inner = _byte_level_bpe(tokens, types, _merges(metadata, tokens, where), SPLITS[str(pre)])
         adds_bos = SPLITS[str(pre)].adds_bos
     else:
         inner = _sentencepiece(tokens, types, metadata, where)
@@ -108,8 +112,10 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> BuiltTokenizer:
     )
 
 
-def _byte_level_bpe(tokens: list[str], merges: list[tuple[str, str]], split: _Split) -> HFTokenizer:
-    vocabulary = {token: id for id, token in enumerate(tokens)}
+def _byte_level_bpe(
+    tokens: list[str], types: list[int], merges: list[tuple[str, str]], split: _Split
+) -> HFTokenizer:
+    vocabulary = {token: id for id, token in enumerate(tokens) if types[id] != UNUSED}
     inner = HFTokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges))
     if split.composed:
         inner.normalizer = normalizers.NFC()
@@ -191,3 +197,74 @@ def _token(metadata: Mapping[str, Any], key: str, size: int, where: str) -> int 
     if not isinstance(id, int) or not 0 <= id < size:
         raise InputError(f"{where}: tokenizer.ggml.{key} = {id!r} is not a token of the vocabulary.")
     return id
+
+
+def to_metadata(
+    tokenizer: Tokenizer,
+    rows: int,
+    *,
+    chat_template: str | None,
+    add_bos: bool,
+    bos_id: int | None,
+    stop_ids: tuple[int, ...],
+) -> dict[str, Any]:
+    """The metadata from which `build_tokenizer` rebuilds a tokenizer, for a model with so many rows of embedding.
+
+    Raises InputError if it is no byte-level BPE, or cuts texts in a way that has no name in a GGUF file.
+    """
+    described = json.loads(tokenizer.to_json())
+    model = described["model"]
+    tokens, types = [f"[PAD{id}]" for id in range(rows)], [UNUSED] * rows
+    for token, id in model.get("vocab", {}).items() if model["type"] == "BPE" else ():
+        tokens[id], types[id] = token, NORMAL
+    for added in described["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    values = {
+        "model": "gpt2",
+        "pre": _split_name(described),
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]],
+        "add_bos_token": add_bos,
+        "bos_token_id": bos_id,
+        "eos_token_id": stop_ids[0],
+        "eot_token_id": next((id for id in stop_ids[1:] if id != tokenizer.end_id), None),
+    }
+    found = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+    return found if chat_template is None else {**found, "tokenizer.chat_template": chat_template}
+
+
+def _split_name(described: Mapping[str, Any]) -> str:
+    """llama.cpp's name of the way in which the tokenizer of this tokenizer.json cuts texts."""
+    model, decoder = described["model"], described["decoder"] or {}
+    steps, normalizer = _steps(described["pre_tokenizer"]), described["normalizer"]
+    if model["type"] == "BPE" and decoder.get("type") == "ByteLevel":
+        for name, split in SPLITS.items():
+            made = json.loads(pre_tokenizers.Sequence(split.steps()).__getstate__())
+            composed = {"type": "NFC"} if split.composed else None
+            if (steps, normalizer) != (_steps(made), composed):
+                continue
+            if split.ignore_merges == bool(model.get("ignore_merges")) or _merges_make_every_token(described):
+                return name
+    raise InputError(
+        "A GGUF file has no name for the way in which this model's tokenizer cuts texts.",
+        hint=f"Known: byte-level BPE with the splits {', '.join(SPLITS)}. The plain folder has the tokenizer as it "
+        "is: lapis models export NAME FOLDER",
+    )
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer one after the other, without what changes offsets only."""
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [step for inner in pre_tokenizer["pretokenizers"] for step in _steps(inner)]
+    return [{key: value for key, value in pre_tokenizer.items() if key != "trim_offsets"}]
+
+
+def _merges_make_every_token(described: Mapping[str, Any]) -> bool:
+    """Whether a piece that is a token is cut into itself alone, whether it is looked up whole or merged."""
+    model, added = described["model"], {token["content"] for token in described["added_tokens"]}
+    bpe = models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"] if token not in added)
