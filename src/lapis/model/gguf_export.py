@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,35 +54,38 @@ def export_gguf(folder: Path, target: Path, kind: str, progress: Progress = sile
     manifest = manifests.verify(folder)
     if target.exists():
         raise ConflictError(f"{target} is there already.", hint="Choose another name, or remove it first.")
-    config, tensors = layout.read_config(folder), read_tensors(folder / layout.WEIGHTS)
-    parts = _parts(config, tensors)
-    kinds = {name: _kind(name, tensors[names[0]], kind) for name, names in parts.items()}
-    table = frequency_table(config)
+    config = layout.read_config(folder)
     with atomic_file(target) as file:
-        writer = GGUFWriter(file.name, architecture(config))
-        for key, value in _metadata(folder, manifest, config, kind).items():
-            _add(writer, key, value)
-        if table is not None:
-            writer.add_tensor_info(FREQUENCIES, table.shape, table.dtype, table.nbytes, Kind.F32)
-        for name, names in parts.items():
-            shape = tuple(_joined(config, name, [tensors[part].to("meta") for part in names]).shape)
-            writer.add_tensor_info(
-                name, shape, np.dtype(np.float32), _bytes(name, shape, kinds[name]), kinds[name]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if table is not None:
-            writer.write_tensor_data(table)
-        for done, (name, names) in enumerate(parts.items()):
-            progress(done, len(parts), f"writing {name}")
-            weight = _joined(config, name, [tensors.pop(part) for part in names])
-            writer.write_tensor_data(_stored(name, weight, kinds[name]))
-        writer.close()
+        with closing(GGUFWriter(file.name, architecture(config))) as writer:
+            for key, value in _metadata(folder, manifest, config, kind).items():
+                _add(writer, key, value)
+            _write_weights(writer, config, read_tensors(folder / layout.WEIGHTS), kind, progress)
         reader = GGUFReader(file.name)
         found = read_config(Metadata(target, reader), {tensor.name: tensor for tensor in reader.tensors})
         require_same(config, found)
     return manifest
+
+
+def _write_weights(
+    writer: GGUFWriter, config: ModelConfig, tensors: dict[str, Tensor], kind: str, progress: Progress
+) -> None:
+    """Announce all tensors, then write one after the other: only one is there twice."""
+    parts = _parts(config, tensors)
+    if (table := frequency_table(config)) is not None:
+        tensors[FREQUENCIES], parts[FREQUENCIES] = torch.from_numpy(table), [FREQUENCIES]
+    kinds = {name: _kind(name, tensors[names[0]], kind) for name, names in parts.items()}
+    for name, names in parts.items():
+        shape = tuple(_joined(config, name, [tensors[part].to("meta") for part in names]).shape)
+        writer.add_tensor_info(
+            name, shape, np.dtype(np.float32), _bytes(name, shape, kinds[name]), kinds[name]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, (name, names) in enumerate(parts.items()):
+        progress(done, len(parts), f"writing {name}")
+        weight = _joined(config, name, [tensors.pop(part) for part in names])
+        writer.write_tensor_data(_stored(name, weight, kinds[name]))
 
 
 def _metadata(folder: Path, manifest: Manifest, config: ModelConfig, kind: str) -> dict[str, Any]:
