@@ -65,11 +65,20 @@ class Case:
     optimizer: str = "adamw"
     dtype: str = "fp32"
     recompute: str = "none"
+    pipeline: str = "1f1b"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's; stages need more layers."""
+        config = MODELS[self.model]
+        return replace(config, layers=4) if "pp" in self.mesh else config
 
     @property
     def name(self) -> str:
         """Of the files that belong to it."""
-        return f"{self.model}-{self.mesh.replace('=', '').replace(',', '-')}-{self.optimizer}-{self.dtype}"
+        return f"{self.model}-{self.mesh.replace('=', '').replace(',', '-')}-{self.optimizer}-{self.dtype}" + (
+            f"-{self.pipeline}-{self.recompute}" if "pp" in self.mesh else ""
+        )
 
 
 SHORT = (
@@ -80,6 +89,12 @@ SHORT = (
     Case("qwen2", "fsdp=2,tp=2", "muon"), Case("mixtral", "ep=2,fsdp=2"), Case("olmoe", "ep=2,fsdp=2", "muon"),
     Case("llama", "cp=2,fsdp=2", recompute="full"), Case("llama", "fsdp=2", dtype="bf16"),
 )  # fmt: skip
+PIPELINES = (
+    Case("llama", "pp=2"), Case("gpt2", "pp=2", pipeline="interleaved"), Case("qwen2", "pp=2", "muon", pipeline="gpipe"),
+    Case("llama", "pp=2", pipeline="zero-bubble"), Case("gpt2", "pp=2", pipeline="zero-bubble-v"),
+    Case("olmoe", "pp=2", pipeline="zero-bubble-v"), Case("llama", "pp=2", dtype="bf16", recompute="full"),
+    Case("llama", "pp=2,fsdp=2", "muon", pipeline="interleaved"), Case("gpt2", "pp=2,tp=2", pipeline="zero-bubble"),
+)  # fmt: skip
 LONG = tuple(
     Case(model, mesh, optimizer)
     for optimizer in ("adamw", "muon")
@@ -88,7 +103,7 @@ LONG = tuple(
                  "fsdp=2,cp=2", "cp=2,tp=2", "cp=4", "ep=2,fsdp=2", "ep=2,tp=2", "ep=2,cp=2", "ep=4", "ep=2,dp=2")
     if "ep" not in mesh or MODELS[model].experts == 4
 )  # fmt: skip
-CASES = {case.name: case for case in (*SHORT, *LONG)}
+CASES = {case.name: case for case in (*SHORT, *PIPELINES, *LONG)}
 
 
 def windows(step: int) -> list[TokenBatch]:
@@ -128,13 +143,14 @@ def run(case: Case, world: World) -> dict[str, object]:
     """Train for some steps. Returns what the test compares."""
     section = TrainSection(
         steps=STEPS, optimizer=case.optimizer, dtype=case.dtype, recompute=case.recompute, seed=SEED, clip=CLIP,
+        pipeline=case.pipeline, sequence=WINDOW,
         betas=BETAS, weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
-    made = parallelize(MODELS[case.model], world, section)
-    losses, norms, grads = [], [], {}
+    made = parallelize(case.config, world, section)
+    losses, norms, grads, count = [], [], {}, 4 if world.mesh.pp > 1 else 2
     for step in range(STEPS):
         mine = windows(step)[world.data_rank :: world.data_ranks]
-        weight, micros = weight_of(step), (joined(mine[::2]), joined(mine[1::2]))
+        weight, micros = weight_of(step), [joined(mine[start::count]) for start in range(count)]
         numbers = made.finish(
             made.backward(lambda model, part, weight=weight: loss(model, part, weight), micros)
         )
@@ -143,7 +159,7 @@ def run(case: Case, world: World) -> dict[str, object]:
         if step == 0:
             grads = {name: grad.clone() for name, grad in made.optimizer.gradients().items()}
         made.update(norms[-1], lr=LR, embed_lr=EMBED_LR)
-    return {"losses": losses, "norms": norms, "grads": grads, "weights": lone_step(MODELS[case.model], made)}
+    return {"losses": losses, "norms": norms, "grads": grads, "weights": lone_step(case.config, made)}
 
 
 def gradient(config: ModelConfig) -> dict[str, Tensor]:
@@ -166,7 +182,7 @@ def lone_step(config: ModelConfig, made: Parallel) -> dict[str, Tensor]:
         if placement.tp_dim is not None or world.mesh.place(world.rank).tp == 0:  # else one of tp's summands
             for piece in placement.held(world.mesh, world.rank):
                 inside(local(parameter.grad), piece).copy_(outside(wholes[name], piece))
-    made.update(made.finish(0.0).norm, lr=LR, embed_lr=EMBED_LR)
+    made.update(made.optimizer.finish(), lr=LR, embed_lr=EMBED_LR)
     return made.optimizer.master
 
 

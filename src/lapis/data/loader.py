@@ -24,6 +24,16 @@ class TokenBatch(NamedTuple):
     lengths: tuple[int, ...]
     weights_T: NDArray[np.float32] | None = None  # what each target counts in the loss; None: all count 1
 
+    def padded(self, step: int) -> TokenBatch:
+        """The batch with a document of no weight at its end, so that its length divides by `step`."""
+        missing = -len(self.ids_T) % step
+        if not missing:
+            return self
+        ids_T = np.pad(self.ids_T, (0, missing))
+        targets_T = np.pad(self.targets_T, (0, missing), constant_values=-1)
+        weights_T = None if self.weights_T is None else np.pad(self.weights_T, (0, missing))
+        return TokenBatch(ids_T, targets_T, (*self.lengths, missing), weights_T)
+
 
 class TokenLoader:
     """Gives the batch of any step; steps need no order, and nothing is remembered between them."""

@@ -1,15 +1,15 @@
 """One model on many ranks, applied from outside in one visible order; the model's own files know nothing of it.
 
-1. ops around ops: expert, tensor (with sequence) and context parallel;  2. activations computed again;  3. compile;
-4. FSDP2 over dp, ep, fsdp and cp.
+1. ops around ops: expert, tensor (with sequence) and context parallel;  2. activations computed again;
+3. FSDP2 over dp, ep, fsdp and cp; or stages of a pipeline, which shard over the same ranks by themselves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -29,11 +29,13 @@ from lapis.model.weights import DTYPES
 from lapis.train import context_parallel, expert_parallel, tensor_parallel
 from lapis.train.average import lerp_weight
 from lapis.train.bad_step import Numbers
+from lapis.train.pipeline import Loss, Pipeline
 from lapis.train.placement import Placement, local_config, placements
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
 from lapis.train.replica import Groups
 from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
+from lapis.train.stages import Stages
 from lapis.train.world import World
 
 OBJECTIVES = ("pretrain",)  # what is measured on the way by others needs a whole model
@@ -50,14 +52,40 @@ class Whole(nn.Module):
         """The loss that a function makes with the model."""
         return loss(self.model)
 
+    def backward(self, loss: Loss, micros: Sequence[TokenBatch]) -> float:
+        """Add the gradients of micro-batches, one after the other."""
+        values = []
+        for micro in micros:
+            value: Tensor = self(lambda model, micro=micro: loss(model, micro))
+            torch.autograd.backward(value)
+            values.append(value.detach())
+        return math.fsum(value.item() for value in values)
+
+    def finish(self) -> None:
+        """Nothing: FSDP reduces the gradients of a layer when they are there."""
+
+
+class Passes(Protocol):
+    """How micro-batches go through a model that many ranks hold: `Whole` or `Pipeline`."""
+
+    @property
+    def model(self) -> Decoder:
+        """What this rank holds of it."""
+
+    def backward(self, loss: Loss, micros: Sequence[TokenBatch]) -> float:
+        """Add the gradients of a step's micro-batches; this rank's part of their loss."""
+
+    def finish(self) -> None:
+        """Give the shards of this rank the whole gradients of the step."""
+
 
 class Parallel:
     """This rank's part of a model and its optimizer: a `Replica` over many processes."""
 
     def __init__(
-        self, root: Whole, optimizer: ShardedOptimizer, dtype: torch.dtype, ema: float | None
+        self, passes: Passes, optimizer: ShardedOptimizer, dtype: torch.dtype, ema: float | None
     ) -> None:
-        self.root, self.optimizer, self.dtype, self.ema = root, optimizer, dtype, ema
+        self.passes, self.optimizer, self.dtype, self.ema = passes, optimizer, dtype, ema
         self.mean = {} if ema is None else {name: x.clone() for name, x in optimizer.master.items()}
 
     @property
@@ -68,21 +96,19 @@ class Parallel:
     @property
     def model(self) -> Decoder:
         """The model, of which this rank holds shards; whole layers exist while they are computed."""
-        return self.root.model
+        return self.passes.model
 
     @property
     def updates(self) -> int:
         """Updates done."""
         return self.optimizer.steps
 
-    def backward(self, loss: Callable[[Decoder, TokenBatch], Tensor], micros: Sequence[TokenBatch]) -> float:
+    def backward(self, loss: Loss, micros: Sequence[TokenBatch]) -> float:
         """Add the gradients of micro-batches; this rank's part of their loss, which the ranks' parts add up to."""
-        values = []
-        for micro in (padded(micro, self.world.mesh.row_step) for micro in micros):
-            value: Tensor = self.root(lambda model, micro=micro: loss(model, micro))
-            torch.autograd.backward(value)
-            values.append(value.detach())
-        return math.fsum(value.item() for value in values)
+        step = self.world.mesh.row_step
+        if self.world.mesh.pp > 1:  # stages exchange micro-batches of one length
+            step *= -(-max(len(micro.ids_T) for micro in micros) // step)
+        return self.passes.backward(loss, [micro.padded(step) for micro in micros])
 
     @property
     def share(self) -> tuple[int, int]:
@@ -91,6 +117,7 @@ class Parallel:
 
     def finish(self, loss: float) -> Numbers:
         """Complete the gradients, once a step; loss and gradient norm of the whole step, the same on all ranks."""
+        self.passes.finish()
         total = torch.tensor(loss, dtype=torch.float64, device=self.world.device)
         return Numbers(float(self.world.sum(total)), self.optimizer.finish())
 
@@ -148,8 +175,6 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     Weights are kept in fp32 and computed with in the section's type, gradients are summed in fp32. Raises
     ConfigError for what is not offered on several ranks.
     """
-    if world.mesh.pp > 1:
-        raise ConfigError("Pipeline stages (pp) are not offered yet.", param="train.mesh")
     if section.objective not in OBJECTIVES:
         raise ConfigError(
             f"The objective {section.objective} is not offered on several ranks yet.", param="train.objective"
@@ -159,14 +184,27 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     own, dtype = local_config(config, world.mesh), DTYPES[section.dtype]
     widths = (own.width, own.ffn, *((own.expert_ffn,) if own.experts else ()))
     ops = _ops_around(select(own.head_size, widths=widths, dtype=dtype), world)
-    model, placed = skeleton(own, ops, torch.float32), placements(config)
-    _own_experts(model, placed, world)
-    recompute_layers(model, section.recompute)
-    root = Whole(model)
-    _shard(root, placed, world, dtype)
-    root.to_empty(device=world.device)
+    placed = placements(config)
+
+    def on_meta(kind: torch.dtype) -> Decoder:
+        model = skeleton(own, ops, kind)
+        _own_experts(model, placed, world)
+        recompute_layers(model, section.recompute)
+        return model
+
+    passes: Passes
+    if world.mesh.pp > 1:
+        stages = Stages.cut(config, world.mesh.pp, section.pipeline, section.sequence)
+        models = [on_meta(dtype) for _ in stages.of(world.mesh.place(world.rank).pp)]
+        passes = Pipeline(models, dtype, stages, placed, world)
+        named = passes.weights.kept
+    else:
+        passes = Whole(on_meta(torch.float32))
+        _shard(passes, placed, world, dtype)
+        passes.to_empty(device=world.device)
+        named = dict(passes.model.named_parameters())
     optimizer = ShardedOptimizer(
-        dict(model.named_parameters()),
+        named,
         placed,
         world,
         muon=section.optimizer == "muon",
@@ -174,20 +212,9 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         weight_decay=section.weight_decay,
         betas=section.betas,
     )
-    made = Parallel(root, optimizer, dtype, section.ema)
+    made = Parallel(passes, optimizer, dtype, section.ema)
     made.fill((name, value.to(dtype)) for name, value in initial_weights(config, section.seed))
     return made
-
-
-def padded(micro: TokenBatch, step: int) -> TokenBatch:
-    """The micro-batch with a document of no weight at its end, so that its length divides by `step`."""
-    missing = -len(micro.ids_T) % step
-    if not missing:
-        return micro
-    ids_T = np.pad(micro.ids_T, (0, missing))
-    targets_T = np.pad(micro.targets_T, (0, missing), constant_values=-1)
-    weights_T = None if micro.weights_T is None else np.pad(micro.weights_T, (0, missing))
-    return TokenBatch(ids_T, targets_T, (*micro.lengths, missing), weights_T)
 
 
 def _ops_around(ops: Ops, world: World) -> Ops:

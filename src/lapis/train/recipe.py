@@ -14,6 +14,7 @@ from lapis.hashing import digest_json
 from lapis.model.config import NAMED, ModelConfig
 from lapis.train.mesh import Mesh
 from lapis.train.schedule import Schedule
+from lapis.train.stages import Pipelining
 
 VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
 
@@ -115,6 +116,8 @@ class TrainSection(Section):
     """Compile the layers with torch.compile, where the kernels are plain torch; kept for the next start."""
     mesh: str = ""
     """How several ranks share the work, such as "fsdp=4,tp=2"; by default all share the weights (fsdp)."""
+    pipeline: Pipelining = "1f1b"
+    """In which order the stages of a mesh with pp take micro-batches forward and back."""
     bad_step: Literal["stop", "skip"] = "stop"
     """What follows a step whose loss or gradient is bad, after it was done once more: stop, or go on without it."""
     outlier: Annotated[float, Field(ge=3)] | None = None
@@ -247,7 +250,7 @@ class Recipe(Section):
 
     def digest(self) -> str:
         """The digest of all that decides what is learned: not of the mesh, so a run can go on on another."""
-        return digest_json(self.model_dump(mode="json", exclude={"train": {"mesh"}}))
+        return digest_json(self.model_dump(mode="json", exclude={"train": {"mesh", "pipeline"}}))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
