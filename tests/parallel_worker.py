@@ -27,6 +27,7 @@ from lapis.train.mesh import Mesh
 from lapis.train.parallel import Parallel, parallelize
 from lapis.train.recipe import TrainSection
 from lapis.train.sharded_optimizer import inside, local, outside
+from lapis.train.stages import PER_RANK
 from lapis.train.world import World
 
 WINDOW, WINDOWS, STEPS, CLIP = 32, 8, 5, 0.2
@@ -76,8 +77,9 @@ class Case:
     @property
     def name(self) -> str:
         """Of the files that belong to it."""
-        return f"{self.model}-{self.mesh.replace('=', '').replace(',', '-')}-{self.optimizer}-{self.dtype}" + (
-            f"-{self.pipeline}-{self.recompute}" if "pp" in self.mesh else ""
+        return (
+            f"{self.model}-{self.mesh.replace('=', '').replace(',', '-')}-{self.optimizer}-{self.dtype}"
+            + (f"-{self.pipeline}-{self.recompute}" if "pp" in self.mesh else "")
         )
 
 
@@ -103,7 +105,17 @@ LONG = tuple(
                  "fsdp=2,cp=2", "cp=2,tp=2", "cp=4", "ep=2,fsdp=2", "ep=2,tp=2", "ep=2,cp=2", "ep=4", "ep=2,dp=2")
     if "ep" not in mesh or MODELS[model].experts == 4
 )  # fmt: skip
-CASES = {case.name: case for case in (*SHORT, *PIPELINES, *LONG)}
+LONG_PIPELINES = tuple(
+    Case(model, mesh, pipeline=pipeline, recompute=recompute)
+    for model, mesh, recompute in (
+        *((model, "pp=2", "none") for model in MODELS), ("llama", "pp=2", "full"), ("mixtral", "pp=2", "selective"),
+        *(("olmoe", f"pp=2,{axis}=2", "none") for axis in ("dp", "fsdp", "tp", "cp", "ep")),
+        ("odd", "pp=2,fsdp=2", "none"), ("gpt2", "pp=2,cp=2", "none"), ("llama", "pp=4", "none"),
+    )
+    for pipeline in PER_RANK
+    if mesh != "pp=4" or PER_RANK[pipeline] == 1
+)  # fmt: skip
+CASES = {case.name: case for case in (*SHORT, *PIPELINES, *LONG, *LONG_PIPELINES)}
 
 
 def windows(step: int) -> list[TokenBatch]:
@@ -141,13 +153,14 @@ def weight_of(step: int) -> float:
 
 def run(case: Case, world: World) -> dict[str, object]:
     """Train for some steps. Returns what the test compares."""
+    count = 4 if world.mesh.pp > 1 else 2  # micro-batches of a rank
     section = TrainSection(
         steps=STEPS, optimizer=case.optimizer, dtype=case.dtype, recompute=case.recompute, seed=SEED, clip=CLIP,
-        pipeline=case.pipeline, sequence=WINDOW,
+        pipeline=case.pipeline, sequence=WINDOW, batch=WINDOWS, micro_batch=WINDOWS // world.data_ranks // count,
         betas=BETAS, weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
     made = parallelize(case.config, world, section)
-    losses, norms, grads, count = [], [], {}, 4 if world.mesh.pp > 1 else 2
+    losses, norms, grads = [], [], {}
     for step in range(STEPS):
         mine = windows(step)[world.data_rank :: world.data_ranks]
         weight, micros = weight_of(step), [joined(mine[start::count]) for start in range(count)]

@@ -24,7 +24,19 @@ from lapis.train.optimizer import EPS, ITERATIONS, MOMENTUM, NEWTON_SCHULZ
 from lapis.train.placement import placements
 from lapis.train.sharded_optimizer import inside, outside
 from tests import parallel_worker as worker
-from tests.parallel_worker import BETAS, CLIP, EMBED_LR, LONG, LR, SHORT, STEPS, WEIGHT_DECAY, Case
+from tests.parallel_worker import (
+    BETAS,
+    CLIP,
+    EMBED_LR,
+    LONG,
+    LONG_PIPELINES,
+    LR,
+    PIPELINES,
+    SHORT,
+    STEPS,
+    WEIGHT_DECAY,
+    Case,
+)
 
 
 @cache
@@ -143,11 +155,11 @@ def check(folder: Path, case: Case) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all short cases wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, SHORT)
+    launch(folder, (*SHORT, *PIPELINES))
     return folder
 
 
-@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*SHORT, *PIPELINES), ids=lambda case: case.name)
 def test_ranks_train_like_one_process(trained: Path, case: Case) -> None:
     check(trained, case)
 
@@ -156,4 +168,11 @@ def test_ranks_train_like_one_process(trained: Path, case: Case) -> None:
 def test_every_model_on_every_mesh_trains_like_one_process(tmp_path: Path) -> None:
     launch(tmp_path, LONG)
     for case in LONG:
+        check(tmp_path, case)
+
+
+@pytest.mark.long
+def test_every_schedule_on_every_model_and_mesh_trains_like_one_process(tmp_path: Path) -> None:
+    launch(tmp_path, LONG_PIPELINES)
+    for case in LONG_PIPELINES:
         check(tmp_path, case)

@@ -31,11 +31,16 @@ def recipe(texts: Path, tmp_path: Path) -> Path:
     return path
 
 
-def start(recipe: Path, mesh: str, *sets: str) -> list[subprocess.Popen[str]]:
-    """Two ranks of `lapis train`, as any launcher starts them."""
+def start(recipe: Path, mesh: str, *sets: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """Ranks of `lapis train`, as any launcher starts them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     options = [part for item in (f"train.mesh={mesh}", *sets) for part in ("--set", item)]
     return [
         subprocess.Popen(
@@ -45,8 +50,21 @@ def start(recipe: Path, mesh: str, *sets: str) -> list[subprocess.Popen[str]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
+
+
+def stop(ranks: list[subprocess.Popen[str]], home: Home, checkpoints: int) -> Run:
+    """Ask the last rank to stop when the run has so many checkpoints; all stop after the same step."""
+    give_up = time.monotonic() + 120
+    while not (Run.list(home) and len(Run.list(home)[0].events.read("checkpoint")) >= checkpoints):
+        assert time.monotonic() < give_up and all(rank.poll() is None for rank in ranks), "they train"
+        time.sleep(0.02)
+    ranks[-1].send_signal(signal.SIGTERM)
+    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    (run,) = Run.list(home)
+    assert run.status() == "stopped", outputs
+    return run
 
 
 def alone(recipe: Path, *sets: str) -> None:
@@ -60,19 +78,23 @@ def losses(run: Run) -> dict[int, float]:
 
 
 def test_a_run_stopped_on_two_ranks_goes_on_in_one_process(recipe: Path, home: Home) -> None:
-    ranks = start(recipe, "cp=2", "checkpoint.steps=4")
-    give_up = time.monotonic() + 120
-    while not (Run.list(home) and Run.list(home)[0].events.read("checkpoint")):
-        assert time.monotonic() < give_up and all(rank.poll() is None for rank in ranks), "they train"
-        time.sleep(0.02)
-    ranks[1].send_signal(signal.SIGTERM)  # one rank is asked, all stop after the same step
-    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
-    (run,) = Run.list(home)
-    assert run.status() == "stopped", outputs
+    run = stop(start(recipe, "cp=2", "checkpoint.steps=4"), home, 1)
     assert len(run.events.read("start")) == 1, "one rank tells"
     alone(recipe, "checkpoint.steps=4")  # proves by itself that the next losses are those of the ranks
     assert [run.id for run in Run.list(home)] == [run.id] and run.status() == "finished"
     alone(recipe, "checkpoint.steps=4", "name=alone")
+    assert losses(run)[STEPS] == pytest.approx(losses(Run.list(home)[-1])[STEPS], rel=1e-5)
+
+
+def test_a_pipeline_goes_on_in_one_process_and_that_in_a_pipeline(recipe: Path, home: Home) -> None:
+    sets = ("checkpoint.steps=4", "train.micro_batch=2")
+    stop(start(recipe, "pp=2", *sets), home, 1)
+    before = stop(start(recipe, "", *sets, ranks=1), home, 4)
+    assert len(before.events.read("resume")) == 1
+    outputs = [rank.communicate(timeout=200)[0] for rank in start(recipe, "pp=2", *sets)]
+    (run,) = Run.list(home)  # each proves by itself that the next losses are those of the one before
+    assert run.status() == "finished" and len(run.events.read("resume")) == 2, outputs
+    alone(recipe, *sets, "name=alone")
     assert losses(run)[STEPS] == pytest.approx(losses(Run.list(home)[-1])[STEPS], rel=1e-5)
 
 

@@ -19,7 +19,7 @@ from lapis.model.families import skeleton
 from lapis.model.shapes import shapes
 from lapis.train import layout
 from lapis.train.mesh import AXES, Mesh
-from lapis.train.placement import placements, stage
+from lapis.train.placement import placements
 from lapis.train.recipe import TrainSection
 from tests.parallel_worker import LLAMA, MODELS
 
@@ -104,14 +104,9 @@ def test_the_ranks_hold_every_element_as_often_as_there_are_copies(name: str, me
             assert placement.held(mesh, rank) == placement.held(mesh, mesh.rank(twin))
 
 
-def test_stages_hold_every_layer_once() -> None:
-    config, mesh = replace(LLAMA, layers=7), Mesh(pp=3)
-    assert [list(stage(config, mesh, at)) for at in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_dry_run_counts_every_parameter_once_and_what_ranks_hold(name: str) -> None:
-    config, section = MODELS[name], TrainSection(steps=1, sequence=32, batch=8)
+    config, section = MODELS[name], TrainSection(steps=1, sequence=32, batch=8, micro_batch=1)
     (alone,) = layout.plan(config, Mesh(), section)
     assert alone.parameters == config.parameters and alone.master == 4 * config.parameters
     sharded = layout.plan(config, Mesh(fsdp=4), section)
@@ -121,7 +116,9 @@ def test_a_dry_run_counts_every_parameter_once_and_what_ranks_hold(name: str) ->
     assert {rank.parameters for rank in copies} == {config.parameters}
     halves = layout.plan(config, Mesh(pp=2, tp=2), section)
     assert [list(rank.heads) for rank in halves] == [[0, 1], [2, 3]] * 2
-    assert {number for rank in halves for number in rank.layers} == set(range(config.layers))
+    assert {number for rank in halves for span in rank.layers for number in span} == set(range(config.layers))
+    stages = layout.plan(config, Mesh(pp=2), section)
+    assert sum(rank.parameters for rank in stages) == config.parameters, "a tied table is kept once"
     again = layout.plan(config, Mesh(), section.model_copy(update={"recompute": "full"}))[0]
     assert again.activations < alone.activations
 

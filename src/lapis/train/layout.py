@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from lapis.errors import ConfigError
 from lapis.model.config import ModelConfig
 from lapis.train.mesh import Mesh, Place
-from lapis.train.placement import Placement, elements, local_config, on_stage, placements, stage
+from lapis.train.placement import Placement, elements, local_config, placements
 from lapis.train.recipe import TrainSection
+from lapis.train.stages import Stages
 
 FP32 = 4
 BYTES = {"bf16": 2, "fp32": 4}
@@ -27,14 +28,14 @@ class RankLayout:
     rank: int
     place: Place
     data_rank: int
-    layers: range
+    layers: tuple[range, ...]  # of each stage that it has in a pipeline
     heads: range
     experts: range
     parameters: int  # elements that this rank keeps
     master: int
     moments: int
     gradients: int
-    gathered: int  # whole weights and gradients of the layers at work, and of embedding and head
+    gathered: int  # whole weights and gradients: of layers at work, embedding and head; in a pipeline of all
     activations: int
 
     @property
@@ -46,8 +47,11 @@ class RankLayout:
 def plan(config: ModelConfig, mesh: Mesh, section: TrainSection) -> list[RankLayout]:
     """The layout of every rank. Raises ConfigError for what the mesh cannot divide."""
     mesh.check(config, sequence=section.sequence, batch=section.batch)
+    stages = Stages.cut(config, mesh.pp, section.pipeline, section.sequence)
+    if mesh.pp > 1:
+        stages.check(section.micros(mesh.data_ranks))
     placed = placements(config)
-    return [_rank(config, mesh, section, placed, rank) for rank in range(mesh.size)]
+    return [_rank(config, mesh, section, stages, placed, rank) for rank in range(mesh.size)]
 
 
 def check_memory(layouts: Sequence[RankLayout], memory: int) -> None:
@@ -64,7 +68,7 @@ def rows(layouts: Sequence[RankLayout]) -> list[tuple[str, ...]]:
     """Ranks, layers, heads, experts, parameters, gigabytes, those of activations; ranks that hold alike are one row."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for layout in layouts:
-        spans = (_span(layout.layers), _span(layout.heads), _span(layout.experts))
+        spans = (" and ".join(map(_span, layout.layers)), _span(layout.heads), _span(layout.experts))
         sizes = (f"{layout.total / 1e9:,.2f}", f"{layout.activations / 1e9:,.2f}")
         alike.setdefault((*spans, f"{layout.parameters:,}", *sizes), []).append(layout.rank)
     return [(_ranks(ranks), *cells) for cells, ranks in alike.items()]
@@ -84,13 +88,23 @@ def _span(numbers: range) -> str:
 
 
 def _rank(
-    config: ModelConfig, mesh: Mesh, section: TrainSection, placed: dict[str, Placement], rank: int
+    config: ModelConfig,
+    mesh: Mesh,
+    section: TrainSection,
+    stages: Stages,
+    placed: dict[str, Placement],
+    rank: int,
 ) -> RankLayout:
     place = mesh.place(rank)
-    layers = stage(config, mesh, place.pp)
-    here = {name: placement for name, placement in placed.items() if on_stage(config, mesh, place.pp, name)}
-    held = {name: elements(placement.held(mesh, rank)) for name, placement in here.items()}
-    hidden = {name for name, p in here.items() if p.layer is not None and len(p.shape) >= 2}
+    layers = stages.layers(place.pp)
+    used = [name for name in placed if any(stages.uses(stage, name) for stage in stages.of(place.pp))]
+    here = {name: placed[name] for name in used}
+    held = {
+        name: elements(placement.held(mesh, rank))
+        for name, placement in here.items()
+        if stages.keeps(place.pp, name)
+    }
+    hidden = {name for name in held if placed[name].layer is not None and len(placed[name].shape) >= 2}
     kept = sum(held.values())
     second = kept - (sum(held[name] for name in hidden) if section.optimizer == "muon" else 0)
     heads, experts = config.heads // mesh.tp, config.experts // mesh.ep
@@ -106,25 +120,32 @@ def _rank(
         moments=FP32 * (kept + second),
         gradients=FP32 * kept,
         gathered=_gathered(mesh, section, here),
-        activations=_activations(config, mesh, section, len(layers)),
+        activations=_activations(config, mesh, section, stages, place.pp),
     )
 
 
 def _gathered(mesh: Mesh, section: TrainSection, here: dict[str, Placement]) -> int:
-    """Weights and gradients of whole layers at work; those of embedding and head exist all the time."""
+    """Weights and gradients of whole layers at work; those of embedding and head exist all the time.
+
+    In a pipeline all weights of the rank's stages are whole during a step, and their gradients' sums.
+    """
     by_layer: dict[int | None, int] = {}
     for placement in here.values():
         count = 1
         for size in placement.computed_shape(mesh):
             count *= size
         by_layer[placement.layer] = by_layer.get(placement.layer, 0) + count
+    size = BYTES[section.dtype]
+    if mesh.pp > 1:
+        return (size + FP32) * sum(by_layer.values()) + size * max(by_layer.values())
     outer = by_layer.pop(None, 0)
-    layer, size = max(by_layer.values(), default=0), BYTES[section.dtype]
+    layer = max(by_layer.values(), default=0)
     return size * (2 * outer + (AHEAD + 1) * layer) + FP32 * max(outer, layer)
 
 
-def _activations(config: ModelConfig, mesh: Mesh, section: TrainSection, layers: int) -> int:
-    """What the ops keep of a micro-batch until its gradient, and the logits that exist at a time."""
+def _activations(config: ModelConfig, mesh: Mesh, section: TrainSection, stages: Stages, rank: int) -> int:
+    """What the ops keep of micro-batches until their gradients, and the logits that exist at a time."""
+    layers, micros = sum(map(len, stages.layers(rank))), section.micros(mesh.data_ranks)
     windows = section.micro_batch or section.batch // mesh.data_ranks
     size, own = BYTES[section.dtype], local_config(config, mesh)
     branch = windows * section.sequence // mesh.cp  # rows inside a branch; between them tp splits them
@@ -145,4 +166,5 @@ def _activations(config: ModelConfig, mesh: Mesh, section: TrainSection, layers:
         section.recompute, (1, layers)
     )
     chunk = FP32 * min(LOGITS, between * config.vocab_size)
-    return size * (full * kept + again * alone + 2 * alone) + 2 * chunk
+    in_flight = stages.in_flight(rank, micros)
+    return int(size * in_flight * (full * kept + again * alone + 2 * alone)) + 2 * chunk

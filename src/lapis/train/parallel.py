@@ -195,6 +195,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     passes: Passes
     if world.mesh.pp > 1:
         stages = Stages.cut(config, world.mesh.pp, section.pipeline, section.sequence)
+        stages.check(section.micros(world.data_ranks))
         models = [on_meta(dtype) for _ in stages.of(world.mesh.place(world.rank).pp)]
         passes = Pipeline(models, dtype, stages, placed, world)
         named = passes.weights.kept

@@ -156,23 +156,6 @@ def local_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
     )
 
 
-def stage(config: ModelConfig, mesh: Mesh, place_pp: int) -> range:
-    """The layers of a pipeline stage: as even as can be, the first stages one more."""
-    share, extra = divmod(config.layers, mesh.pp)
-    start = place_pp * share + min(place_pp, extra)
-    return range(start, start + share + (place_pp < extra))
-
-
-def on_stage(config: ModelConfig, mesh: Mesh, place_pp: int, name: str) -> bool:
-    """Whether a stage holds a weight: embeddings are on the first, norm and head on the last (a tied table on both)."""
-    if name.startswith("layers."):
-        return int(name.split(".")[1]) in stage(config, mesh, place_pp)
-    first, last = place_pp == 0, place_pp == mesh.pp - 1
-    if name == "embed":
-        return first or (config.tied and last)
-    return first if name == "positions" else last
-
-
 def elements(pieces: Sequence[Piece]) -> int:
     """Number of elements in pieces."""
     return sum(piece.whole.volume for piece in pieces)

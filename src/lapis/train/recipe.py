@@ -123,6 +123,11 @@ class TrainSection(Section):
     outlier: Annotated[float, Field(ge=3)] | None = None
     """From which robust z-score on loss or gradient a step is bad, such as 20.0; unset: only if not finite."""
 
+    def micros(self, ranks: int) -> int:
+        """How many micro-batches a data-parallel rank has in a step, if its windows divide."""
+        share = self.batch // ranks
+        return max(1, share // (self.micro_batch or share))
+
     @model_validator(mode="before")
     @classmethod
     def _rates(cls, values: Any) -> Any:

@@ -33,7 +33,9 @@ class StageWeights:
     ) -> None:
         self.wholes, self.placed, self.world = wholes, placed, world
         self.shards = {
-            name: nn.Parameter(torch.zeros(placed[name].held_shape(world.mesh, world.rank), device=world.device))
+            name: nn.Parameter(
+                torch.zeros(placed[name].held_shape(world.mesh, world.rank), device=world.device)
+            )
             for name in wholes
         }
         self.sums = {name: torch.zeros(whole.shape, device=world.device) for name, whole in wholes.items()}

@@ -40,7 +40,9 @@ class Stages:
                 hint='Use fewer ranks along pp, or train.pipeline = "1f1b" with one stage a rank.',
                 param="train.mesh",
             )
-        attention = sequence * config.heads * config.head_size  # a token sees half a window, by key and by value
+        attention = (
+            sequence * config.heads * config.head_size
+        )  # a token sees half a window, by key and by value
         costs = [config.layer_parameters(layer, active=True) + attention for layer in range(config.layers)]
         costs[-1] += config.vocab_size * config.width
         return Stages(even(costs, count), ranks, schedule, config.tied)
@@ -91,8 +93,10 @@ class Stages:
 
     def in_flight(self, rank: int, micros: int) -> float:
         """How many micro-batches a rank keeps the activations of at most."""
-        if self.schedule == "gpipe" or self.ranks == 1:
-            return micros if self.ranks > 1 else 1
+        if self.ranks == 1:
+            return 1
+        if self.schedule == "gpipe":
+            return micros
         if self.schedule == "1f1b":
             return min(micros, self.ranks - rank)
         if self.schedule == "zero-bubble-v":

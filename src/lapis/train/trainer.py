@@ -85,6 +85,7 @@ class Trainer:
         if self.section.compile:
             compile_layers(self.model, home)
         self.setup = setup(self.model) + (f", mesh {mesh}" if mesh.size > 1 else "")
+        self.setup += f", {self.section.pipeline}" if mesh.pp > 1 else ""
         self.step = 0  # steps done
         self.tokens = 0  # seen in them
         self.trained_s = 0.0
