@@ -92,7 +92,8 @@ SHORT = (
     Case("llama", "cp=2,fsdp=2", recompute="full"), Case("llama", "fsdp=2", dtype="bf16"),
 )  # fmt: skip
 PIPELINES = (
-    Case("llama", "pp=2"), Case("gpt2", "pp=2", pipeline="interleaved"), Case("qwen2", "pp=2", "muon", pipeline="gpipe"),
+    Case("llama", "pp=2"), Case("gpt2", "pp=2", pipeline="interleaved"),
+    Case("qwen2", "pp=2", "muon", pipeline="gpipe"),
     Case("llama", "pp=2", pipeline="zero-bubble"), Case("gpt2", "pp=2", pipeline="zero-bubble-v"),
     Case("olmoe", "pp=2", pipeline="zero-bubble-v"), Case("llama", "pp=2", dtype="bf16", recompute="full"),
     Case("llama", "pp=2,fsdp=2", "muon", pipeline="interleaved"), Case("gpt2", "pp=2,tp=2", pipeline="zero-bubble"),

@@ -159,7 +159,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", (*SHORT, *PIPELINES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SHORT, *PIPELINES], ids=lambda case: case.name)
 def test_ranks_train_like_one_process(trained: Path, case: Case) -> None:
     check(trained, case)
 

@@ -81,12 +81,13 @@ class Stages:
 
     def check(self, micros: int) -> None:
         """Raise ConfigError for a number of micro-batches that does not keep the ranks at work."""
-        rounds = max(1, micros // self.ranks)
-        if micros >= self.ranks and (PER_RANK[self.schedule] == 1 or micros % rounds == 0):
+        several = PER_RANK[self.schedule] > 1
+        if micros >= self.ranks and not (several and micros % self.ranks):
             return
+        needs = f"a multiple of {self.ranks}" if several else f"at least {self.ranks}"
         raise ConfigError(
             f"A step has {micros} micro-batches on each data-parallel rank; the pipeline {self.schedule!r} of "
-            f"{self.ranks} ranks needs a multiple of {self.ranks}.",
+            f"{self.ranks} ranks needs {needs}.",
             hint="Set train.micro_batch to a part of train.batch / (dp · ep · fsdp).",
             param="train.micro_batch",
         )
