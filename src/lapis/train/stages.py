@@ -110,6 +110,7 @@ def even(costs: Sequence[int], count: int) -> tuple[range, ...]:
     """Neighbours in so many runs, none empty, whose dearest is as cheap as can be, then the sum of squares."""
     sums = [0, *accumulate(costs)]
     # for each end: the dearest run, the sum of squares and the borders of the best cut into `runs` runs
+    best: dict[int, tuple[int, int, tuple[int, ...]]]
     best = {end: (sums[end], sums[end] ** 2, (end,)) for end in range(1, len(sums))}
     for runs in range(2, count + 1):
         best = {
