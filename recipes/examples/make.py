@@ -1,9 +1,11 @@
 """Makes chats.jsonl and preferences.jsonl from a document set: what the sources of Lapis say about themselves.
 
+Also sums.jsonl, prompts with the number that answers them.
+
 Every public function and class with a sentence about it gives a question and its answer; a preference sets that answer
 against the one to another question.
 
-    python recipes/examples/make.py [--source src/lapis] [--chats 400] [--pairs 200]
+    python recipes/examples/make.py [--source src/lapis] [--chats 400] [--pairs 200] [--sums 120]
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+Item = TypeVar("Item")
 HERE = Path(__file__).parent
 SYSTEM = "You answer questions about the Python package Lapis in a sentence or two."
 QUESTIONS = (
@@ -37,6 +41,11 @@ def documented(folder: Path) -> Iterator[tuple[str, str, str]]:
                 yield module, node.name, text
 
 
+def scattered(items: Iterable[Item]) -> list[Item]:
+    """The items in an order that has nothing to do with what they are, the same each time."""
+    return sorted(items, key=lambda item: hashlib.sha256(repr(item).encode()).digest())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,9 +53,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=HERE.parents[1] / "src" / "lapis")
     parser.add_argument("--chats", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--sums", type=int, default=120)
     options = parser.parse_args()
     unique = {(module, name): text for module, name, text in documented(options.source)}
-    found = sorted(unique.items(), key=lambda item: hashlib.sha256(repr(item).encode()).digest())
+    found = scattered(unique.items())
     chats, pairs = found[: options.chats], found[options.chats : options.chats + options.pairs]
     asked = [
         [
@@ -68,6 +78,13 @@ def main() -> None:
                 "non_preferred_output": [{"role": "assistant", "content": other}],
             }
             file.write(json.dumps(preference, ensure_ascii=False) + "\n")
+    with (HERE / "sums.jsonl").open("w") as file:
+        for one, other in scattered((one, other) for one in range(2, 20) for other in range(2, 20))[
+            : options.sums
+        ]:
+            question = f"What is {one} + {other}? Answer with the number alone."
+            line = {"messages": [{"role": "user", "content": question}], "answer": str(one + other)}
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

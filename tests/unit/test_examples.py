@@ -48,7 +48,7 @@ def test_every_form_of_a_line_is_read(tmp_path: Path) -> None:
     path = write(
         tmp_path, {"messages": [parts, BOT], "tools": [TOOL]}, "", {"prompt": "2+2=", "completion": "4"}
     )
-    chat, completion = read_examples([path], preferences=False)
+    chat, completion = read_examples([path], "texts")
     assert chat.example == Chat((USER, BOT), (True,), read_tools([TOOL]))
     assert completion.example == Completion("2+2=", "4")
     assert completion.place == f"{path}:3"
@@ -63,7 +63,7 @@ def test_every_form_of_a_line_is_read(tmp_path: Path) -> None:
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
         {"prompt": [USER], "chosen": [BOT], "rejected": [other]},
     )
-    found = [line.example for line in read_examples([path], preferences=True)]
+    found = [line.example for line in read_examples([path], "preferences")]
     assert found == [
         Preference(
             Chat((USER, BOT, USER, BOT), (False, True)), Chat((USER, BOT, USER, other), (False, True))
@@ -94,18 +94,18 @@ def test_every_form_of_a_line_is_read(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
     path = write(tmp_path, {"messages": [USER, BOT]}, line)
     with pytest.raises(InputError) as error:
-        read_examples([path], preferences=False)
+        read_examples([path], "texts")
     assert str(error.value).startswith(f"{path}:2: ")
     assert said in str(error.value)
 
 
 def test_a_file_that_is_empty_or_missing_or_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no examples: the file is empty"):
-        read_examples([write(tmp_path, "", " ")], preferences=False)
+        read_examples([write(tmp_path, "", " ")], "texts")
     with pytest.raises(InputError, match=r"cannot be read: No such file"):
-        read_examples([tmp_path / "none.jsonl"], preferences=False)
+        read_examples([tmp_path / "none.jsonl"], "texts")
     with pytest.raises(InputError, match=r":1: the keys of the line are 'messages'"):
-        read_examples([write(tmp_path, {"messages": [USER, BOT]})], preferences=True)
+        read_examples([write(tmp_path, {"messages": [USER, BOT]})], "preferences")
 
 
 def test_only_the_answers_are_trained_on_and_weight_0_is_left_out(encoder: Encoder) -> None:

@@ -62,14 +62,17 @@ def plot(
     checkpoints: Sequence[int],
     out: Path,
 ) -> None:
-    """Draw loss, tokens per second and learning rate over the steps of a run into a PNG."""
+    """Draw loss (or reward), tokens per second and learning rate over the steps of a run into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 9), dpi=120, layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1.5])
     figure.suptitle(title, fontsize=12)
-    _panel(panels[0], steps, "loss", "loss (nats per token, logarithmic)", "tab:blue")
-    _logarithmic(panels[0])
+    if told_by(steps) == "reward":
+        _panel(panels[0], steps, "reward", "reward (mean of a step)", "tab:blue")
+    else:
+        _panel(panels[0], steps, "loss", "loss (nats per token, logarithmic)", "tab:blue")
+        _logarithmic(panels[0])
     _panel(panels[1], steps, "tokens_per_s", "speed (tokens per second)", "tab:green")
     _panel(panels[2], steps, "lr", "learning rate", "tab:orange", smooth=False)
     for panel in panels[1:]:
@@ -86,6 +89,11 @@ def plot(
     entries = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))  # one of each label
     panels[0].legend(entries.values(), entries.keys(), loc="upper right", frameon=False)
     figure.savefig(out, format="png")
+
+
+def told_by(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What tells how a run went: its loss; where rewards are earned the loss is always near 0, and they tell it."""
+    return "reward" if steps and steps[-1].get("reward") is not None else "loss"
 
 
 def _panel(

@@ -64,7 +64,7 @@ def list_runs(as_json: bool) -> None:
 @click.argument("run")
 @json_option
 def show(run: str, as_json: bool) -> None:
-    """What is known of a run, and its loss curve. RUN is an id, the beginning of one, or `last`."""
+    """What is known of a run, and its curve of loss or reward. RUN is an id, the beginning of one, or `last`."""
     from lapis.home import Home
     from lapis.train.run import Run
 
@@ -92,7 +92,7 @@ def show(run: str, as_json: bool) -> None:
 )
 @json_option
 def plot(run: str, out: Path | None, as_json: bool) -> None:
-    """Draw loss, tokens/s and learning rate to a PNG. RUN is an id, the beginning of one, or `last`."""
+    """Draw loss or reward, tokens/s and learning rate to a PNG. RUN is an id, the beginning of one, or `last`."""
     from lapis.checkpoint.folder import listing
     from lapis.cli import curve
     from lapis.errors import ConflictError, InputError
@@ -163,6 +163,7 @@ def _say_facts(run: Run, facts: dict[str, Any]) -> None:
         "step": _some("{:,}", last.get("step")),
         "tokens seen": _some("{:,}", last.get("tokens")),
         "loss": _some("{:.4f} nats per token", last.get("loss")),
+        "reward": _some("{:.4f} in the mean", last.get("reward")),
         "speed": _some("{:,.0f} tokens/s", last.get("tokens_per_s")),
         "MFU": _some("{:.2f}", last.get("mfu")),
         "memory": _some("{:,.0f} MB at most", last["memory"] / 1e6 if "memory" in last else None),
@@ -214,15 +215,18 @@ def _say_evaluation(evaluation: dict[str, Any] | None) -> None:
 
 
 def _say_curve(steps: Sequence[dict[str, Any]]) -> None:
+    """The loss, or the reward where there is one: the loss then tells nothing."""
     from lapis.cli import curve
 
-    points = [(step["step"], step["loss"]) for step in steps if step.get("loss") is not None]
+    key = curve.told_by(steps)
+    points = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
     if len({step for step, _ in points}) < 2:
         return
     width = min(100, shutil.get_terminal_size((80, 24)).columns)
     say()
-    say("  loss, nats per token (mean per column; logarithmic steps)")
-    for line in curve.braille([step for step, _ in points], [loss for _, loss in points], width - 2):
+    unit = ", nats per token" if key == "loss" else ""
+    say(f"  {key}{unit} (mean per column; logarithmic steps)")
+    for line in curve.braille([step for step, _ in points], [value for _, value in points], width - 2):
         say("  " + line)
     say()
 

@@ -77,7 +77,10 @@ def command(
     with first_alone():
         objective = _objective(resolved, home, workers)
         if inspect:
-            _inspect(objective, as_json)
+            if resolved.grpo is None:
+                _inspect(objective, as_json)
+            else:
+                _inspect_answers(resolved, objective, home, as_json)
             return
         run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not is_first():
@@ -162,9 +165,7 @@ def _inspect(objective: Objective, as_json: bool) -> None:
         counts = {"tokens": tokens, "trained": trained, "micro_batches": len(batch.micros)}
         print_json({**dict(objective.facts()), "batch": {**counts, "texts": rows}})
         return
-    facts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in objective.facts().items()
-                      if isinstance(value, int))  # fmt: skip
-    say(f"The whole set: {facts}.")
+    _say_facts(objective)
     say(
         f"The first step: {len(texts):,} texts in {len(batch.micros):,} micro-batches, {tokens:,} tokens, "
         f"{trained:,} of them trained on ({_marked('like this')})."
@@ -174,6 +175,40 @@ def _inspect(objective: Objective, as_json: bool) -> None:
         say(_plain_or_marked(text))
     if len(texts) > SHOWN:
         say(f"\n… and {len(texts) - SHOWN:,} more; --json shows all.")
+
+
+def _inspect_answers(recipe: Recipe, objective: Objective, home: Home, as_json: bool) -> None:
+    """The first prompts as the model sees them, and the first one's group of answers with their rewards."""
+    from lapis.train.grpo import GroupRelative
+    from lapis.train.start import first_model
+
+    assert isinstance(objective, GroupRelative), "the recipe was checked"
+    objective.begin(first_model(recipe, objective.tokenizer, home))
+    asked = objective.prompts_of(0)
+    prompts = [objective.tokenizer.decode(one.ids, special=True) for one in asked]
+    group = objective.graded(0, most=1)
+    if as_json:
+        answers = [{"reward": one.reward, "advantage": one.advantage, "text": one.answer.text,
+                    "tokens": len(one.answer.ids), "cut": one.answer.cut} for one in group]  # fmt: skip
+        facts = {"place": asked[0].place, "answers": answers}
+        print_json({**dict(objective.facts()), "prompts": prompts, "group": facts})
+        return
+    _say_facts(objective)
+    for one, prompt in list(zip(asked, prompts, strict=True))[:SHOWN]:
+        say(f"\n--- {one.place}: a prompt of {len(one.ids):,} tokens\n{prompt}")
+    say(f"\nThe first step's answers to {asked[0].place}, graded by {objective.reward.name}:")
+    for graded in group:
+        end = ", cut off" if graded.answer.cut else ""
+        say(
+            f"\n--- reward {graded.reward:.3g}, advantage {graded.advantage:+.2f}, {len(graded.answer.ids):,} tokens{end}"
+        )
+        say(graded.answer.text)
+
+
+def _say_facts(objective: Objective) -> None:
+    facts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in objective.facts().items()
+                      if isinstance(value, int))  # fmt: skip
+    say(f"The whole set: {facts}.")
 
 
 def _plain_or_marked(text: ShownText) -> str:

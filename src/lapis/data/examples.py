@@ -1,9 +1,10 @@
-"""What a model is fine-tuned on: chats, completions and preferences, one JSON object a line, each one checked.
+"""What a model is fine-tuned on: chats, completions, preferences and prompts, one JSON object a line, each one checked.
 
 {"messages": [{"role": "user", …}, {"role": "assistant", …, "weight": 0 or 1}], "tools": […]}   OpenAI, supervised
 {"prompt": "…", "completion": "…"}
 {"input": {"messages": […], "tools": […]}, "preferred_output": […], "non_preferred_output": […]}  OpenAI, DPO
 {"prompt": "…" or […], "chosen": "…" or […], "rejected": "…" or […]}
+{"messages": […], …} or {"prompt": "…" or […], …}: to be answered, with any other fields     OpenAI, reinforcement
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lapis.errors import InputError
 from lapis.hashing import digest_json
@@ -50,7 +51,16 @@ class Preference:
     rejected: Text
 
 
-Example = Chat | Completion | Preference
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered: messages, or a text to go on with. `fields` are the rest of the line, for a grader."""
+
+    asked: tuple[Message, ...] | str
+    fields: Mapping[str, Any]
+
+
+Example = Chat | Completion | Preference | Prompt
+Kind = Literal["texts", "preferences", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,14 @@ class Line:
         return f"{self.path}:{self.number}"
 
 
-def read_examples(paths: Sequence[Path], *, preferences: bool) -> list[Line]:
-    """All lines of all files, each one checked; `preferences` says that pairs are wanted, otherwise texts.
+def read_examples(paths: Sequence[Path], kind: Kind) -> list[Line]:
+    """All lines of all files, each one checked to be of that kind.
 
     Raises InputError naming file and line: not JSON, an unknown form or role, no assistant turn; or the file that
     is empty or cannot be read.
     """
-    return [line for path in paths for line in _read_file(path, _preference if preferences else _text)]
+    read = {"texts": _text, "preferences": _preference, "prompts": _prompt}[kind]
+    return [line for path in paths for line in _read_file(path, read)]
 
 
 def _read_file(path: Path, read: Callable[[Mapping[str, Any]], Example]) -> Iterator[Line]:
@@ -133,6 +144,23 @@ def _preference(value: Mapping[str, Any]) -> Preference:
         '{"input": …, "preferred_output": …, "non_preferred_output": …} or {"prompt", "chosen", "rejected"}'
     )
     raise _unknown(value, forms)
+
+
+def _prompt(value: Mapping[str, Any]) -> Prompt:
+    key = next((key for key in ("messages", "prompt") if key in value), None)
+    if key is None:
+        raise _unknown(value, '{"messages": […], …} or {"prompt": "…" or […], …}')
+    if "tools" in value:
+        raise InputError("prompts with tools are not taken")
+    asked, fields = value[key], {name: field for name, field in value.items() if name != key}
+    if key == "prompt" and isinstance(asked, str):
+        if not asked:
+            raise InputError('"prompt" is empty: there is nothing to go on with')
+        return Prompt(asked, fields)
+    messages = _chat(asked, None, answered=False).messages
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the chat ends with the assistant's turn: there is nothing to answer")
+    return Prompt(messages, fields)
 
 
 def _unknown(value: Mapping[str, Any], forms: str) -> InputError:

@@ -23,6 +23,7 @@ class TokenBatch(NamedTuple):
     targets_T: NDArray[np.int64]
     lengths: tuple[int, ...]
     weights_T: NDArray[np.float32] | None = None  # what each target counts in the loss; None: all count 1
+    facts_NT: NDArray[np.float32] | None = None  # what else an objective knows of each target
 
     def padded(self, step: int) -> TokenBatch:
         """The batch with a document of no weight at its end, so that its length divides by `step`."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lapis.data.examples import Chat, Completion, Line, Preference, Text, read_examples
+from lapis.data.examples import Chat, Completion, Kind, Line, Preference, Prompt, Text, read_examples
 from lapis.data.loader import TokenBatch
 from lapis.data.order import sample_at
 from lapis.data.recipe import ExamplesConfig
@@ -22,7 +22,7 @@ from lapis.hashing import digest_json
 from lapis.log import Progress, silent
 from lapis.tokenizer.bpe import TURN_END, TURN_START, Tokenizer
 from lapis.tokenizer.chat import CHATML, ChatTemplate
-from lapis.tokenizer.tools import encode_with_tools
+from lapis.tokenizer.tools import encode_with_tools, prompt_with_tools
 
 
 class Tokens(NamedTuple):
@@ -59,19 +59,30 @@ class Encoder:
             raise InputError("no token is left to train on")
         return found
 
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Ids of what is to be answered, as they are served. Raises InputError."""
+        if isinstance(prompt.asked, str):
+            return self._plain(prompt.asked)
+        return prompt_with_tools(self._template(), self.tokenizer, prompt.asked, ()).ids
+
+    def _plain(self, text: str) -> list[int]:
+        return ([] if self.bos_id is None else [self.bos_id]) + self.tokenizer.encode(text)
+
     def _completion(self, text: Completion) -> tuple[list[int], list[bool]]:
-        before = [] if self.bos_id is None else [self.bos_id]
-        before += self.tokenizer.encode(text.prompt)
+        before = self._plain(text.prompt)
         answer = [*self.tokenizer.encode(text.completion), self.tokenizer.end_id]
         return before + answer, [False] * len(before) + [True] * len(answer)
 
     def _chat(self, text: Chat) -> tuple[list[int], list[bool]]:
+        return encode_with_tools(self._template(), self.tokenizer, text.messages, text.tools, text.trained)
+
+    def _template(self) -> ChatTemplate:
         if self.chat is None:
             raise InputError(
                 "the model has no chat template",
                 hint="Name a file with one: examples.template = …, or train on prompts and completions.",
             )
-        return encode_with_tools(self.chat, self.tokenizer, text.messages, text.tools, text.trained)
+        return self.chat
 
 
 @dataclass(frozen=True)
@@ -118,20 +129,9 @@ def prepare_samples(
 
     Raises InputError naming file and line.
     """
-    lines = read_examples([Path(path) for path in config.files], preferences=preferences)
-    apart = read_examples([Path(path) for path in config.heldout_files], preferences=preferences)
-    identity = {
-        "lines": [line.digest for line in lines],
-        "heldout": [line.digest for line in apart] if apart else config.heldout,
-        "template": encoder.chat.template if encoder.chat else None,
-        "tokenizer": encoder.tokenizer.digest,
-        "bos": encoder.bos_id,
-        "longest": longest,
-        "preferences": preferences,
-        "model": model,
-    }
-    if not apart:
-        lines, apart = split(lines, config.heldout)
+    lines, apart, digest = read_sets(
+        config, encoder, "preferences" if preferences else "texts", longest, model
+    )
     wanted = [*lines, *apart]
     encoded: list[Sample | None] = []
     for number, line in enumerate(wanted):
@@ -140,11 +140,38 @@ def prepare_samples(
     trained = tuple(sample for sample in encoded[: len(lines)] if sample is not None)
     heldout = tuple(sample for sample in encoded[len(lines) :] if sample is not None)
     if not trained:
-        raise InputError(
-            f"No example is left to train on: all {len(lines):,} are longer than {longest:,} tokens.",
-            hint="Raise train.sequence, up to the model's context.",
-        )
-    return Samples(trained, heldout, encoded.count(None), digest_json(identity))
+        raise nothing_left(lines, longest)
+    return Samples(trained, heldout, encoded.count(None), digest)
+
+
+def read_sets(
+    config: ExamplesConfig, encoder: Encoder, kind: Kind, longest: int, model: str
+) -> tuple[list[Line], list[Line], str]:
+    """The lines to train on, the held-out ones, and the digest of all that they become. Raises InputError."""
+    lines = read_examples([Path(path) for path in config.files], kind)
+    apart = read_examples([Path(path) for path in config.heldout_files], kind)
+    identity = {
+        "lines": [line.digest for line in lines],
+        "heldout": [line.digest for line in apart] if apart else config.heldout,
+        "template": encoder.chat.template if encoder.chat else None,
+        "tokenizer": encoder.tokenizer.digest,
+        "bos": encoder.bos_id,
+        "longest": longest,
+        "preferences": kind == "preferences",
+        "model": model,
+        **({"prompts": True} if kind == "prompts" else {}),
+    }
+    if not apart:
+        lines, apart = split(lines, config.heldout)
+    return lines, apart, digest_json(identity)
+
+
+def nothing_left(lines: Sequence[Line], longest: int) -> InputError:
+    """What is said when every line is dropped."""
+    return InputError(
+        f"No example is left to train on: all {len(lines):,} are longer than {longest:,} tokens.",
+        hint="Raise train.sequence, up to the model's context.",
+    )
 
 
 def split(lines: Sequence[Line], share: float) -> tuple[list[Line], list[Line]]:
@@ -158,24 +185,28 @@ def split(lines: Sequence[Line], share: float) -> tuple[list[Line], list[Line]]:
 
 def _encoded(line: Line, encoder: Encoder, longest: int, drop: bool) -> Sample | None:
     example = line.example
+    assert not isinstance(example, Prompt), "texts or pairs were asked for"
     texts = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
     try:
         sample = tuple(encoder.encode(text) for text in texts)
     except InputError as error:
         raise InputError(f"{line.place}: {error.message.rstrip('.')}.", hint=error.hint) from error
     length = max(len(tokens.ids) for tokens in sample)
-    if length <= longest:
-        return sample
-    if drop:
-        return None
+    return sample if fits(line, length, longest, drop, "train.sequence") else None
+
+
+def fits(line: Line, length: int, longest: int, drop: bool, limit: str) -> bool:
+    """Whether a line has at most the `longest` tokens that a limit allows. Raises InputError if it is to be refused."""
+    if length <= longest or drop:
+        return length <= longest
     raise InputError(
-        f"{line.place}: the example has {length:,} tokens, more than train.sequence = {longest:,}.",
+        f"{line.place}: the example has {length:,} tokens, more than {limit} = {longest:,}.",
         hint="Raise train.sequence (up to the model's context), or leave such examples out: examples.too_long = "
         '"drop".',
     )
 
 
-def of_step(samples: Sequence[Sample], step: int, batch: int, seed: int) -> tuple[int, ...]:
+def of_step(samples: Sequence[object], step: int, batch: int, seed: int) -> tuple[int, ...]:
     """Which samples a step (from 0 on) sees: a pure function, each epoch in another order."""
     return tuple(sample_at(index, len(samples), seed) for index in range(step * batch, (step + 1) * batch))
 

@@ -18,6 +18,7 @@ from lapis.tokenizer.chat import ChatTemplate
 from lapis.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
+    from lapis.model.adapters import Adapter
     from lapis.model.weights import LoadedModel
 
 
@@ -174,6 +175,12 @@ class LocalEngine(EngineLoop):
     def add_adapter(self, name: str, folder: Path) -> None:
         """Answer requests that name this PEFT folder. Raises InputError for what is no adapter of the model."""
         self._put_adapter(name, self._read_adapter(folder))
+
+    def put_adapter(self, name: str, adapter: Adapter) -> None:
+        """Answer requests that name this adapter, which lies in memory; it must not change meanwhile."""
+        from lapis.inference.runner import LoadedAdapter
+
+        self._put_adapter(name, LoadedAdapter(f"{name} in memory", adapter))
 
     def stats(self) -> dict[str, Any]:
         """As EngineLoop, with the kernels' name and whether small steps are replayed without Python."""

@@ -28,6 +28,7 @@ class SamplingParams:
     `prompt_logprobs` n for those of the prompt's tokens after the first. `max_tokens` 0 only reads the prompt.
     Before `min_tokens` no end token comes. `structure` is the language that the text must belong to; it may
     end there even with no `stop_ids`. `visible_ids` are special tokens whose text is part of the output.
+    With `tempered_logprobs` logprobs are those of the logits over the temperature.
     """
 
     max_tokens: int
@@ -47,6 +48,7 @@ class SamplingParams:
     min_tokens: int = 0
     structure: Grammar | None = None
     visible_ids: frozenset[int] = frozenset()
+    tempered_logprobs: bool = False
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 0, None)

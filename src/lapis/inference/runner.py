@@ -236,6 +236,8 @@ class ModelRunner:
             elif row.params.logprobs is None:
                 samples.append(Sample(token))
             else:
+                if row.params.tempered_logprobs:
+                    logits_V = logits_V / row.params.temperature
                 samples.append(Sample(token, self._logprob(logits_V, token, row.params.logprobs)))
         return samples
 

@@ -104,6 +104,8 @@ class VllmEngine:
                 hint="Serve it with Lapis's own engine: --engine lapis.",
                 param="model",
             )
+        if request.params.tempered_logprobs and request.params.temperature != 1:
+            raise InputError("vLLM tells logprobs before the temperature only.", param="logprobs")
         if request.adapter is not None:
             self.remove_adapter(request.adapter)
         if request.params.structure is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lapis.data.prompts import Prompts, prepare_prompts
 from lapis.data.recipe import ExamplesConfig
 from lapis.data.samples import Encoder, Samples, prepare_samples, template_of
 from lapis.errors import ConfigError, InputError
@@ -15,9 +16,11 @@ from lapis.model.store import StoredModel, open_folder
 from lapis.model.weights import read_chat_template, read_tokenizer
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
+from lapis.train.grpo import GroupRelative
 from lapis.train.objective import Objective
 from lapis.train.preference import Preferences
 from lapis.train.recipe import Recipe
+from lapis.train.reward import reward_of
 from lapis.train.sft import Supervised
 from lapis.train.start import model_folder
 
@@ -62,13 +65,7 @@ class Base:
         self, examples: ExamplesConfig, *, longest: int, preferences: bool, progress: Progress = silent
     ) -> Samples:
         """The examples for this model. Raises InputError naming file and line, ConfigError beyond its context."""
-        context = self.stored.config.context
-        if longest > context:
-            raise ConfigError(
-                f"train.sequence = {longest:,} is longer than the context of {self.stored.name}, "
-                f"{context:,} tokens.",
-                param="train.sequence",
-            )
+        self._require(longest)
         return prepare_samples(
             examples,
             self.encoder(examples.template),
@@ -78,15 +75,44 @@ class Base:
             progress=progress,
         )
 
+    def prompts(
+        self, examples: ExamplesConfig, *, longest: int, max_tokens: int, progress: Progress = silent
+    ) -> Prompts:
+        """The prompts for this model, which leave room for an answer. Raises as `samples`."""
+        self._require(longest)
+        return prepare_prompts(
+            examples,
+            self.encoder(examples.template),
+            longest=longest - max_tokens,
+            model=self.stored.digest,
+            progress=progress,
+        )
+
+    def _require(self, longest: int) -> None:
+        context = self.stored.config.context
+        if longest > context:
+            raise ConfigError(
+                f"train.sequence = {longest:,} is longer than the context of {self.stored.name}, "
+                f"{context:,} tokens.",
+                param="train.sequence",
+            )
+
 
 def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Objective:
     """The objective over a recipe's examples. Raises NotFoundError without the model, and as `Base.samples`."""
     section, source, examples = recipe.train, recipe.model.source, recipe.examples
     assert source is not None and examples is not None, "the recipe was checked"
     base = Base.open(source, model_folder(source, home))
+    facts = {"base": base.stored.name, "base_digest": base.stored.digest}
+    if recipe.grpo is not None:
+        longest, answer = section.sequence, recipe.grpo.max_tokens
+        prompts = base.prompts(examples, longest=longest, max_tokens=answer, progress=progress)
+        reward = reward_of(recipe.grpo, prompts)
+        return GroupRelative(
+            section, recipe.grpo, prompts, reward, base.tokenizer, base.stored.manifest, facts
+        )
     preferences = section.objective == "dpo"
     samples = base.samples(examples, longest=section.sequence, preferences=preferences, progress=progress)
-    facts = {"base": base.stored.name, "base_digest": base.stored.digest}
     if preferences:
         return Preferences(section, recipe.dpo, samples, base.tokenizer, facts)
     return Supervised(section, samples, base.tokenizer, facts)

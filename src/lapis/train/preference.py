@@ -18,7 +18,7 @@ from lapis.model.families import Decoder, build
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.objective import StepBatch
 from lapis.train.recipe import DpoSection, TrainSection
-from lapis.train.sft import Rows, facts_of, share_of_step, trained_rows
+from lapis.train.sft import Rows, facts_of, head_of, share_of_step, trained_rows
 
 
 class Judged(NamedTuple):
@@ -57,12 +57,7 @@ class Preferences:
 
     def begin(self, model: Decoder) -> None:
         """Keep the first weights: with adapters the frozen base itself, else a second copy."""
-        if model.lora is not None:
-            self._reference = model
-            return
-        self._reference = build(model.config, dtype=model.dtype)
-        self._reference.load_state_dict(model.state_dict())
-        self._reference.requires_grad_(False)
+        self._reference = first_weights(model)
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """The rank's pairs of a step, packed; every pair counts the same."""
@@ -78,9 +73,7 @@ class Preferences:
         rows = trained_rows(model, micro)
         judged = self._judge(model, micro, rows)
         weights_R = -judged.slope_S[rows.sequence_R] * rows.weights_R
-        head = model.head_weight
-        assert isinstance(head, Tensor), "a quantised model is not trained"
-        path = model.ops.linear_cross_entropy(rows.x_RH, head, rows.targets_R, weights_R)
+        path = model.ops.linear_cross_entropy(rows.x_RH, head_of(model), rows.targets_R, weights_R)
         self._margins += judged.margin_P.tolist()
         return (judged.losses_P.sum() + path - path.detach()) / weight
 
@@ -114,6 +107,16 @@ class Preferences:
             rows = trained_rows(self._reference, micro, adapted=False)
             self._known.update(zip(names, _text_logprobs(self._reference, micro, rows).tolist(), strict=True))
         return torch.tensor([self._known[name] for name in names])
+
+
+def first_weights(model: Decoder) -> Decoder:
+    """What is the model as it is now for ever: one with adapters itself, to be run without them; else a copy."""
+    if model.lora is not None:
+        return model
+    copy = build(model.config, dtype=model.dtype)
+    copy.load_state_dict(model.state_dict())
+    copy.requires_grad_(False)
+    return copy
 
 
 def judge(policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: float) -> Judged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -78,10 +79,10 @@ class TrainSection(Section):
     """Training time in minutes; the number of steps follows from the speed that is measured on the way."""
     sequence: Positive = 256
     """Tokens in one training window; documents inside it do not see each other."""
-    objective: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    """What is learned: to continue text, to answer as the examples do, or to prefer one answer to another."""
+    objective: Literal["pretrain", "sft", "dpo", "grpo"] = "pretrain"
+    """What is learned: to continue text, to answer as the examples do, to prefer one answer, or to earn a reward."""
     batch: Positive = 8
-    """Windows in one optimizer step, on all ranks together."""
+    """Windows, examples, pairs or prompts in one optimizer step, on all ranks together."""
     micro_batch: Positive | None = None
     """Windows in one forward pass of a rank: fewer take less memory. By default all of its share."""
     seed: int = 0
@@ -173,6 +174,39 @@ class DpoSection(Section):
     """The part of the preferences that is thought to be the wrong way round."""
 
 
+class GrpoSection(Section):
+    """Group relative policy optimisation (Shao et al. 2024): of sampled answers, the better graded become likelier."""
+
+    reward: str | None = None
+    """A function that grades an answer: "path/to/file.py:function". Give this, `regex` or `exact`."""
+    regex: str | None = None
+    """The reward is 1 for an answer in which this regular expression is found, else 0."""
+    exact: str | None = None
+    """The reward is 1 for an answer that is the text of this field of its example, else 0."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Answers to one prompt, which are compared with each other."""
+    max_tokens: Positive = 128
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """At which answers are sampled; what is trained is the model at this temperature."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far a token's probability may be from the sampler's and still be pushed further away."""
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    """How strongly the model is held to where it started; 0 needs no reference."""
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Self:
+        if sum(value is not None for value in (self.reward, self.regex, self.exact)) != 1:
+            raise ValueError("give exactly one of grpo.reward, grpo.regex and grpo.exact")
+        if self.reward is not None and not all(self.reward.rpartition(":")):
+            raise ValueError(f'reward = {self.reward!r} names no function: write "path/to/file.py:function"')
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex = {self.regex!r} is no regular expression: {error}") from error
+        return self
+
+
 class CheckpointSection(Section):
     """When the state of a run is saved, and what is kept."""
 
@@ -228,6 +262,8 @@ class Recipe(Section):
     """Train low-rank adapters and leave the model itself as it is."""
     dpo: DpoSection = DpoSection()
     """Preferences."""
+    grpo: GrpoSection | None = None
+    """Answers that earn a reward."""
 
     @property
     def sources(self) -> DataConfig:
@@ -245,6 +281,14 @@ class Recipe(Section):
         if (self.data is None) == pretrains or (self.examples is None) != pretrains:
             wants = "data" if pretrains else "examples"
             raise ValueError(f"train.objective = {objective!r} needs [{wants}], and of the two only that")
+        if (self.grpo is None) == (objective == "grpo"):
+            raise ValueError('[grpo] and train.objective = "grpo" belong together')
+        if self.grpo is not None and self.grpo.max_tokens >= self.train.sequence:
+            raise ValueError(
+                "train.sequence holds a prompt and its answer: it must be more than grpo.max_tokens"
+            )
+        if self.grpo is not None and self.checkpoint.best:
+            raise ValueError("checkpoint.best goes by the loss, which tells nothing here: leave it out")
         if self.model.source is None and not pretrains:
             raise ValueError(f"train.objective = {objective!r} needs model.from: what is fine-tuned")
         if self.tokenizer.path and not pretrains:

@@ -55,7 +55,7 @@ class Supervised:
     def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
         """Sum of the trained tokens' cross-entropies in nats over `weight`, logits of those tokens only."""
         rows = trained_rows(model, micro)
-        head = _head(model)
+        head = head_of(model)
         return model.ops.linear_cross_entropy(rows.x_RH, head, rows.targets_R, rows.weights_R) / weight
 
     def metrics(self) -> Mapping[str, float]:
@@ -80,6 +80,7 @@ class Rows(NamedTuple):
     targets_R: Tensor
     weights_R: Tensor
     sequence_R: Tensor  # which of the micro-batch's texts each row belongs to
+    place_R: Tensor  # where in the micro-batch
 
 
 def trained_rows(model: Decoder, micro: TokenBatch, *, adapted: bool = True) -> Rows:
@@ -94,8 +95,8 @@ def trained_rows(model: Decoder, micro: TokenBatch, *, adapted: bool = True) -> 
     chosen = chosen if len(chosen) else np.zeros(1, dtype=np.int64)
     sequence_T = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
     arrays = (chosen, micro.targets_T[chosen], micro.weights_T[chosen], sequence_T[chosen])
-    rows_R, targets_R, weights_R, sequence_R = (torch.from_numpy(array).to(x_TH.device) for array in arrays)
-    return Rows(model.ops.embedding(rows_R, x_TH), targets_R, weights_R, sequence_R)
+    place_R, targets_R, weights_R, sequence_R = (torch.from_numpy(array).to(x_TH.device) for array in arrays)
+    return Rows(model.ops.embedding(place_R, x_TH), targets_R, weights_R, sequence_R, place_R)
 
 
 def share_of_step(
@@ -140,7 +141,8 @@ def _trained_tokens(sample: Sample) -> int:
     return sum(text.targets for text in sample)
 
 
-def _head(model: Decoder) -> Tensor:
+def head_of(model: Decoder) -> Tensor:
+    """The (V, H) matrix that makes logits, in training."""
     head = model.head_weight
     assert isinstance(head, Tensor), "a quantised model is not trained"
     return head

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lapis.checkpoint.piece import Box, Part, Sharded
 from lapis.checkpoint.sharded import Checkpoint, load
-from lapis.errors import ConflictError, TrainingError
+from lapis.errors import ConflictError, LapisError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
@@ -159,8 +159,7 @@ class Trainer:
         return Sharded(shape, (Part(Box.whole(shape), whole, owned=self.world.is_main),))
 
     def _one_step(self) -> float:
-        with self.spent.on("data"):
-            batch = self.objective.step(self.step, *self.replica.share)
+        batch = self._batch()
         with self.spent.on("step"):
             numbers = self._gradients(batch)
             self._prove(numbers.loss)
@@ -184,6 +183,19 @@ class Trainer:
         self.step += 1
         self.tokens += sum(len(micro.ids_T) for micro in batch.micros) * self.world.data_ranks
         return numbers.norm
+
+    def _batch(self) -> StepBatch:
+        """This process's share of the step. If it cannot be had, all before it is saved before the error goes on."""
+        try:
+            with self.spent.on("data"):
+                batch = self.objective.step(self.step, *self.replica.share)
+        except LapisError:
+            if self.world.size == 1:  # of several ranks the others go on, and would wait
+                self.checkpoints.finish(self._snapshot())
+                self._write_end("stopped")
+            raise
+        self.spent.move(batch.worked_s, "data", "step")
+        return batch
 
     def _gradients(self, batch: StepBatch) -> Numbers:
         """Add the gradients of all micro-batches; the step's loss and the norm of its gradient."""
@@ -300,7 +312,7 @@ class Trainer:
         slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
         slow, _ = self.world.agree(slow, 0.0)
         if reason == "stopped" and not slow:  # the next step's loss, so that the resume can be proved
-            self._prove(self._gradients(self.objective.step(self.step, *self.replica.share)).loss)
+            self._prove(self._gradients(self._batch()).loss)
             self.replica.drop_gradients()
         self._write_end(reason)
         if reason == "stopped":

@@ -1,0 +1,106 @@
+"""What an answer is worth: a function of the user's, a regular expression, or the right answer itself. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import numbers
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lapis.data.prompts import Asked, Prompts
+from lapis.errors import InputError, nearest
+from lapis.hashing import digest_bytes
+from lapis.train.recipe import GrpoSection
+
+Grade = Callable[[Any, str, dict[str, Any]], Any]
+SHOWN = 200  # characters of an answer in an error
+MENDED = "Nothing is lost: mend it and run the same command, which goes on from the last checkpoint."
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Grades answers. `digest` is that of a function's file, "" where there is none."""
+
+    name: str
+    grade: Grade
+    digest: str = ""
+
+    def __call__(self, asked: Asked, answer: str) -> float:
+        """What an answer is worth. Raises InputError naming the example if the function raises or tells no number."""
+        prompt = asked.prompt
+        question = prompt.asked if isinstance(prompt.asked, str) else [dict(turn) for turn in prompt.asked]
+        try:
+            value = self.grade(question, answer, dict(prompt.fields))
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            raise self._failed(
+                asked, answer, f"{type(error).__name__}: {error} ({line.filename}:{line.lineno})"
+            ) from error
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise self._failed(asked, answer, f"it gave {value!r}, which is no finite number")
+        return float(value)
+
+    def _failed(self, asked: Asked, answer: str, why: str) -> InputError:
+        shown = answer if len(answer) <= SHOWN else answer[:SHOWN] + "…"
+        return InputError(
+            f"The reward {self.name} failed for {asked.place}: {why}. The answer was {shown!r}.", hint=MENDED
+        )
+
+
+def reward_of(section: GrpoSection, prompts: Prompts) -> Reward:
+    """The reward that a recipe asks for. Raises InputError for a function that cannot be had, or a missing field."""
+    if section.regex is not None:
+        pattern = re.compile(section.regex)
+        return Reward(f"regex {section.regex}", lambda _, answer, fields: float(bool(pattern.search(answer))))
+    if section.exact is not None:
+        return _exact(section.exact, prompts)
+    assert section.reward is not None, "the recipe was checked"
+    return _function(section.reward)
+
+
+def _exact(field: str, prompts: Prompts) -> Reward:
+    """1 for an answer that is the text of a field of its example, white space around it aside."""
+    for asked in (*prompts.trained, *prompts.heldout):
+        if not isinstance(asked.prompt.fields.get(field), str | int | float):
+            known = nearest(field, map(str, asked.prompt.fields))
+            raise InputError(
+                f"{asked.place}: grpo.exact names the field {field!r}, which holds no text here. {known}".strip()
+            )
+    return Reward(
+        f"exact {field}", lambda _, answer, fields: float(answer.strip() == str(fields[field]).strip())
+    )
+
+
+def _function(reference: str) -> Reward:
+    """The function that "path/to/file.py:function" names."""
+    file, _, name = reference.rpartition(":")
+    path = Path(file).expanduser()
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"grpo.reward: {path} cannot be read: {error.strerror}.") from error
+    module = _module(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = nearest(name, (key for key, value in vars(module).items() if callable(value)))
+        raise InputError(f"grpo.reward: {path} has no function {name!r}. {known}".strip())
+    return Reward(reference, function, digest_bytes(source))
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"lapis_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"grpo.reward: {path} is no Python file.", hint='Write "path/to/file.py:function".')
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"grpo.reward: {path} cannot be loaded: {type(error).__name__}: {error}.") from error
+    return module

@@ -1,0 +1,269 @@
+"""Rewards from the command line: look at answers, train, stop and go on, and what can be wrong with a reward."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from lapis import config
+from lapis.checkpoint.sharded import load
+from lapis.cli.main import lapis
+from lapis.errors import ConfigError, InputError, LapisError
+from lapis.home import Home
+from lapis.log import silent
+from lapis.model.manifest import Source
+from lapis.model.weights import write_model
+from lapis.train.base import fine_tuning
+from lapis.train.export import last_checkpoint
+from lapis.train.recipe import Recipe
+from lapis.train.run import Run
+from lapis.train.trainer import Trainer, train
+from tests import small_models
+
+RECIPE = """
+name = "rewarded"
+[model]
+from = "m"
+[examples]
+files = ["{folder}/prompts.jsonl"]
+heldout = 0.25
+[lora]
+rank = 4
+alpha = 8.0
+[grpo]
+{reward}
+group = 4
+max_tokens = 10
+[train]
+objective = "grpo"
+steps = {steps}
+batch = 2
+sequence = 96
+micro_batch = 4
+optimizer = "adamw"
+lr = 0.01
+warmup = 1
+"""
+REWARDS = """
+from dataclasses import dataclass
+
+@dataclass
+class Weights:
+    wanted: str
+
+def share(prompt, answer, fields):
+    assert prompt[0]["role"] == "user"
+    wanted = Weights(fields["wanted"]).wanted
+    return answer.count(wanted) / max(1, len(answer))
+
+def broken(prompt, answer, fields):
+    return 1 / len([])
+"""
+FAILING = """
+CALLS, whole = [], share
+
+def share(prompt, answer, fields):
+    CALLS.append(1)
+    return whole(prompt, answer, fields if len(CALLS) <= 30 else {})
+"""
+PROMPTS = [{"messages": [{"role": "user", "content": f"{n}?"}], "wanted": "e"} for n in range(8)]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(lapis, arguments, catch_exceptions=False)
+
+
+def refused(error: type[LapisError], *arguments: str) -> str:
+    with pytest.raises(error) as caught:
+        run(*arguments)
+    return str(caught.value)
+
+
+def recipe(
+    place: Path, reward: str = "share", lines: Sequence[object] = PROMPTS, steps: int = 6, **other: str
+) -> Path:
+    """A recipe beside its prompts; `other` are the settings of a grader in place of a function."""
+    (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = other or {"reward": f"{place}/rewards.py:{reward}"}
+    path = place / "grpo.toml"
+    said = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    path.write_text(RECIPE.format(folder=place, reward=said, steps=steps))
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path, home: Home) -> Path:
+    """A home with the model m, and rewards."""
+    shape = small_models.config()
+    write_model(
+        home.models / "m",
+        shape,
+        small_models.random_state(shape),
+        small_models.tokenizer(),
+        source=Source("run", "test", licence="MIT"),
+    )
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+class After:
+    """A stop that comes after so many steps."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps = trainer, steps
+
+    def is_set(self) -> bool:
+        return self.trainer.step >= self.steps
+
+
+def told(made: Run) -> list[dict[str, Any]]:
+    """What the step events say of learning, without times."""
+    names = (
+        "step",
+        "loss",
+        "grad_norm",
+        "reward",
+        "reward_std",
+        "length",
+        "kl",
+        "ratio_off",
+        "silent_groups",
+    )
+    return [{name: event[name] for name in names} for event in made.steps()]
+
+
+def assert_same(one: Run, other: Run) -> None:
+    """Weights and optimizer ended with the same bits."""
+    ends = [load(last_checkpoint(made)).groups["optimizer"] for made in (one, other)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_answers_and_their_rewards_are_shown_before_anything_is_trained(place: Path, home: Home) -> None:
+    path = recipe(place)
+    shown = run("train", str(path), "--inspect").output
+    assert "examples 6, heldout examples 2" in shown
+    assert "<|im_start|>assistant\n" in shown
+    assert shown.count("--- reward ") == 4
+    facts = json.loads(run("train", str(path), "--inspect", "--json").stdout)
+    group = facts["group"]["answers"]
+    assert len(facts["prompts"]) == 2
+    for answer in group:
+        assert answer["reward"] == answer["text"].count("e") / max(1, len(answer["text"]))
+    assert sum(answer["advantage"] for answer in group) == pytest.approx(0.0, abs=1e-9)
+    assert not Run.list(home)
+
+
+def test_a_run_tells_its_rewards_and_exports_what_it_learnt(place: Path, home: Home) -> None:
+    run("train", str(recipe(place)), "--json")
+    made = Run.find(home, "last")
+    held = made.events.read("heldout")
+    assert [event["step"] for event in held] == [0, 6]
+    assert {"reward", "length"} <= held[0].keys()
+    start = made.events.read("start")[0]
+    assert start["reward"] == f"{place}/rewards.py:share"
+    assert len(start["reward_digest"]) == 64
+    last = made.steps()[-1]
+    assert 0 <= last["reward"] <= 1
+    assert last["length"] <= 10
+    assert last["kl"] >= 0
+    if start["bit_exact"]:
+        assert {event["ratio_off"] for event in made.steps()} == {0.0}
+    assert last["spent"]["step"] > last["spent"]["data"]  # sampling is work, not waiting
+    shown = run("runs", "show", made.id).output
+    assert "reward       " in shown
+    run("runs", "plot", made.id, "--out", str(place / "curve.png"))
+    run("models", "export", made.id, str(place / "whole"))
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    place: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.train.trainer.RECORD_EVERY_S", 0.0)
+    read = config.load(recipe(place), Recipe)
+    runs = [Run.create(home, name, config.to_toml(read), "0" * 64) for name in ("whole", "halves")]
+    train(read, fine_tuning(read, home), runs[0])
+    trainer = Trainer(read, fine_tuning(read, home), runs[1])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.loop(silent, After(trainer, 3))  # type: ignore[arg-type]
+    train(read, fine_tuning(read, home), runs[1])
+    whole, halves = ({event["step"]: event for event in told(made)} for made in runs)
+    assert len(runs[1].events.read("resume")) == 1
+    assert halves == whole
+    assert list(whole) == [1, 2, 3, 4, 5, 6]
+    assert_same(*runs)
+
+
+def test_a_reward_that_raises_costs_no_step(place: Path, home: Home) -> None:
+    """What was learnt before is saved; once the reward is mended, the same command goes on with the same run."""
+    path = recipe(place)
+    (place / "rewards.py").write_text(REWARDS + FAILING)
+    message = refused(InputError, "train", str(path))  # 2 held-out prompts, then 8 answers a step
+    assert re.search(
+        r"share failed for .*prompts\.jsonl:\d: KeyError: 'wanted' \(.*rewards\.py:\d+\)", message
+    )
+    assert "Nothing is lost" in message
+    made = Run.find(home, "last")
+    assert made.status() == "stopped"
+    assert load(last_checkpoint(made)).state["step"] == 3
+    (place / "rewards.py").write_text(REWARDS)
+    run("train", str(path))
+    assert made.status() == "finished"
+    assert [event["step"] for event in made.events.read("resume")] == [3]
+    run("train", str(path), "--set", "name=unbroken")
+    assert_same(made, Run.find(home, "unbroken"))
+
+
+def test_a_reward_that_cannot_be_had_is_refused_before_anything_starts(place: Path, home: Home) -> None:
+    assert "Did you mean 'share'?" in refused(InputError, "train", str(recipe(place, "shares")))
+    absent = f"grpo.reward={place}/absent.py:share"
+    assert "absent.py cannot be read" in refused(InputError, "train", str(recipe(place)), "--set", absent)
+    assert "names no function" in refused(
+        ConfigError, "train", str(recipe(place)), "--set", "grpo.reward=x.py"
+    )
+    (place / "rewards.py").write_text("1 / 0")
+    assert "rewards.py cannot be loaded: ZeroDivisionError" in refused(
+        InputError, "train", str(recipe(place))
+    )
+    assert "exactly one of" in refused(ConfigError, "train", str(recipe(place, regex=".", exact="a")))
+    assert "is no regular expression" in refused(ConfigError, "train", str(recipe(place, regex="(")))
+    assert not Run.list(home)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"messages": []}, "an empty one"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "nothing to answer"),
+        ({"messages": PROMPTS[0]["messages"], "tools": []}, "tools are not taken"),
+        ({"prompt": ""}, "is empty"),
+        ({"prompt": "a b c d e f g h " * 20}, "more than train.sequence - grpo.max_tokens = 86"),
+        ({"question": "x"}, "the keys of the line are 'question'"),
+    ],
+)
+def test_a_bad_prompt_is_named(place: Path, line: object, said: str) -> None:
+    message = refused(InputError, "train", str(recipe(place, lines=[PROMPTS[0], line])))
+    assert "prompts.jsonl:2: " in message
+    assert said in message
+
+
+def test_a_file_without_prompts_is_refused(place: Path) -> None:
+    assert "holds no examples" in refused(InputError, "train", str(recipe(place, lines=[])))
+
+
+def test_graders_need_no_code(place: Path, home: Home) -> None:
+    lines = [{"prompt": f"{n} the quick", "answer": "fox"} for n in range(4)]
+    path = recipe(place, lines=lines, regex="[aeiou]{2}")
+    group = json.loads(run("train", str(path), "--inspect", "--json").stdout)["group"]["answers"]
+    assert {answer["reward"] for answer in group} <= {0.0, 1.0}
+    goal = fine_tuning(config.load(recipe(place, lines=lines, exact="answer"), Recipe), home)
+    asked = goal.prompts.trained[0]  # type: ignore[attr-defined]
+    assert [goal.reward(asked, text) for text in (" fox\n", "foxes")] == [1.0, 0.0]  # type: ignore[attr-defined]
+    missing = refused(InputError, "train", str(recipe(place, lines=lines, exact="answers")))
+    assert "Did you mean 'answer'?" in missing
