@@ -198,10 +198,8 @@ def _inspect_answers(recipe: Recipe, objective: Objective, home: Home, as_json: 
         say(f"\n--- {one.place}: a prompt of {len(one.ids):,} tokens\n{prompt}")
     say(f"\nThe first step's answers to {asked[0].place}, graded by {objective.reward.name}:")
     for graded in group:
-        end = ", cut off" if graded.answer.cut else ""
-        say(
-            f"\n--- reward {graded.reward:.3g}, advantage {graded.advantage:+.2f}, {len(graded.answer.ids):,} tokens{end}"
-        )
+        size = f"{len(graded.answer.ids):,} tokens" + (", cut off" if graded.answer.cut else "")
+        say(f"\n--- reward {graded.reward:.3g}, advantage {graded.advantage:+.2f}, {size}")
         say(graded.answer.text)
 
 
