@@ -105,6 +105,21 @@ def test_the_sampler_is_the_trainer_bit_for_bit(name: str, temperature: float) -
     assert goal.metrics()["kl"] > 0.0
 
 
+def test_weights_in_fp32_and_layers_that_are_computed_again_are_sampled_from_as_well() -> None:
+    shape = SHAPES["llama"]
+    made = build(shape, dtype=torch.float32)
+    if not made.ops.bit_exact:
+        pytest.skip(f"only compiled kernels promise bits; these are {made.ops.name}")
+    made.load_state_dict({key: value.float() for key, value in small_models.random_state(shape).items()})
+    made.requires_grad_(True)
+    goal, whole = objective(), section(recompute="full")
+    goal.begin(made)
+    replica = Alone(made, whole)
+    for step in range(2):
+        passed(goal, replica, step, 0.01)
+        assert goal.metrics()["ratio_off"] == 0.0
+
+
 def test_with_plain_torch_sampler_and_trainer_differ() -> None:
     made = build(SHAPES["llama"], StockOps())
     made.load_state_dict(small_models.random_state(SHAPES["llama"]))

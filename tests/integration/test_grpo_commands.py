@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lapis.model.manifest import Source
 from lapis.model.weights import write_model
 from lapis.train.base import fine_tuning
 from lapis.train.export import last_checkpoint
+from lapis.train.objective import Objective, StepBatch
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import Trainer, train
@@ -113,14 +115,19 @@ def place(tmp_path: Path, home: Home) -> Path:
     return tmp_path
 
 
-class After:
-    """A stop that comes after so many steps."""
+class Killed:
+    """An objective in a process that ends when a step (from 0 on) is to be made."""
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps = trainer, steps
+    def __init__(self, whole: Objective, step: int) -> None:
+        self.whole, self.at = whole, step
 
-    def is_set(self) -> bool:
-        return self.trainer.step >= self.steps
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def step(self, step: int, rank: int, ranks: int) -> StepBatch:
+        if step == self.at:
+            raise SystemExit
+        return self.whole.step(step, rank, ranks)
 
 
 def told(made: Run) -> list[dict[str, Any]]:
@@ -136,7 +143,7 @@ def told(made: Run) -> list[dict[str, Any]]:
         "ratio_off",
         "silent_groups",
     )
-    return [{name: event[name] for name in names} for event in made.steps()]
+    return [{name: event[name] for name in names} for event in made.events.read("step")]
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -182,21 +189,22 @@ def test_a_run_tells_its_rewards_and_exports_what_it_learnt(place: Path, home: H
     run("models", "export", made.id, str(place / "whole"))
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+def test_a_run_that_was_killed_samples_and_learns_the_same_again(
     place: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed in step 4 with a checkpoint of step 2: step 3 is done twice, and is the same both times."""
     monkeypatch.setattr("lapis.train.trainer.RECORD_EVERY_S", 0.0)
-    read = config.load(recipe(place), Recipe)
-    runs = [Run.create(home, name, config.to_toml(read), "0" * 64) for name in ("whole", "halves")]
+    read = config.load(recipe(place), Recipe, ("checkpoint.steps=2",))
+    runs = [Run.create(home, name, config.to_toml(read), "0" * 64) for name in ("whole", "killed")]
     train(read, fine_tuning(read, home), runs[0])
-    trainer = Trainer(read, fine_tuning(read, home), runs[1])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.loop(silent, After(trainer, 3))  # type: ignore[arg-type]
+    trainer = Trainer(read, Killed(fine_tuning(read, home), 3), runs[1])
+    with pytest.raises(SystemExit):
+        trainer.loop(silent, threading.Event())
     train(read, fine_tuning(read, home), runs[1])
-    whole, halves = ({event["step"]: event for event in told(made)} for made in runs)
-    assert len(runs[1].events.read("resume")) == 1
-    assert halves == whole
-    assert list(whole) == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in runs[1].events.read("resume")] == [2]
+    whole = told(runs[0])
+    assert [event["step"] for event in whole] == [1, 2, 3, 4, 5, 6]
+    assert told(runs[1]) == whole[:3] + whole[2:]
     assert_same(*runs)
 
 
