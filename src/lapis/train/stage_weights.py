@@ -31,7 +31,9 @@ class StageWeights:
         world: World,
         stages: Stages,
     ) -> None:
+        assert world.dense is not None and world.expert is not None, "a pipeline has many ranks"
         self.wholes, self.placed, self.world = wholes, placed, world
+        self.dense, self.expert, self.line = world.dense, world.expert, world.dense["pp"].get_group()
         self.shards = {
             name: nn.Parameter(
                 torch.zeros(placed[name].held_shape(world.mesh, world.rank), device=world.device)
@@ -49,7 +51,10 @@ class StageWeights:
     @torch.no_grad()
     def gather(self) -> None:
         """Make the whole weights from the shards of all ranks that hold parts of them."""
-        self._send_embedding(self.shards.get(EMBED), self.lender, self.borrower)
+        if self.borrower is not None:
+            dist.send(self.shards[EMBED], self.borrower, group=self.line)
+        if self.lender is not None:
+            dist.recv(self.shards[EMBED], self.lender, group=self.line)
         for name, whole in self.wholes.items():
             placement, shard = self.placed[name], self.shards[name].to(whole.dtype)
             group = self._sharers(placement)
@@ -71,9 +76,10 @@ class StageWeights:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Give every shard its part of the gradient of all data-parallel ranks, and the sums a new start."""
-        mesh = self.world.dense
-        copies = None if mesh is None or mesh["dp"].size() == 1 else mesh["dp"].get_group()
+        """Give every shard its part of the gradient of all data-parallel ranks, and the sums a new start.
+
+        The gradient of a borrowed embedding goes to the rank that keeps it.
+        """
         for name, total in self.sums.items():
             placement, grad, shard = self.placed[name], total, self.shards[name]
             group = self._sharers(placement)
@@ -84,37 +90,21 @@ class StageWeights:
                 grad = scattered(rows, group)[: shard.shape[dim]].movedim(0, dim)
             shard.grad = grad.clone(memory_format=torch.contiguous_format)
             total.zero_()
-            if copies is not None:
-                dist.all_reduce(shard.grad, group=copies)
-        self._return_embedding()
+            if self.world.mesh.dp > 1:
+                dist.all_reduce(shard.grad, group=self.dense["dp"].get_group())
+        table = self.shards[EMBED].grad if EMBED in self.shards else None
+        if table is not None and self.lender is not None:
+            dist.send(table, self.lender, group=self.line)
+            self.shards[EMBED].grad = None
+        if table is not None and self.borrower is not None:
+            received = torch.empty_like(table)
+            dist.recv(received, self.borrower, group=self.line)
+            table += received
 
     def _sharers(self, placement: Placement) -> dist.ProcessGroup | None:
         """The ranks that share what tp and ep left of a weight; None where this rank has it all."""
-        mesh = self.world.expert if placement.expert else self.world.dense
-        assert mesh is not None, "a pipeline has many ranks"
+        mesh = self.expert if placement.expert else self.dense
         return mesh["shard"].get_group() if mesh["shard"].size() > 1 else None
-
-    def _return_embedding(self) -> None:
-        """The last stage's gradient of the table goes to the rank that keeps it."""
-        if self.lender is not None:
-            self._send_embedding(self.shards[EMBED].grad, None, self.lender)
-            self.shards[EMBED].grad = None
-        if self.borrower is not None:
-            grad = self.shards[EMBED].grad
-            assert grad is not None, "it was reduced"
-            received = torch.empty_like(grad)
-            self._send_embedding(received, self.borrower, None)
-            grad += received
-
-    def _send_embedding(self, tensor: Tensor | None, source: int | None, target: int | None) -> None:
-        assert self.world.dense is not None
-        group = self.world.dense["pp"].get_group()
-        if source is not None:
-            assert tensor is not None
-            dist.recv(tensor, source, group=group)
-        if target is not None:
-            assert tensor is not None
-            dist.send(tensor, target, group=group)
 
 
 def _lengthened(rows: Tensor, count: int) -> Tensor:
