@@ -100,8 +100,8 @@ class EngineLoop:
         self._limits = limits
         self._counts = Counts()
         self._started = time.monotonic()
-        self._prompt_speed: float | None = None  # the same, of steps that are mostly prompts
         self._speed = 1000.0  # tokens per second, smoothed; the first guess only matters for retry_after
+        self._prompt_speed: float | None = None  # the same, of steps that are mostly prompts
         self._work = threading.Condition()  # guards everything below
         self._scheduler = self._new_scheduler()
         self._writers: dict[int, Writer] = {}

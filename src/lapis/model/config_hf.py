@@ -13,7 +13,6 @@ from lapis.kernels.rope import SCALINGS, RopeScaling, yarn_attention
 from lapis.model.config import SUPPORTED, ModelConfig
 
 GPT2 = "gpt2"
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
 MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
