@@ -60,6 +60,19 @@ def test_a_decode_step_of_a_model_has_the_bits_of_its_forward(ops: CpuOps, name:
         assert best.tolist() == expected.argmax(-1).tolist()
 
 
+def test_sums_of_two_tables_are_replayed_in_fp32_too(ops: CpuOps) -> None:
+    ops = load(ops.name.removeprefix("cpu-"), torch.float32)
+    table, places = torch.randn(9, 64), torch.randn(90, 64)
+    ids, place, norm = torch.zeros(90, dtype=torch.int64), torch.zeros(90, dtype=torch.int32), torch.randn(64)
+    replay = Replay(ops, [], 90)
+    for _ in range(3):
+        ids.random_(9)
+        place.random_(90)
+        found = run(replay, lambda: ops.rms_norm(ops.embedding(ids, table, (place, places)), norm, 1e-5), 90)
+        with torch.inference_mode():
+            assert torch.equal(found, ops.rms_norm(table[ids] + places[place], norm, 1e-5))
+
+
 def test_changed_weights_are_seen(ops: CpuOps) -> None:
     weight, x = torch.randn(64, 32).bfloat16(), torch.randn(4, 32).bfloat16()
     replay = Replay(ops, [weight], 4)

@@ -4,13 +4,6 @@
 
 EXPORT const char *lapis_source(void) { return LAPIS_SOURCE; }
 EXPORT const char *lapis_compiler(void) { return __VERSION__; }
-EXPORT int lapis_threaded(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 // Does this CPU's dot product add as the contract says? 0 if so. Ordinary numbers and near-subnormal ones.
 EXPORT int lapis_check(void) {
@@ -115,7 +108,7 @@ EXPORT void lapis_gather(const char *table, int64_t count, const int64_t *index,
 // Sums of a row of one table and a row of another, rounded once; NaN where one of them is not there.
 EXPORT void lapis_gather_add_team(const bf16 *table, int64_t count, const int64_t *index, const bf16 *other,
                                   int64_t others, const int32_t *place, bf16 *y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         bf16 *out = y + row * width;
         if (index[row] < 0 || index[row] >= count || place[row] < 0 || place[row] >= others) {
@@ -125,6 +118,7 @@ EXPORT void lapis_gather_add_team(const bf16 *table, int64_t count, const int64_
         const bf16 *a = table + index[row] * width, *b = other + place[row] * width;
         for (int64_t i = 0; i < width; i += LANES) store_bf16(out + i, load_bf16(a + i) + load_bf16(b + i));
     }
+    team_barrier();
 }
 
 EXPORT void lapis_gather_add(const bf16 *table, int64_t count, const int64_t *index, const bf16 *other,

@@ -296,7 +296,7 @@ EXPORT void lapis_weighted_sum_fp32(const float *z, const float *weights, const 
 // As gather_add of cpu.c.
 EXPORT void lapis_gather_add_fp32_team(const float *table, int64_t count, const int64_t *index, const float *other,
                                        int64_t others, const int32_t *place, float *y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         float *out = y + row * width;
         if (index[row] < 0 || index[row] >= count || place[row] < 0 || place[row] >= others) {
@@ -306,6 +306,7 @@ EXPORT void lapis_gather_add_fp32_team(const float *table, int64_t count, const 
         const float *a = table + index[row] * width, *b = other + place[row] * width;
         for (int64_t i = 0; i < width; i += LANES) store(out + i, load(a + i) + load(b + i));
     }
+    team_barrier();
 }
 
 EXPORT void lapis_gather_add_fp32(const float *table, int64_t count, const int64_t *index, const float *other,
