@@ -107,11 +107,19 @@ def test_two_ranks_learn_what_one_process_learns(recipe: Path, home: Home) -> No
     assert many.summary().tokens == one.summary().tokens
 
 
-def test_a_mesh_of_another_size_is_refused(recipe: Path, home: Home) -> None:
-    with pytest.raises(ConfigError, match="4 ranks, but 1 were started"):
-        CliRunner().invoke(
-            command,
-            [str(recipe), "--set", "train.mesh=fsdp=4"],
-            catch_exceptions=False,
-            standalone_mode=False,
-        )
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "train.mesh=fsdp=4"], "4 ranks, but 1 were started"),
+        (
+            ["--ranks", "3", "--set", "train.mesh=tp=3"],
+            "tp=3 does not fit: heads = 1 does not divide by tp = 3",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_there_is_a_run(
+    recipe: Path, home: Home, options: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(command, [str(recipe), *options], catch_exceptions=False, standalone_mode=False)
+    assert not Run.list(home)

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from lapis import config
 from lapis.checkpoint.sharded import latest, load
+from lapis.cli.main import lapis
 from lapis.data.loader import TokenBatch
 from lapis.data.pipeline import prepare
 from lapis.data.shards import Dataset
 from lapis.errors import ConfigError, ConflictError, InputError, TrainingError
+from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.model.families import Decoder
 from lapis.model.manifest import Source
@@ -229,6 +232,40 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(
         Trainer(long, Pretraining(long.train, dataset), begin(home, long))
     with pytest.raises(ConfigError, match="leave name"):
         config.parse({**values, "model": {"from": "small", "width": 64}}, Recipe)
+
+
+def test_data_that_do_not_fit_the_model_are_refused_before_there_is_a_run(
+    home: Home, texts: Path, tmp_path: Path
+) -> None:
+    write_model(
+        home.models / "small",
+        small_models.config(),
+        small_models.random_state(small_models.config()),
+        small_models.tokenizer(),
+        source=Source("run", "test"),
+    )
+    small_models.tokenizer(290).save(tmp_path / "other.json")
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'[data]\nsources = [{{path = "{texts}", licence = "MIT"}}]\n[model]\nfrom = "small"\n'
+        f'[tokenizer]\npath = "{tmp_path / "other.json"}"\n[train]\nsteps = 1\n'
+    )
+
+    def train_with(*options: str) -> None:
+        CliRunner().invoke(lapis, ["train", str(path), "--workers", "1", *options], catch_exceptions=False)
+
+    with pytest.raises(ConflictError, match="another tokenizer") as caught:
+        train_with()
+    assert str(home.models / "small" / "tokenizer.json") in str(caught.value)
+    with pytest.raises(ConfigError, match="longer than the context of small, 256 tokens"):
+        train_with("--set", "tokenizer.path=", "--set", "train.sequence=512")
+    facts = json.loads((home.models / "small" / "lapis.json").read_text())
+    del facts["seal"]
+    facts["format"] += 1
+    (home.models / "small" / "lapis.json").write_text(json.dumps({**facts, "seal": digest_json(facts)}))
+    with pytest.raises(InputError, match="was written by a newer Lapis"):
+        train_with("--set", "tokenizer.path=")
+    assert not Run.list(home)
 
 
 def test_a_token_beyond_the_vocabulary_is_named_with_its_document(texts: Path, dataset: Dataset) -> None:

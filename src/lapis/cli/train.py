@@ -60,10 +60,10 @@ def command(
     from lapis.train.mesh import mesh_of
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
-    from lapis.train.start import with_own_tokenizer
+    from lapis.train.start import checked_shape, first_model, with_own_tokenizer
     from lapis.train.supervisor import train_ranks
     from lapis.train.trainer import find_or_create, train
-    from lapis.train.world import first_alone, is_first
+    from lapis.train.world import first_alone, is_first, started
 
     home = Home.default()
     resolved = config.load(recipe, Recipe, sets)
@@ -72,15 +72,19 @@ def command(
         return
     if resolved.data is not None:
         resolved = with_own_tokenizer(resolved, home)
-    if ranks is not None:
-        mesh_of(resolved.train.mesh, ranks).require(ranks)
+    size = ranks or started()
+    mesh = mesh_of(resolved.train.mesh, size)
+    if not inspect:
+        mesh.require(size)
     with first_alone():
         objective = _objective(resolved, home, workers)
+        shape = checked_shape(resolved, objective.tokenizer, home, mesh)  # before there is a run
         if inspect:
             if resolved.grpo is None:
                 _inspect(objective, as_json)
             else:
-                _inspect_answers(resolved, objective, home, as_json)
+                objective.begin(first_model(resolved, shape, home))
+                _inspect_answers(objective, as_json)
             return
         run = find_or_create(home, resolved, config.to_toml(resolved), objective)
     if not is_first():
@@ -177,13 +181,11 @@ def _inspect(objective: Objective, as_json: bool) -> None:
         say(f"\n… and {len(texts) - SHOWN:,} more; --json shows all.")
 
 
-def _inspect_answers(recipe: Recipe, objective: Objective, home: Home, as_json: bool) -> None:
+def _inspect_answers(objective: Objective, as_json: bool) -> None:
     """The first prompts as the model sees them, and the first one's group of answers with their rewards."""
     from lapis.train.grpo import GroupRelative
-    from lapis.train.start import first_model
 
     assert isinstance(objective, GroupRelative), "the recipe was checked"
-    objective.begin(first_model(recipe, objective.tokenizer, home))
     asked = objective.prompts_of(0)
     prompts = [objective.tokenizer.decode(one.ids, special=True) for one in asked]
     group = objective.graded(0, most=1)

@@ -150,12 +150,15 @@ class Dataset:
         try:
             manifest = json.loads(path.read_bytes())
             if manifest["format"] != FORMAT:
-                raise InputError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}.")
+                raise InputError(
+                    f"{folder} has format {manifest['format']}; this version reads {FORMAT}.",
+                    hint="Use the version of Lapis that made it, or prepare the data again: lapis data prepare RECIPE",
+                )
             if manifest["digest"] != _digest(manifest):
                 raise IntegrityError(f"{path} does not match its own digest.", hint=_again(folder))
             files = _files(manifest)
         except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path} is damaged: {error!r}.") from error
+            raise IntegrityError(f"{path} is damaged: {error!r}.", hint=_again(folder)) from error
         for name, digest in files.items():
             if not (folder / name).is_file():
                 raise IntegrityError(f"{folder / name} is missing.", hint=_again(folder))

@@ -41,6 +41,7 @@ END_NAMES = (
     "<|eom_id|>",
 )
 
+MAKE_ONE = "`lapis tokenizer train FILES --out F` makes one."
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -97,7 +98,7 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise InputError(f"The tokenizer {path} cannot be read: {reason}.") from error
+            raise InputError(f"The tokenizer {path} cannot be read: {reason}.", hint=MAKE_ONE) from error
         try:
             return Tokenizer.from_json(text, end=end)
         except InputError as error:
@@ -111,7 +112,7 @@ class Tokenizer:
         except Exception as error:  # the Rust binding raises bare Exception
             raise InputError(
                 f"This is no tokenizer.json: {error}.",
-                hint="`lapis tokenizer train FILES --out F` makes one.",
+                hint=MAKE_ONE,
             ) from error
         return Tokenizer(inner, end=end)
 

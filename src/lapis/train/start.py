@@ -7,12 +7,14 @@ from pathlib import Path
 from lapis.errors import ConfigError, ConflictError
 from lapis.home import Home
 from lapis.model import layout
+from lapis.model import manifest as manifests
 from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, build
 from lapis.model.store import ModelStore
-from lapis.model.weights import DTYPES, read_model
+from lapis.model.weights import DTYPES, read_model, read_tokenizer
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.lora import attach
+from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective
 from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
@@ -20,35 +22,47 @@ from lapis.train.replica import Alone, Replica
 from lapis.train.world import World
 
 
-def first_model(recipe: Recipe, tokenizer: Tokenizer, home: Home) -> Decoder:
-    """The model before its first step.
+def checked_shape(recipe: Recipe, tokenizer: Tokenizer, home: Home, mesh: Mesh) -> ModelConfig:
+    """The shape of the model that a recipe trains on tokens of a tokenizer, found to fit before any weight is read.
 
-    Raises ConflictError if the data were not made with the model's own tokenizer, ConfigError if a window is
-    longer than the model's context, and what `read_model` raises.
+    Raises ConflictError if the tokens are not those of the model's own tokenizer, ConfigError if a window is longer
+    than the model's context or the mesh does not divide the model, and what `read_manifest` raises.
     """
-    section, dtype = recipe.model, DTYPES[recipe.train.dtype]
-    if section.source is None:
-        model = build(section.resolve(tokenizer.vocab_size), dtype=dtype)
+    section, source = recipe.train, recipe.model.source
+    if source is None:
+        config = recipe.model.resolve(tokenizer.vocab_size)
+    else:
+        folder = model_folder(source, home)
+        manifests.read_manifest(folder)
+        config, own = layout.read_config(folder), read_tokenizer(folder, layout.read_tokenizer_config(folder))
+        if own.digest != tokenizer.digest:
+            raise ConflictError(
+                f"The data were cut into tokens by another tokenizer ({tokenizer.digest[:12]}) than that of the model "
+                f"{source} ({own.digest[:12]}).",
+                hint=f'Leave [tokenizer] out, or set it: tokenizer.path = "{folder / layout.TOKENIZER}"',
+                param="tokenizer.path",
+            )
+        if section.sequence > config.context:
+            raise ConfigError(
+                f"train.sequence = {section.sequence} is longer than the context of {source}, {config.context} tokens.",
+                hint=f"Shorter windows: --set train.sequence={config.context}",
+                param="train.sequence",
+            )
+    mesh.check(config, sequence=section.sequence, batch=section.batch)
+    return config
+
+
+def first_model(recipe: Recipe, config: ModelConfig, home: Home) -> Decoder:
+    """The model before its first step, its shape being checked. Raises as `read_model`."""
+    dtype = DTYPES[recipe.train.dtype]
+    if recipe.model.source is None:
+        model = build(config, dtype=dtype)
         model.init_weights(recipe.train.seed)
         return model
-    folder = model_folder(section.source, home)
-    loaded = read_model(folder, dtype=dtype)
-    if loaded.tokenizer.digest != tokenizer.digest:
-        raise ConflictError(
-            f"The data were cut into tokens by another tokenizer ({tokenizer.digest[:12]}) than that of the model "
-            f"{section.source} ({loaded.tokenizer.digest[:12]}).",
-            hint=f'Leave [tokenizer] out, or set it: tokenizer.path = "{folder / layout.TOKENIZER}"',
-            param="tokenizer.path",
-        )
-    if recipe.train.sequence > loaded.config.context:
-        raise ConfigError(
-            f"train.sequence = {recipe.train.sequence} is longer than the context of {section.source}, "
-            f"{loaded.config.context} tokens.",
-            param="train.sequence",
-        )
+    model = read_model(model_folder(recipe.model.source, home), dtype=dtype).model
     if recipe.lora is not None:
-        attach(loaded.model, recipe.lora, recipe.train.seed)
-    return loaded.model
+        attach(model, recipe.lora, recipe.train.seed)
+    return model
 
 
 def first_replica(
@@ -56,22 +70,17 @@ def first_replica(
 ) -> tuple[Replica, ModelConfig]:
     """What takes the first step, in this process or on the ranks of a world, and the whole model's configuration.
 
-    Raises as `first_model`, and ConfigError for a mesh that does not divide the model.
+    Raises as `checked_shape` and `read_model`.
     """
-    section, mesh = recipe.train, world.mesh
+    section = recipe.train
+    config = checked_shape(recipe, objective.tokenizer, home, world.mesh)
     if world.size == 1:
-        model = first_model(recipe, objective.tokenizer, home)
+        model = first_model(recipe, config, home)
         objective.begin(model)
-        return Alone(model, section), model.config
-    if recipe.model.source is None:
-        config = recipe.model.resolve(objective.tokenizer.vocab_size)
-        mesh.check(config, sequence=section.sequence, batch=section.batch)
-        replica = parallelize(config, world, section)
-    else:
-        model = first_model(recipe, objective.tokenizer, home)
-        config = model.config
-        mesh.check(config, sequence=section.sequence, batch=section.batch)
-        replica = parallelize(config, world, section)
+        return Alone(model, section), config
+    replica = parallelize(config, world, section)
+    if recipe.model.source is not None:
+        model = first_model(recipe, config, home)
         replica.fill((name, parameter.detach()) for name, parameter in model.named_parameters())
     objective.begin(replica.model)
     return replica, config
