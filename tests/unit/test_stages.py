@@ -6,11 +6,13 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lapis import config
+from lapis.data.loader import TokenBatch
 from lapis.errors import ConfigError
 from lapis.model.shapes import shapes
 from lapis.train import layout
@@ -92,6 +94,16 @@ def test_a_dry_run_tells_the_layers_of_every_stage_and_what_waits() -> None:
         for kind in ("1f1b", "gpipe")
     )
     assert one < all_at_once / 3, "two of eight micro-batches wait, not all"
+
+
+def test_a_padded_batch_ends_with_a_document_that_counts_nothing() -> None:
+    ids = np.arange(5)
+    batch = TokenBatch(ids, ids + 1, (2, 3), np.ones(5, np.float32), np.ones((2, 5), np.float32))
+    padded = batch.padded(4)
+    assert padded.lengths == (2, 3, 3) and batch.padded(5) is batch
+    assert all(part is not None and part.shape[-1] == 8 for part in (*padded[:2], *padded[3:]))
+    assert list(padded.targets_T[5:]) == [-1] * 3, "a target that is none"
+    assert padded.weights_T is not None and padded.weights_T.sum() == 5
 
 
 @pytest.mark.parametrize(

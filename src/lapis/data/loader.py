@@ -30,10 +30,13 @@ class TokenBatch(NamedTuple):
         missing = -len(self.ids_T) % step
         if not missing:
             return self
-        ids_T = np.pad(self.ids_T, (0, missing))
-        targets_T = np.pad(self.targets_T, (0, missing), constant_values=-1)
-        weights_T = None if self.weights_T is None else np.pad(self.weights_T, (0, missing))
-        return TokenBatch(ids_T, targets_T, (*self.lengths, missing), weights_T)
+        return TokenBatch(
+            np.pad(self.ids_T, (0, missing)),
+            np.pad(self.targets_T, (0, missing), constant_values=-1),
+            (*self.lengths, missing),
+            None if self.weights_T is None else np.pad(self.weights_T, (0, missing)),
+            None if self.facts_NT is None else np.pad(self.facts_NT, ((0, 0), (0, missing))),
+        )
 
 
 class TokenLoader:
