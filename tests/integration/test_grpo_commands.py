@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import pytest
@@ -23,10 +28,14 @@ from lapis.model.manifest import Source
 from lapis.model.weights import write_model
 from lapis.train.base import fine_tuning
 from lapis.train.export import last_checkpoint
+from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective, StepBatch
+from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.start import first_replica
 from lapis.train.trainer import Trainer, train
+from lapis.train.world import World
 from tests import small_models
 
 RECIPE = """
@@ -275,3 +284,45 @@ def test_graders_need_no_code(place: Path, home: Home) -> None:
     assert [goal.reward(asked, text) for text in (" fox\n", "foxes")] == [1.0, 0.0]  # type: ignore[attr-defined]
     missing = refused(InputError, "train", str(recipe(place, lines=lines, exact="answers")))
     assert "Did you mean 'answer'?" in missing
+
+
+def ranks(path: Path, mesh: str, *sets: str) -> list[subprocess.CompletedProcess[str]]:
+    """Two ranks of `lapis train`, to their end, without adapters."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lapis.cli.main", "train", str(path), "--set", f"train.mesh={mesh}"]
+    command += [part for item in sets for part in ("--set", item)]
+    begun = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank)}, stdout=PIPE, stderr=STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    return [
+        subprocess.CompletedProcess(command, rank.wait(timeout=100), rank.communicate()[0]) for rank in begun
+    ]
+
+
+def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(place: Path, home: Home) -> None:
+    path = recipe(place, steps=3)
+    path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
+    for done in ranks(path, "fsdp=2", "train.dtype=fp32", "train.lr=0.001"):
+        assert done.returncode == 0, done.stdout
+    run("train", str(path), "--set", "name=alone", "--set", "train.dtype=fp32", "--set", "train.lr=0.001")
+    two, one = (made.events.read("step") for made in Run.list(home))
+    assert two[-1]["step"] == one[-1]["step"] == 3
+    exact = Run.list(home)[0].events.read("start")[0]["bit_exact"]
+    for many, single in ((many, single) for many in two for single in one if many["step"] == single["step"]):
+        assert many["ratio_off"] == 0.0 or not exact
+        assert many["reward"] == pytest.approx(single["reward"])
+        assert many["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
+
+
+def test_a_mesh_that_cuts_layers_and_adapters_on_ranks_are_refused(place: Path, home: Home) -> None:
+    read = config.load(recipe(place), Recipe)
+    goal, cpu = fine_tuning(read, home), torch.device("cpu")
+    with pytest.raises(ConfigError, match="is not offered on several ranks yet"):
+        first_replica(read, goal, home, World(Mesh.parse("fsdp=2"), 0, cpu))
+    with pytest.raises(ConfigError, match="tp=2: answers are .* with dp and fsdp alone"):
+        parallelize(small_models.config(), World(Mesh.parse("tp=2"), 0, cpu), read.train)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,13 +29,13 @@ from lapis.errors import ConfigError
 from lapis.kernels.ops import Ops
 from lapis.model.families import Decoder
 from lapis.model.manifest import Manifest
-from lapis.model.weights import LoadedModel
+from lapis.model.weights import DTYPES, LoadedModel
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.objective import StepBatch
 from lapis.train.preference import first_weights
 from lapis.train.recipe import GrpoSection, TrainSection
 from lapis.train.reward import Reward
-from lapis.train.rollout import Answer, answers, seed_of
+from lapis.train.rollout import Answer, answers, gather, sampled_from, seed_of
 from lapis.train.sft import Rows, head_of, trained_rows
 
 LEAST_STD = 1e-4  # added to a group's deviation, so that differences of rounding are not blown up
@@ -75,7 +76,8 @@ class GroupRelative:
         self.section, self.grpo, self.prompts, self.reward = section, grpo, prompts, reward
         self.tokenizer, self.manifest = tokenizer, manifest
         self.origin = origin or {}  # what the start event tells of the model
-        self._loaded: LoadedModel | None = None
+        self._trained: Decoder | None = None
+        self._loaded: LoadedModel | None = None  # what answers are sampled from
         self._reference: Decoder | None = None
         # of the last step: what its answers tell; by micro-batch the largest |ratio - 1|, divergences, answers
         self._told: dict[str, float] = {}
@@ -102,8 +104,11 @@ class GroupRelative:
 
     def begin(self, model: Decoder) -> None:
         """Answers come from this model. With `beta` its first weights are the reference."""
-        self._loaded = LoadedModel(model, model.config, self.tokenizer, None, self.manifest)
-        self._reference = first_weights(model) if self.grpo.beta else None
+        whole = sampled_from(model, DTYPES[self.section.dtype])
+        gather(whole, model)
+        self._trained = model
+        self._loaded = LoadedModel(whole, model.config, self.tokenizer, None, self.manifest)
+        self._reference = first_weights(whole) if self.grpo.beta else None
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """The rank's prompts of a step, answered and graded. Raises InputError if the reward fails, TrainingError."""
@@ -119,7 +124,7 @@ class GroupRelative:
         begun = time.monotonic()
         graded = self.graded(step, rank, ranks)
         seconds = time.monotonic() - begun
-        self._told, self._noted = told(graded, group), []
+        self._told, self._noted = averaged(told(graded, group), ranks), []
         micros = tuple(joined(graded[start : start + micro]) for start in range(0, len(graded), micro))
         samples = self._chosen(step)[rank::ranks]
         return StepBatch(micros, float(section.batch * group), samples, seconds)
@@ -156,7 +161,7 @@ class GroupRelative:
         return ((judged.loss_R * rows.weights_R).sum() + path - path.detach()) / weight
 
     def metrics(self) -> Mapping[str, float]:
-        """Of the last step: what `told` tells, the largest |ratio - 1| of a token, the mean divergence of an answer."""
+        """Of the last step: what `told` tells; of this rank the largest |ratio - 1|, an answer's mean divergence."""
         if not self._noted:
             return self._told
         offs, divergences, counts = zip(*self._noted, strict=True)
@@ -177,9 +182,10 @@ class GroupRelative:
         return of_step(self.prompts.trained, step, self.section.batch, self.section.seed)
 
     def _answers(self, wanted: Sequence[tuple[Asked, int]], temperature: float) -> list[Answer]:
-        assert self._loaded is not None, "the objective has begun"
+        assert self._loaded is not None and self._trained is not None, "the objective has begun"
         if not wanted:
             return []
+        gather(self._loaded.model, self._trained)
         return answers(self._loaded, wanted, max_tokens=self.grpo.max_tokens, temperature=temperature)
 
     @torch.no_grad()
@@ -274,6 +280,15 @@ def told(graded: Sequence[Graded], group: int) -> dict[str, float]:
         "length": statistics.fmean(len(one.answer.ids) for one in graded),
         "cut": statistics.fmean(float(one.answer.cut) for one in graded),
     }
+
+
+def averaged(figures: Mapping[str, float], ranks: int) -> dict[str, float]:
+    """The mean over the shares of all ranks, which are of one size."""
+    if ranks == 1 or not dist.is_initialized():
+        return dict(figures)
+    total = torch.tensor(list(figures.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(figures, (total / ranks).tolist(), strict=True))
 
 
 def tempered(ops: Ops, x_RH: Tensor, head: Tensor, targets_R: Tensor, temperature: float) -> Tensor:

@@ -38,7 +38,7 @@ from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
 from lapis.train.stages import Stages
 from lapis.train.world import World
 
-OBJECTIVES = ("pretrain",)  # what is measured on the way by others needs a whole model
+OBJECTIVES = ("pretrain", "grpo")  # what is measured on the way by others needs a whole model
 
 
 class Whole(nn.Module):
@@ -178,6 +178,12 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     if section.objective not in OBJECTIVES:
         raise ConfigError(
             f"The objective {section.objective} is not offered on several ranks yet.", param="train.objective"
+        )
+    if section.objective == "grpo" and world.mesh.dp * world.mesh.fsdp < world.size:
+        raise ConfigError(
+            f"train.mesh = {world.mesh}: answers are sampled from whole layers; on several ranks the objective grpo is "
+            "offered with dp and fsdp alone.",
+            param="train.mesh",
         )
     if section.compile:
         raise ConfigError("train.compile is not offered on several ranks yet.", param="train.compile")

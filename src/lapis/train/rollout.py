@@ -1,4 +1,7 @@
-"""Answers of a model in training: an engine over its own weights, in this process, for the length of one step."""
+"""Answers of a model in training: an engine over its own weights, in this process, for the length of one step.
+
+Of several ranks each one gathers a copy of the whole weights and answers the prompts of its own share.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from lapis.data.prompts import Asked
 from lapis.errors import TrainingError
 from lapis.inference.engine import LocalEngine
 from lapis.inference.request import Output, Request, SamplingParams
+from lapis.model.families import Decoder, build
 from lapis.model.weights import LoadedModel
 from lapis.train.lora import Lora
 
@@ -61,6 +68,26 @@ def answers(
         ]
         outputs = list(_outputs(engine, requests))
     return [_answer(asked, output) for (asked, _), output in zip(wanted, outputs, strict=True)]
+
+
+def sampled_from(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """What an engine can read: the model itself, or where ranks hold shards of it a copy, which `gather` fills."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    copy = build(model.config, dtype=dtype)
+    copy.requires_grad_(False)
+    return copy
+
+
+@torch.no_grad()
+def gather(copy: Decoder, model: Decoder) -> None:
+    """Bring a copy up to the weights as they are now; all ranks together. Nothing for a model that is its own."""
+    if copy is model:
+        return
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        copy.get_parameter(name).copy_(whole)
+    copy.ops.weights_changed()
 
 
 def _outputs(engine: LocalEngine, requests: Sequence[Request]) -> Iterator[Output]:

@@ -78,6 +78,8 @@ def first_replica(
         model = first_model(recipe, config, home)
         objective.begin(model)
         return Alone(model, section), config
+    if recipe.lora is not None:
+        raise ConfigError("[lora] is not offered on several ranks yet.", param="train.mesh")
     replica = parallelize(config, world, section)
     if recipe.model.source is not None:
         model = first_model(recipe, config, home)
