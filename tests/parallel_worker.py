@@ -165,7 +165,11 @@ def run(case: Case, world: World) -> dict[str, object]:
     losses, norms, grads = [], [], {}
     for step in range(STEPS):
         mine = windows(step)[world.data_rank :: world.data_ranks]
-        borders = (0, 3, 4, 6, 8) if len(mine) == 2 * count else range(0, len(mine) + 1, len(mine) // count)
+        borders = (
+            (0, 3, 4, 6, 8)
+            if len(mine) == 2 * count == WINDOWS
+            else range(0, len(mine) + 1, len(mine) // count)
+        )
         weight, micros = weight_of(step), [joined(mine[a:b]) for a, b in itertools.pairwise(borders)]
         numbers = made.finish(
             made.backward(lambda model, part, weight=weight: loss(model, part, weight), micros)
