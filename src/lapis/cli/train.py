@@ -117,8 +117,8 @@ def _dry_run(recipe: Recipe, home: Home, ranks: int | None, memory: float | None
 
     from lapis.model.layout import read_config
     from lapis.train import layout
+    from lapis.train.base import model_folder
     from lapis.train.mesh import mesh_of
-    from lapis.train.start import model_folder
 
     source, line = recipe.model.source, recipe.train.mesh
     config = (

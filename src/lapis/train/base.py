@@ -12,7 +12,7 @@ from lapis.errors import ConfigError, InputError
 from lapis.home import Home
 from lapis.log import Progress, silent
 from lapis.model import layout
-from lapis.model.store import StoredModel, open_folder
+from lapis.model.store import ModelStore, StoredModel, open_folder
 from lapis.model.weights import read_chat_template, read_tokenizer
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import ChatTemplate
@@ -22,7 +22,6 @@ from lapis.train.preference import Preferences
 from lapis.train.recipe import Recipe
 from lapis.train.reward import reward_of
 from lapis.train.sft import Supervised
-from lapis.train.start import model_folder
 
 
 @dataclass(frozen=True)
@@ -116,3 +115,9 @@ def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Obje
     if preferences:
         return Preferences(section, recipe.dpo, samples, base.tokenizer, facts)
     return Supervised(section, samples, base.tokenizer, facts)
+
+
+def model_folder(source: str, home: Home) -> Path:
+    """The folder of a model of the store, or the folder named. Raises NotFoundError naming the nearest."""
+    folder = Path(source).expanduser()
+    return folder.absolute() if "/" in source and folder.is_dir() else ModelStore(home).find(source)

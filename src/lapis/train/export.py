@@ -21,11 +21,10 @@ from lapis.model.config import ModelConfig
 from lapis.model.manifest import Source
 from lapis.model.weights import DTYPES, read_model, write_model
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.base import Base
+from lapis.train.base import Base, model_folder
 from lapis.train.lora import attach, merged
 from lapis.train.recipe import Recipe
 from lapis.train.run import RECIPE, Run
-from lapis.train.start import model_folder
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lapis.errors import ConfigError, ConflictError
 from lapis.home import Home
 from lapis.model import layout
-from lapis.model import manifest as manifests
 from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, build
-from lapis.model.store import ModelStore
-from lapis.model.weights import DTYPES, read_model, read_tokenizer
+from lapis.model.weights import DTYPES, read_model
 from lapis.tokenizer.bpe import Tokenizer
+from lapis.train.base import Base, model_folder
 from lapis.train.lora import attach
 from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective
@@ -26,20 +23,19 @@ def checked_shape(recipe: Recipe, tokenizer: Tokenizer, home: Home, mesh: Mesh) 
     """The shape of the model that a recipe trains on tokens of a tokenizer, found to fit before any weight is read.
 
     Raises ConflictError if the tokens are not those of the model's own tokenizer, ConfigError if a window is longer
-    than the model's context or the mesh does not divide the model, and what `read_manifest` raises.
+    than the model's context or the mesh does not divide the model, and as `Base.open`.
     """
     section, source = recipe.train, recipe.model.source
     if source is None:
         config = recipe.model.resolve(tokenizer.vocab_size)
     else:
-        folder = model_folder(source, home)
-        manifests.read_manifest(folder)
-        config, own = layout.read_config(folder), read_tokenizer(folder, layout.read_tokenizer_config(folder))
-        if own.digest != tokenizer.digest:
+        base = Base.open(source, model_folder(source, home))
+        config = base.stored.config
+        if base.tokenizer.digest != tokenizer.digest:
             raise ConflictError(
                 f"The data were cut into tokens by another tokenizer ({tokenizer.digest[:12]}) than that of the model "
-                f"{source} ({own.digest[:12]}).",
-                hint=f'Leave [tokenizer] out, or set it: tokenizer.path = "{folder / layout.TOKENIZER}"',
+                f"{source} ({base.tokenizer.digest[:12]}).",
+                hint=f'Leave [tokenizer] out, or set it: tokenizer.path = "{base.stored.folder / layout.TOKENIZER}"',
                 param="tokenizer.path",
             )
         if section.sequence > config.context:
@@ -94,9 +90,3 @@ def with_own_tokenizer(recipe: Recipe, home: Home) -> Recipe:
         return recipe
     path = model_folder(recipe.model.source, home) / layout.TOKENIZER
     return recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update={"path": str(path)})})
-
-
-def model_folder(source: str, home: Home) -> Path:
-    """The folder of a model of the store, or the folder named. Raises NotFoundError naming the nearest."""
-    folder = Path(source).expanduser()
-    return folder.absolute() if "/" in source and folder.is_dir() else ModelStore(home).find(source)
