@@ -162,7 +162,7 @@ def _say_facts(run: Run, facts: dict[str, Any]) -> None:
         "kernels": _kernels(start),
         "step": _some("{:,}", last.get("step")),
         "tokens seen": _some("{:,}", last.get("tokens")),
-        "loss": _some("{:.4f} nats per token", last.get("loss")),
+        "loss": _some("{:.4f}" if "reward" in last else "{:.4f} nats per token", last.get("loss")),
         "reward": _some("{:.4f} in the mean", last.get("reward")),
         "speed": _some("{:,.0f} tokens/s", last.get("tokens_per_s")),
         "MFU": _some("{:.2f}", last.get("mfu")),
