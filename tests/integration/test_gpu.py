@@ -11,6 +11,7 @@ import torch
 from lapis.inference.engine import LocalEngine
 from lapis.inference.request import Request, SamplingParams
 from lapis.kernels.ops import select
+from lapis.train.float8 import CAPABILITY, around
 from tests.integration.test_train_is_serve import ENGINES, FAMILIES, SHORT, differing, exact
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +36,23 @@ def test_a_row_of_a_product_is_the_same_in_any_number_of_rows(columns: int, inne
     whole = ops.linear(x, w)
     for rows in (1, 7, 64, 65, 256, 257, 1000):
         assert torch.equal(ops.linear(x[:rows], w), whole[:rows])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY,
+    reason="no 8-bit floats here",
+)
+def test_linear_maps_in_8_bits_are_near_those_in_bf16() -> None:
+    found = []
+    for ops in (select(128), around(select(128))):
+        torch.manual_seed(0)
+        x, w = (torch.randn(size, 2048, device="cuda").bfloat16().requires_grad_() for size in (1000, 4096))
+        y = ops.linear(x, w)
+        y.backward(torch.randn_like(y))
+        found.append([y.detach(), x.grad, w.grad])
+    for plain, eight in zip(*found, strict=True):
+        assert plain is not None and eight is not None
+        assert float((eight.float() - plain.float()).norm() / plain.float().norm()) < 0.08
 
 
 def test_decoding_is_one_graph(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def command(
 
     from lapis import config
     from lapis.home import Home
+    from lapis.kernels.ops import select
     from lapis.log import progress
+    from lapis.train.float8 import require_float8
     from lapis.train.mesh import mesh_of
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
@@ -76,6 +78,8 @@ def command(
     mesh = mesh_of(resolved.train.mesh, size)
     if not inspect:
         mesh.require(size)
+        if resolved.train.fp8:
+            require_float8(select(64).device)
     with first_alone():
         objective = _objective(resolved, home, workers)
         shape = checked_shape(resolved, objective.tokenizer, home, mesh)  # before there is a run

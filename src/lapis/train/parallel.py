@@ -26,7 +26,7 @@ from lapis.kernels.ops import Ops, select
 from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, initial_weights, skeleton
 from lapis.model.weights import DTYPES
-from lapis.train import context_parallel, expert_parallel, tensor_parallel
+from lapis.train import context_parallel, expert_parallel, float8, tensor_parallel
 from lapis.train.average import lerp_weight
 from lapis.train.bad_step import Numbers
 from lapis.train.pipeline import Loss, Pipeline
@@ -189,7 +189,8 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         raise ConfigError("train.compile is not offered on several ranks yet.", param="train.compile")
     own, dtype = local_config(config, world.mesh), DTYPES[section.dtype]
     widths = (own.width, own.ffn, *((own.expert_ffn,) if own.experts else ()))
-    ops = _ops_around(select(own.head_size, widths=widths, dtype=dtype), world)
+    local = select(own.head_size, widths=widths, dtype=dtype)
+    ops = _ops_around(float8.around(local) if section.fp8 else local, world)
     placed = placements(config)
 
     def on_meta(kind: torch.dtype) -> Decoder:

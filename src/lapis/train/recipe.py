@@ -111,6 +111,8 @@ class TrainSection(Section):
     """Keep an average of the weights that forgets with this factor a step; export can choose it."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """What weights and activations are stored in; the optimizer's own weights are always fp32."""
+    fp8: bool = False
+    """Multiply the layers' large linear maps in 8-bit floats; needs a GPU of compute capability 8.9 or more."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Layers that are computed again for the gradient, to save memory: none, every second one, all."""
     compile: bool = False
@@ -151,6 +153,14 @@ class TrainSection(Section):
             raise ValueError("give exactly one of train.steps and train.minutes")
         if self.minutes is not None and self.schedule != "wsd":
             raise ValueError(f'schedule = "{self.schedule}" needs train.steps: minutes are for "wsd"')
+        return self
+
+    @model_validator(mode="after")
+    def _eight_bits(self) -> Self:
+        if self.fp8 and (self.dtype != "bf16" or self.objective not in ("pretrain", "sft")):
+            raise ValueError(
+                'train.fp8 is for dtype = "bf16" and the objectives pretrain and sft: others compare with bf16'
+            )
         return self
 
 

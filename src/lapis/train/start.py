@@ -9,6 +9,7 @@ from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, build
 from lapis.model.weights import DTYPES, read_model
 from lapis.tokenizer.bpe import Tokenizer
+from lapis.train import float8
 from lapis.train.base import Base, model_folder
 from lapis.train.lora import attach
 from lapis.train.mesh import Mesh
@@ -49,13 +50,15 @@ def checked_shape(recipe: Recipe, tokenizer: Tokenizer, home: Home, mesh: Mesh) 
 
 
 def first_model(recipe: Recipe, config: ModelConfig, home: Home) -> Decoder:
-    """The model before its first step, its shape being checked. Raises as `read_model`."""
+    """The model before its first step, its shape being checked. Raises as `read_model` and `float8.around`."""
     dtype = DTYPES[recipe.train.dtype]
     if recipe.model.source is None:
         model = build(config, dtype=dtype)
         model.init_weights(recipe.train.seed)
-        return model
-    model = read_model(model_folder(recipe.model.source, home), dtype=dtype).model
+    else:
+        model = read_model(model_folder(recipe.model.source, home), dtype=dtype).model
+    if recipe.train.fp8:
+        model.ops = float8.around(model.ops)
     if recipe.lora is not None:
         attach(model, recipe.lora, recipe.train.seed)
     return model
