@@ -66,8 +66,8 @@ def test_as_a_job_it_restarts_and_ends_with_all_its_processes(
     queue = JobQueue(open_database(home.database_url))
     controller = Controller(queue, LocalExecutor(tmp_path / "jobs", Resources(cpus=2)), grace=60)
     endless = ("--set", "train.steps=1000000", "--set", "checkpoint.seconds=0.2")
-    argv = (sys.executable, "-m", "lapis.cli.main", "train", str(recipe), "--ranks", "1", *endless)
-    job = queue.submit(JobSpec("train", argv, Resources(cpus=1)), "os:ana")
+    argv = (sys.executable, "-m", "lapis.cli.main", "train", str(recipe), "--ranks", "2", *endless)
+    job = queue.submit(JobSpec("train", argv, Resources(cpus=2)), "os:ana")
     until(lambda: bool(Run.list(home)) and bool(Run.list(home)[0].events.read("checkpoint")), controller)
     run = Run.list(home)[0]
     holder = run.folder / ".lock"

@@ -81,7 +81,7 @@ class World:
             Beat(count, step, 0.0, Phase.WORKING) if count else None
             for count, step in zip(self.counts, self.steps, strict=True)
         )
-        seen = Facts(self.now, tuple(self.exits), beats, tuple(self.order), self.checkpoint, self.stops)
+        seen = Facts(self.now, tuple(self.exits), beats, tuple(self.order), (), self.checkpoint, self.stops)
         self.state, actions = decide(self.state, seen, SECTION)
         self.obey(actions)
 

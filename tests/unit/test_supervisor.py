@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lapis.train import health
 from lapis.train.health import newborn, observe
-from lapis.train.heartbeat import Beat, Heartbeat, Phase, decode, encode
+from lapis.train.heartbeat import SIZE, Beat, Heartbeat, Phase, decode, encode
 from lapis.train.launch import environment, threads_per_rank
 from lapis.train.recipe import SupervisorSection
 from lapis.train.supervisor import Action, End, Facts, Renew, Report, Signal, Start, State, begin, decide
@@ -113,6 +114,41 @@ def test_the_rank_that_the_others_wait_for_is_the_one_that_hangs() -> None:
     state, _ = decide(state, Facts(11.1, (None,) * 3, beats), SECTION)
     assert state.causes[0].rank == 1
     assert state.causes[0].text == "gave no sign for 10.1 s"
+
+
+def test_of_ranks_that_wait_the_one_with_fewest_signs_or_frozen_hangs() -> None:
+    def blamed(places: tuple[int, ...], frozen: tuple[int, ...] = ()) -> int:
+        beats = [Beat(9, 4, 0.0, Phase.WAITING, place) for place in places]
+        state = observe(newborn(len(places), 0.0), beats, 1.0)
+        found = health.silent(state, [True] * len(places), 12.0, SECTION, frozen)
+        assert found is not None
+        return found[0]
+
+    assert blamed((7, 6, 7)) == 1
+    assert blamed((7, 7, 7), frozen=(2,)) == 2
+    assert blamed((7, 6, 7), frozen=(2,)) == 2  # the kernel knows better
+
+
+def test_an_error_of_who_lost_a_peer_is_a_consequence() -> None:
+    state, _ = decide(started(), facts(1, 8, None, None, order=(0,)), SECTION)
+    assert state.phase == "settling"
+    state, _ = decide(state, facts(1.1, 8, -9, None, order=(0, 1)), SECTION)
+    assert (state.causes[0].rank, state.end) == (1, None)
+
+
+def test_own_work_is_told_with_the_step_and_not_while_busy(tmp_path: Path) -> None:
+    path = tmp_path / "beat"
+    path.write_bytes(bytes(SIZE))
+    heartbeat = Heartbeat(path)
+    heartbeat.waits(5.0)  # before the first step: it compiles
+    heartbeat.stepped(1)
+    heartbeat.works()
+    heartbeat.waits(0.25)
+    with heartbeat.busy():
+        heartbeat.waits(7.0)  # an evaluation
+        assert decode(path.read_bytes()) == Beat(6, 1, 0.0, Phase.BUSY, 4)
+    heartbeat.stepped(2)
+    assert decode(path.read_bytes()) == Beat(8, 2, 0.25, Phase.WORKING, 0)
 
 
 def test_who_saves_or_starts_has_longer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -58,22 +58,27 @@ def observe(health: Health, beats: Sequence[Beat | None], now: float) -> Health:
 
 
 def silent(
-    health: Health, alive: Sequence[bool], now: float, section: SupervisorSection
+    health: Health,
+    alive: Sequence[bool],
+    now: float,
+    section: SupervisorSection,
+    frozen: Collection[int] = (),
 ) -> tuple[int, float] | None:
     """The rank that hangs and the seconds since it was heard, when the whole group has stood still for too long.
 
-    Ranks wait for each other, so it hangs only when every living one is beyond its limit; to blame is the one
-    that is furthest behind: the others wait for it.
+    Ranks wait for each other, so it hangs only when every living one is beyond its limit; to blame is one that is
+    `frozen`, else the one that is furthest behind: the others wait for it.
     """
     stepping = max(section.hang_seconds, section.hang_factor * health.step_s)
-    behind: tuple[tuple[int, int, float], int] | None = None
+    behind: tuple[tuple[bool, int, int, int, float], int] | None = None
     for rank, beat in enumerate(health.beats):
         if not alive[rank]:
             continue
         starting = beat is None or beat.phase is Phase.BUSY
         if now - health.heard[rank] < (max(section.start_seconds, stepping) if starting else stepping):
             return None
-        place = (beat.step, beat.phase, health.heard[rank]) if beat else (-1, 0, health.heard[rank])
+        step, at, phase = (beat.step, beat.place, int(beat.phase)) if beat else (-1, 0, 0)
+        place = (rank not in frozen, step, at, phase, health.heard[rank])
         behind = min(behind, (place, rank)) if behind else (place, rank)
     return (behind[1], now - health.heard[behind[1]]) if behind else None
 
@@ -97,11 +102,6 @@ def slow(health: Health, before: frozenset[int], section: SupervisorSection) -> 
 
 def _own_work(known: tuple[float, ...], before: Beat | None, beat: Beat | None) -> tuple[float, ...]:
     """Own work per step since the beat before: two looks may lie several steps apart."""
-    if before is None or beat is None or before.step < 0 or _covered(beat) <= _covered(before):
+    if before is None or beat is None or before.step < 0 or beat.step <= before.step:
         return known
-    return (*known, (beat.own_s - before.own_s) / (_covered(beat) - _covered(before)))[-WINDOW:]
-
-
-def _covered(beat: Beat) -> int:
-    """The steps whose own work is in `own_s`: a waiting rank has done its part of the next one."""
-    return beat.step + (beat.phase is Phase.WAITING)
+    return (*known, (beat.own_s - before.own_s) / (beat.step - before.step))[-WINDOW:]

@@ -64,7 +64,8 @@ def free_port() -> int:
 class Group:
     """The rank processes of one run, as the supervisor sees them. `with` ends them all.
 
-    `folder` takes the output of each rank but the first (rank-0001.log), and the heartbeats.
+    `folder` takes the ranks' output (rank-0000.log …) and heartbeats. Only what the first one tells while all is
+    well, such as its progress, goes to the terminal.
     """
 
     def __init__(self, program: Program, ranks: int, folder: Path) -> None:
@@ -100,7 +101,8 @@ class Group:
             {
                 "rank": rank,
                 "environment": environment(rank, slots, port) | {VARIABLE: str(self.heartbeat(rank))},
-                "output": str(self.log(rank)) if rank else None,
+                "output": str(self.log(rank)),
+                "speaks": rank == 0,
             }
             for rank in range(self.ranks)
         ]
@@ -140,8 +142,12 @@ class Group:
         """The last heartbeat of each rank; None where there is none yet, or it is being written just now."""
         return [decode(os.pread(file, SIZE, 0)) for file in self._beats]
 
+    def frozen(self) -> tuple[int, ...]:
+        """The ranks that the kernel does not let run: stopped, or in a call to a device that does not answer."""
+        return tuple(rank for rank, pid in enumerate(self.pids) if pid is not None and _state(pid) in "TtD")
+
     def log(self, rank: int) -> Path:
-        """The file with the output of a rank other than the first."""
+        """The file with a rank's output."""
         return self.folder / f"rank-{rank:04d}.log"
 
     def heartbeat(self, rank: int) -> Path:
@@ -183,6 +189,14 @@ class Group:
         with suppress(BrokenPipeError):  # it is gone: the next wait sees that, and takes another one
             self._nursery.stdin.write((json.dumps(order) + "\n").encode())
             self._nursery.stdin.flush()
+
+
+def _state(pid: int) -> str:
+    """A process's state, as one letter (Linux); "X" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] or "X"
+    except OSError:
+        return "X"
 
 
 def _fresh(path: Path) -> int:

@@ -3,7 +3,7 @@
 A rank that comes from it is at work in milliseconds, where a new interpreter needs seconds, and all share the
 pages of what was imported. It forks while it has one thread: nothing that is imported may start one.
 
-    stdin    one JSON object a line: {"start": [{"rank", "environment", "output"}, …]} or {"signal": number}
+    stdin    one JSON object a line: {"start": [{"rank", "environment", "output", "speaks"}, …]} or {"signal": number}
     stdout   the same: {"ready": threads}, {"started": rank, "pid": pid}, {"ended": rank, "status": code or -signal}
 
 Nobody is left behind: when the supervisor dies, the kernel kills the nursery, and with it the ranks; when a rank
@@ -119,7 +119,7 @@ class _Nursery:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self.woken)
             os.close(self.channel)
-            _redirect(member["output"])
+            _redirect(member["output"], member["speaks"])
             os.environ.update(member["environment"])
             status = self._run()
         finally:
@@ -131,25 +131,28 @@ class _Nursery:
         try:
             self.run(self.arguments)
         except LapisError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.__stderr__)
             return error.exit_status
         except KeyboardInterrupt:
             return 130
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
+            sys.stderr = sys.__stderr__  # many ranks fail when one is lost: the terminal hears of that one
             sys.excepthook(*sys.exc_info())
             raise
         return 0
 
 
-def _redirect(output: str | None) -> None:
-    """Nothing to read; what it prints goes to the end of that file, or to where the supervisor's errors go."""
+def _redirect(output: str, speaks: bool) -> None:
+    """Nothing to read; what it prints goes to the end of that file, but of the rank that speaks what it tells the
+    user while it runs (`sys.stderr`) goes to where the supervisor's errors go."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if output is not None:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+    if speaks:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def _kill_group(pid: int) -> None:

@@ -308,8 +308,10 @@ class Recipe(Section):
         return self
 
     def digest(self) -> str:
-        """The digest of all that decides what is learned: not of the mesh, so a run can go on on another."""
-        return digest_json(self.model_dump(mode="json", exclude={"train": {"mesh", "pipeline"}}))
+        """The digest of all that decides what is learned: not of the mesh, so a run can go on on another one."""
+        return digest_json(
+            self.model_dump(mode="json", exclude={"train": {"mesh", "pipeline"}, "supervisor": True})
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

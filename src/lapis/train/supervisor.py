@@ -33,9 +33,10 @@ from lapis.train.run import WATCH, Run
 LOOK_S = 0.05  # between two looks
 SETTLE_S = 1.0  # after the first failure, for the rank to blame to be seen: others fail because it is gone
 CLEAR_S = 5.0  # for killed ranks to be gone, before their nursery is killed too
+WORDS = 8  # lines of a rank's output that are looked at for why it ended
 INTERRUPTED = 130  # a rank that ended on request, its state in a checkpoint
 FAILED = TrainingError.exit_status
-FATAL = (2, 3, 4, 5, 7, 8, 9)  # a recipe, data or disk that is no better the next time; see lapis.errors
+FATAL = (2, 3, 4, 5, 7, 9)  # a recipe, data or disk that is no better the next time; see lapis.errors
 
 Phase = Literal["running", "settling", "clearing", "stopping", "ended"]
 
@@ -48,6 +49,7 @@ class Facts:
     exits: tuple[int | None, ...]  # by rank: None while it lives, its exit status, or minus a signal's number
     beats: tuple[Beat | None, ...]
     order: tuple[int, ...] = ()  # the ranks that ended, the first one first
+    frozen: tuple[int, ...] = ()  # the ranks that the kernel does not let run
     checkpoint: int = -1  # the newest one's step; -1 without any
     stops: int = 0  # how often the supervisor was asked to stop
 
@@ -170,7 +172,7 @@ def _watch(state: State, facts: Facts, section: SupervisorSection) -> Step:
 
 def _watch_beats(state: State, facts: Facts, section: SupervisorSection) -> Step:
     alive = [code is None for code in facts.exits]
-    hung = health.silent(state.health, alive, facts.now, section)
+    hung = health.silent(state.health, alive, facts.now, section, facts.frozen)
     if hung:
         rank, seconds = hung
         text = f"gave no sign for {seconds:,.1f} s"
@@ -325,14 +327,25 @@ def newest_step(checkpoints: Path) -> int:
 def _given_up(run: Run, group: Group, end: End) -> TrainingError:
     causes = run.events.read("gave_up")[-1]["causes"]
     told = "".join(f"\n  {cause}" for cause in causes)
+    blamed = run.events.read("rank_lost")[-1]["rank"]
+    words = last_words(group.log(blamed))
+    told += f"\nThe last words of rank {blamed}: {words}" if words else ""
     step = newest_step(run.checkpoints)
     kept = f"The checkpoint of step {step:,} is kept: the same command goes on from it. " if step >= 0 else ""
     error = TrainingError(
         f"The run {run.id} was given up: {end.reason}.{told}",
-        hint=f"{kept}What the ranks said: above, and {group.folder}/rank-*.log",
+        hint=f"{kept}All that the ranks said: {group.folder}/rank-*.log",
     )
     error.exit_status = end.status
     return error
+
+
+def last_words(log: Path) -> str:
+    """The error at the end of a rank's output: from where it says so, else the last line; empty without any."""
+    lines = log.read_text(errors="replace").splitlines()[-WORDS:] if log.is_file() else []
+    lines = [line for line in lines if line.strip()]
+    errors = [at for at, line in enumerate(lines) if line.startswith("error: ")]
+    return "\n".join(lines[errors[-1] if errors else -1 :])
 
 
 def supervise(
@@ -356,8 +369,8 @@ def supervise(
                 clock + min(now - last, 10 * LOOK_S),
                 now,
             )  # time in which it did not look is not counted
-            exits, order = tuple(group.exits), tuple(group.order)
-            seen = Facts(clock, exits, tuple(group.beats()), order, newest(), len(stops))
+            exits, beats, order = tuple(group.exits), tuple(group.beats()), tuple(group.order)
+            seen = Facts(clock, exits, beats, order, group.frozen(), newest(), len(stops))
             state, actions = decide(state, seen, section)
 
 

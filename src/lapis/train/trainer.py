@@ -34,8 +34,9 @@ from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.signs import give_signs
 from lapis.train.start import first_replica
-from lapis.train.world import World, is_first, started
+from lapis.train.world import World, is_first, lost_peers, started
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
@@ -58,7 +59,7 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
 
     Raises KeyboardInterrupt after SIGINT or SIGTERM, when the state is safely in a checkpoint; TrainingError when
     a step is bad and the recipe says stop, or when a resumed run does not go on as it did before; ConflictError
-    if another process trains this run.
+    if another process trains this run; UnavailableError if another of its ranks is gone.
     """
     if run.status() == "finished":
         return run
@@ -67,7 +68,8 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
     with run.hold() if first else nullcontext(), _stop_signals() as stop:
         if not first:
             run, progress = run.watched(), silent
-        Trainer(recipe, objective, run).loop(progress, stop)
+        with lost_peers():
+            Trainer(recipe, objective, run).loop(progress, stop)
     return run
 
 
@@ -84,6 +86,8 @@ class Trainer:
         self.model = self.replica.model
         if self.section.compile:
             compile_layers(self.model, home)
+        if self.world.size > 1 and mesh.pp == 1:  # stages differ: none is behind another one
+            give_signs(self.model, self.heartbeat)
         self.setup = setup(self.model) + (f", mesh {mesh}" if mesh.size > 1 else "")
         self.setup += f", {self.section.pipeline}" if mesh.pp > 1 else ""
         self.step = 0  # steps done
@@ -112,7 +116,8 @@ class Trainer:
             self._end("finished" if self.plan.done(self.step) else "stopped")
 
     def _steps(self, progress: Progress, stop: threading.Event) -> None:
-        recorded, last, stopped = -math.inf, time.monotonic(), stop.is_set()
+        recorded, last = -math.inf, time.monotonic()
+        stopped, _ = self.world.agree(stop.is_set(), 0.0)
         while not self.plan.done(self.step) and not stopped:
             before = self.tokens
             norm = self._one_step()
@@ -169,6 +174,7 @@ class Trainer:
         else:
             numbers = self._replay(batch, numbers, why)
         if not self.skipped:
+            self.heartbeat.works()
             scale = self.plan.scale(self.step)
             with self.spent.on("step"):
                 self.replica.update(
@@ -186,6 +192,7 @@ class Trainer:
 
     def _batch(self) -> StepBatch:
         """This process's share of the step. If it cannot be had, all before it is saved before the error goes on."""
+        begun = time.monotonic()
         try:
             with self.spent.on("data"):
                 batch = self.objective.step(self.step, *self.replica.share)
@@ -195,6 +202,7 @@ class Trainer:
                 self._write_end("stopped")
             raise
         self.spent.move(batch.worked_s, "data", "step")
+        self.heartbeat.waits(time.monotonic() - begun)
         return batch
 
     def _gradients(self, batch: StepBatch) -> Numbers:
@@ -203,7 +211,9 @@ class Trainer:
         def share(model: Any, micro: Any) -> Any:
             return self.objective.loss(model, micro, batch.weight)
 
-        return self.replica.finish(self.replica.backward(share, batch.micros))
+        loss = self.replica.backward(share, batch.micros)
+        self.heartbeat.waits()
+        return self.replica.finish(loss)
 
     def _replay(self, batch: StepBatch, first: Numbers, why: str) -> Numbers:
         """Do a bad step's passes once more, tell what it was, and act on it as the recipe says.
@@ -219,13 +229,16 @@ class Trainer:
         )
         self.skipped = self.skipped + 1 if still else 0
         stop = self.section.bad_step == "stop" or self.skipped > MOST_SKIPPED
+        samples = self.checkpoints.ranks.gather(
+            batch.samples
+        )  # every rank calls the step bad, for all add up
         self.run.events.write(
             "bad_step",
             step=self.step,
             why=why,
             fault=fault,
             action="stop" if stop else "skip" if still else "replay taken",
-            samples=batch.samples,
+            samples=list(dict.fromkeys(number for part in samples for number in part)),
             numbers=[value.hex() for value in (*first, *again)],  # loss and norm, twice
         )
         if stop:

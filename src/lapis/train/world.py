@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, UnavailableError
 from lapis.train.mesh import Mesh
 
 TIMEOUT_S = 3600.0  # longer than any rank may be late; that one is lost is seen by the supervisor
@@ -127,10 +127,25 @@ def first_alone() -> Iterator[None]:
         return
     _connect(None)
     if not is_first():
-        dist.barrier()
+        with lost_peers():
+            dist.barrier()
     yield
     if is_first():
         dist.barrier()
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Raise UnavailableError where torch.distributed says that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if started() == 1 or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise  # gloo's own errors have no type of their own
+        raise UnavailableError(
+            f"Rank {os.environ.get('RANK')} lost another rank of this run: {str(error).splitlines()[0]}",
+            hint="What that rank said tells why. The same command goes on from the last checkpoint.",
+        ) from error
 
 
 def _connect(device: torch.device | None) -> torch.device:
