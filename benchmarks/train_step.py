@@ -20,7 +20,7 @@ import sys
 
 import torch
 from harness.process import EngineFailed
-from harness.training import SIZES, SUBJECTS, Trainee
+from harness.training import SIZES, SUBJECTS, Subject, Trainee
 
 from lapis.cli.output import print_table, say
 from lapis.train.peak import gemm_flops
@@ -31,74 +31,88 @@ WANTED = {  # our rate over the peer's, with AdamW
     "gpt2-124m": {"nanogpt-given": 1.3, "litgpt": 1.4, "transformers": 1.4, "nanogpt": 3.5},
 }
 WANTED_MFU, WANTED_PEAK = 0.80, 3.6e9  # of gpt2-124m
-OURS = "lapis-adamw"
 
 
 class Match:
-    """All subjects of one shape, started, and what was measured."""
+    """Lapis with AdamW, at work all the time, against one peer after the other: two processes hold memory, not six."""
 
-    def __init__(self, shape: str, only: list[str], threads: int) -> None:
-        self.shape, self.size = shape, SIZES[shape]
+    def __init__(self, shape: str, threads: int) -> None:
+        self.shape, self.size, self.threads = shape, SIZES[shape], threads
         self.peaks: list[float] = []
-        self.trainees: dict[str, Trainee] = {}
-        for subject in SUBJECTS:
-            named = not only or subject.worker == OURS or any(word in subject.worker for word in only)
-            if not named or (subject.gpt2_only and self.size.config.family != "gpt2"):
-                continue
-            if not subject.there():
-                say(f"{subject.title}: not installed (make bench-peers)")
-                continue
-            self._start(subject.worker, Trainee(subject, self.size, threads))
+        self.rows: list[list[str]] = []
+        self.ours = self._started(SUBJECTS[0])
 
-    def _start(self, name: str, trainee: Trainee) -> None:
+    def _started(self, subject: Subject) -> Trainee:
+        trainee = Trainee(subject, self.size, self.threads)
         try:
             trainee.warm_up(2)
-        except EngineFailed as error:
+        except EngineFailed:
             trainee.group.end()
+            raise
+        return trainee
+
+    def duel(self, subject: Subject, rounds: int) -> None:
+        """Measure the limit, Lapis and the peer in turn, and note the peer's row."""
+        try:
+            peer = self._started(subject)
+        except EngineFailed as error:
             say(f"left out: {error}")
             return
-        self.trainees[name] = trainee
+        before = len(self.ours.seconds)
+        for _ in range(rounds):
+            self.round(peer)
+        ratio = statistics.median(peer.seconds) / statistics.median(self.ours.seconds[before:])
+        wanted = WANTED.get(self.shape, {}).get(subject.worker)
+        goal = "" if wanted is None else f"≥ {wanted:g}×: {_yes(ratio >= wanted)}"
+        self.rows.append([subject.title, *self._figures(peer), f"{ratio:.2f}×", goal])
+        peer.group.end()
 
-    def round(self) -> None:
-        """Measure the limit, then everybody in turn."""
+    def round(self, peer: Trainee) -> None:
+        """One turn of each."""
         self.peaks.append(gemm_flops(2))
-        for trainee in self.trainees.values():
+        for trainee in (self.ours, peer):
             trainee.measure(STEPS[self.shape])
 
-    def end(self) -> None:
-        """End all processes."""
-        for trainee in self.trainees.values():
-            trainee.group.end()
+    def _figures(self, trainee: Trainee) -> tuple[str, str, str]:
+        mfu = f"{self._mfu(trainee):.2f}"
+        return f"{trainee.rate:,.0f}", mfu, f"{trainee.peak / 1e9:.2f} GB"
+
+    def _mfu(self, trainee: Trainee) -> float:
+        flops = self.size.config.flops_per_token(self.size.sequence)
+        return trainee.rate * flops / statistics.median(self.peaks)
 
     def show(self) -> None:
         """The table."""
-        limit = statistics.median(self.peaks)
-        config = self.size.config
+        goals = ""
+        if self.shape == "gpt2-124m" and self.rows:
+            mfu, peak = self._mfu(self.ours), self.ours.peak
+            goals = f"MFU ≥ {WANTED_MFU}: {_yes(mfu >= WANTED_MFU)}, "
+            goals += f"≤ {WANTED_PEAK / 1e9} GB: {_yes(peak <= WANTED_PEAK)}"
         say(
-            f"\n{self.shape}: {config.parameters / 1e6:.1f} M parameters, {self.size.batch} × {self.size.sequence} "
-            f"tokens; bf16 matrix product {limit / 1e9:,.0f} GFLOP/s (the limit)"
+            f"\n{self.shape}: {self.size.config.parameters / 1e6:.1f} M parameters, {self.size.batch} × "
+            f"{self.size.sequence} tokens; bf16 matrix product {statistics.median(self.peaks) / 1e9:,.0f} GFLOP/s"
         )
-        print_table(
-            ["step", "tokens/s", "Lapis is", "wanted", "MFU", "peak memory"],
-            [self._row(name, trainee, limit) for name, trainee in self.trainees.items()],
-        )
+        ours = [self.ours.subject.title, *self._figures(self.ours), "1", goals]
+        print_table(["step", "tokens/s", "MFU", "peak memory", "Lapis is", "wanted"], [ours, *self.rows])
 
-    def _row(self, name: str, trainee: Trainee, limit: float) -> list[str]:
-        ours = self.trainees[OURS].rate / trainee.rate
-        mfu = trainee.rate * trainee.size.config.flops_per_token(trainee.size.sequence) / limit
-        wanted = WANTED.get(self.shape, {}).get(name)
-        goals = ["" if wanted is None else f"≥ {wanted:g}× {'yes' if ours >= wanted else 'no'}"]
-        if name == OURS and self.shape == "gpt2-124m":
-            goals = [f"MFU ≥ {WANTED_MFU} {'yes' if mfu >= WANTED_MFU else 'no'}"]
-            goals += [f"≤ {WANTED_PEAK / 1e9} GB {'yes' if trainee.peak <= WANTED_PEAK else 'no'}"]
-        return [
-            trainee.subject.title,
-            f"{trainee.rate:,.0f}",
-            f"{ours:.2f}×",
-            ", ".join(goals),
-            f"{mfu:.2f}",
-            f"{trainee.peak / 1e9:.2f} GB",
-        ]
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def peers(shape: str, only: list[str]) -> list[Subject]:
+    """Whom Lapis is measured against; Lapis with another optimizer is one of them."""
+    found = []
+    for subject in SUBJECTS[1:]:
+        if subject.gpt2_only and SIZES[shape].config.family != "gpt2":
+            continue
+        if only and not any(word in subject.worker for word in only):
+            continue
+        if subject.there():
+            found.append(subject)
+        else:
+            say(f"{subject.title}: not installed (make bench-peers)")
+    return found
 
 
 def main() -> None:
@@ -113,15 +127,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the subjects are ended too
     for shape in SIZES if options.shape == "all" else [options.shape]:
-        match = Match(shape, options.only, options.threads)
+        match = Match(shape, options.threads)
         try:
-            if OURS not in match.trainees:
-                sys.exit(1)
-            for _ in range(options.rounds):
-                match.round()
+            for subject in peers(shape, options.only):
+                match.duel(subject, options.rounds)
             match.show()
         finally:
-            match.end()
+            match.ours.group.end()
 
 
 if __name__ == "__main__":

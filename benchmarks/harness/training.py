@@ -20,7 +20,11 @@ from lapis.model.config import NAMED, ModelConfig
 HERE = Path(__file__).parent
 # Lapis starts its threads with a short spin, and keeps freed memory; the peer that is given all gets the latter too
 SPIN = {"GOMP_SPINCOUNT": "2000"}
-KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+KEEP_FREED = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(PEERS / "compiled")}
 
 

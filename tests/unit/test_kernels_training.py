@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -183,6 +184,30 @@ def test_a_frozen_weight_passes_the_same_gradient_on_and_gets_none(ops: Ops) -> 
         assert [weight.grad is None for weight in weights] == [frozen, frozen]
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("variant", USABLE)
+def test_activations_are_made_again_for_the_gradient_and_not_kept(variant: str) -> None:
+    ops = cpu.load(variant)
+    gelu, silu_mul, w = rows(70, 64), rows(70, 128), rows(96, 64)
+    check_gradients(
+        lambda x, w: ops.linear(ops.gelu(x), w),
+        lambda x, w: F.linear(F.gelu(x, approximate="tanh"), w),
+        gelu,
+        w,
+    )
+    check_gradients(
+        lambda x, w: ops.linear(ops.silu_mul(x), w),
+        lambda x, w: F.linear(F.silu(x[:, :64]) * x[:, 64:], w),
+        silu_mul,
+        w,
+    )
+    made = ops.gelu(gelu.requires_grad_())
+    place = weakref.ref(made)
+    y = ops.linear(made, w.requires_grad_())
+    del made
+    assert place() is None
+    y.sum().backward()
 
 
 def test_ignored_targets_cost_nothing(ops: Ops) -> None:

@@ -19,7 +19,7 @@ from lapis.kernels.cpu_fp32 import Fp32Kernels
 from lapis.kernels.cpu_groups import Experts, Fp32Groups, Groups, Lora, Route
 from lapis.kernels.cpu_kernels import BF16, FP32, Kernels, Sizes
 from lapis.kernels.cpu_library import CAdamW, CMuon
-from lapis.kernels.gradient import gradient_buffer
+from lapis.kernels.gradient import cheap, gradient_buffer, kept
 from lapis.kernels.ops import CPU, Matrix, Rope
 from lapis.kernels.quantized import NO_GRADIENT, Quantized
 from lapis.kernels.torch_steps import muon_step
@@ -123,7 +123,8 @@ class CpuOps:
     def silu_mul(self, x_T2F: Tensor) -> Tensor:
         """silu(gate) · up."""
         if torch.is_grad_enabled() and x_T2F.requires_grad:
-            return cast(Tensor, _SiluMul.apply(self.kernels, x_T2F))  # type: ignore[no-untyped-call]
+            made = cast(Tensor, _SiluMul.apply(self.kernels, x_T2F))  # type: ignore[no-untyped-call]
+            return cheap(made, self.kernels.silu_mul, x_T2F)
         return self.kernels.silu_mul(x_T2F)
 
     def layer_norm(self, x_TH: Tensor, w_H: Tensor, b_H: Tensor, eps: float) -> Tensor:
@@ -135,7 +136,8 @@ class CpuOps:
     def gelu(self, x_TF: Tensor) -> Tensor:
         """x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x³)."""
         if torch.is_grad_enabled() and x_TF.requires_grad:
-            return cast(Tensor, _Gelu.apply(self.kernels, x_TF))  # type: ignore[no-untyped-call]
+            made = cast(Tensor, _Gelu.apply(self.kernels, x_TF))  # type: ignore[no-untyped-call]
+            return cheap(made, self.kernels.gelu, x_TF)
         return self.kernels.gelu(x_TF)
 
     def head_norm(
@@ -301,7 +303,10 @@ class _Linear(torch.autograd.Function):
         fp32: bool,
     ) -> Tensor:
         ctx.kernels, ctx.weight, ctx.residual, ctx.bias = kernels, w, residual is not None, bias
-        ctx.save_for_backward(x if w.requires_grad else None)  # a frozen weight's gradient needs no inputs
+        source, ctx.remake = kept(x)
+        ctx.save_for_backward(
+            source if w.requires_grad else None
+        )  # a frozen weight's gradient needs no inputs
         return kernels.linear(x, w, residual, fp32, bias)
 
     @staticmethod
@@ -313,6 +318,7 @@ class _Linear(torch.autograd.Function):
             ctx.kernels.linear_backward(g_TN, ctx.weight, dx_TK)
         if ctx.needs_input_grad[2]:
             dw_NK, returned = gradient_buffer(ctx.weight)
+            x_TK = x_TK if ctx.remake is None else ctx.remake(x_TK)
             ctx.kernels.add_weight_gradient(g_TN, x_TK, dw_NK)
         if ctx.needs_input_grad[4]:
             buffer_N, dbias_N = gradient_buffer(ctx.bias)
@@ -449,10 +455,11 @@ class _CrossEntropy(torch.autograd.Function):
         weights_T = torch.ones(targets_T.shape) if weights_T is None else weights_T.float().contiguous()
         losses_T, dx_TH = torch.empty(targets_T.shape), torch.empty_like(x_TH)
         dw_VH = torch.zeros_like(w_VH) if w_VH.requires_grad else None
+        transposed = kernels.transposed(w_VH)
         for rows in _chunks(x_TH.shape[0], w_VH.shape[0]):
             logits_RV = kernels.linear(x_TH[rows], w_VH, None, True)
             grad_RV = kernels.cross_entropy(logits_RV, targets_T[rows], weights_T[rows], losses_T[rows])
-            kernels.linear_backward(grad_RV, w_VH, dx_TH[rows])
+            kernels.linear_backward(grad_RV, w_VH, dx_TH[rows], transposed)
             if dw_VH is not None:
                 kernels.add_weight_gradient(grad_RV, x_TH[rows], dw_VH)
         ctx.weight = w_VH

@@ -61,7 +61,13 @@ class Fp32Kernels(Kernels):
         """Not offered: raises UnavailableError."""
         raise UnavailableError("weights in 8 or 4 bits are multiplied with rows of bf16, not of fp32")
 
-    def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:
+    def transposed(self, w_NK: Tensor) -> Tensor:
+        """The weight as it is: torch reads it in any order."""
+        return w_NK.detach()
+
+    def linear_backward(
+        self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor, transposed: Tensor | None = None
+    ) -> None:
         """Fills dx = g W."""
         torch.mm(g_TN, w_NK.detach(), out=dx_TK)
 

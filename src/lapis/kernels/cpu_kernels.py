@@ -57,7 +57,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = bind(library)
-        self._packed: dict[tuple[int, bool], _Packed] = {}
+        self._packed: dict[int, _Packed] = {}
         self._generation = 0
         self._sealed = LargePages()
         self._lock = threading.Lock()
@@ -113,15 +113,28 @@ class Kernels:
         )
         return y_TN
 
-    def linear_backward(self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor) -> None:
-        """Fills dx = g W."""
+    def transposed(self, w_NK: Tensor) -> Tensor:
+        """A weight as `linear_backward` reads it. Nothing keeps it: all of them would be as large as the model."""
+        assert w_NK.dtype is BF16 and w_NK.is_contiguous()
+        columns, inner = w_NK.shape
+        packed = torch.empty(-(-inner // COLUMNS) * COLUMNS * (columns + columns % 2), dtype=BF16)
+        self._c.pack_rows(w_NK.data_ptr(), packed.data_ptr(), columns, inner)
+        return packed
+
+    def linear_backward(
+        self, g_TN: Tensor, w_NK: Tensor, dx_TK: Tensor, transposed: Tensor | None = None
+    ) -> None:
+        """Fills dx = g W; the transposed weight is made here if it is not given."""
         tokens, columns = g_TN.shape
         if columns % 2:  # the kernel takes its inner width in pairs
             torch.mm(g_TN, w_NK.detach(), out=dx_TK)
             return
         assert g_TN.dtype is BF16 and g_TN.is_contiguous() and dx_TK.is_contiguous()
-        packed, dx = self._pack(w_NK, transposed=True), dx_TK.data_ptr()
-        self._c.linear(g_TN.data_ptr(), tokens, columns, packed, w_NK.shape[1], None, None, dx, False)
+        packed = self.transposed(w_NK) if transposed is None else transposed
+        pointers = (g_TN.data_ptr(), packed.data_ptr(), dx_TK.data_ptr())
+        self._c.linear(
+            pointers[0], tokens, columns, pointers[1], w_NK.shape[1], None, None, pointers[2], False
+        )
 
     def add_weight_gradient(self, g_TN: Tensor, x_TK: Tensor, dw_NK: Tensor) -> None:
         """dw += gᵀ x."""
@@ -143,20 +156,20 @@ class Kernels:
     def sealed(self, w_NK: Tensor) -> Tensor:
         """A stand-in that only linear can use, for a weight that will not change: its values exist packed alone."""
         self._pack(w_NK)
-        packed = self._packed[id(w_NK), False]
+        packed = self._packed[id(w_NK)]
         stand_in = torch.nn.Parameter(
             torch.empty(w_NK.shape, dtype=self.dtype, device="meta"), requires_grad=False
         )
-        key = (id(stand_in), False)
+        key = id(stand_in)
         owner: weakref.ref[Tensor] = weakref.ref(stand_in, lambda _: self._packed.pop(key, None))
         version, source = weight_version(stand_in), stand_in.data_ptr()
         data = self._sealed.copy(packed.data)
         self._packed[key] = _Packed(owner, data, data.data_ptr(), version, source, self._generation)
         return stand_in
 
-    def _pack(self, w_NK: Tensor, transposed: bool = False) -> int:
-        """Pointer to a weight, or its transpose, in tiles of the linear kernel; renewed if the weight changed."""
-        packed = self._packed.get((id(w_NK), transposed))
+    def _pack(self, w_NK: Tensor) -> int:
+        """Pointer to a weight in tiles of the linear kernel; renewed if the weight changed."""
+        packed = self._packed.get(id(w_NK))
         if (
             packed is not None
             and packed.version == weight_version(w_NK)
@@ -165,16 +178,16 @@ class Kernels:
         ):
             return packed.pointer
         with self._lock:
-            return self._repack(w_NK, transposed)
+            return self._repack(w_NK)
 
-    def _repack(self, w_NK: Tensor, transposed: bool) -> int:
+    def _repack(self, w_NK: Tensor) -> int:
         assert w_NK.dtype is self.dtype and w_NK.is_contiguous()
-        key = (id(w_NK), transposed)
-        columns, inner = w_NK.shape[::-1] if transposed else w_NK.shape
+        key = id(w_NK)
+        columns, inner = w_NK.shape
         size = -(-columns // COLUMNS) * COLUMNS * inner
         packed = self._packed.get(key)
         if w_NK.is_meta:
-            assert packed is not None, "a sealed weight has no transpose"
+            assert packed is not None, "a sealed weight was packed when it was sealed"
             packed.generation = self._generation
             return packed.pointer
         if packed is None or packed.data.numel() != size:
@@ -182,10 +195,7 @@ class Kernels:
             owner = weakref.ref(w_NK, lambda _: self._packed.pop(key, None))
             packed = self._packed[key] = _Packed(owner, data, data.data_ptr())
         version, source, generation = weight_version(w_NK), w_NK.data_ptr(), self._generation
-        if transposed:
-            self._c.pack_rows(source, packed.pointer, inner, columns)
-        else:
-            getattr(self._c, self._pack_name)(source, packed.pointer, columns, inner)
+        getattr(self._c, self._pack_name)(source, packed.pointer, columns, inner)
         packed.version, packed.source, packed.generation = version, source, generation
         return packed.pointer
 
