@@ -18,10 +18,13 @@ from lapis.cli.main import lapis
 from lapis.errors import ConfigError, ConflictError, InputError, LapisError
 from lapis.home import Home
 from lapis.kernels.rope import RopeScaling
+from lapis.model.adapters import write_adapter
 from lapis.model.config import ModelConfig
 from lapis.model.gguf import read_gguf
 from lapis.model.gguf_export import export_gguf
 from lapis.model.manifest import Source
+from lapis.model.peft import write_adapter_folder
+from lapis.model.store import ModelStore
 from lapis.model.weights import write_model
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import CHATML
@@ -139,6 +142,16 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_nothing(
         export_gguf(folder, tmp_path / "m.gguf", kind)
     assert caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_adapter_alone_is_refused(home: Home, tmp_path: Path) -> None:
+    shape = small_models.config()
+    folder_of(home.models, shape).rename(home.models / "small")
+    write_adapter(tmp_path / "plain", shape, small_models.random_adapter(shape, seed=1), "small")
+    base = ModelStore(home).get("small")
+    write_adapter_folder(tmp_path / "plain", home.models / "tuned", base, Source("huggingface", "test"))
+    with pytest.raises(InputError, match="is an adapter of 'small'"):
+        export_gguf(home.models / "tuned", tmp_path / "m.gguf", "bf16")
 
 
 def test_the_command_writes_one_file_and_overwrites_none(home: Home, tmp_path: Path) -> None:

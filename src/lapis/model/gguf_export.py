@@ -54,6 +54,11 @@ def export_gguf(folder: Path, target: Path, kind: str, progress: Progress = sile
     manifest = manifests.verify(folder)
     if target.exists():
         raise ConflictError(f"{target} is there already.", hint="Choose another name, or remove it first.")
+    if manifest.base is not None:
+        raise InputError(
+            f"{folder} is an adapter of {manifest.base!r}; a GGUF file holds a whole model.",
+            hint="A run's adapter is merged on export: lapis models export RUN FILE.gguf --gguf bf16",
+        )
     config = layout.read_config(folder)
     with atomic_file(target) as file:
         with closing(GGUFWriter(file.name, architecture(config))) as writer:
