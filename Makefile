@@ -39,7 +39,7 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "long or not long"
