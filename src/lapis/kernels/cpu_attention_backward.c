@@ -5,6 +5,7 @@
 
 #define BLOCK 32     // queries and keys per block
 #define COLUMNS 32   // of a panel
+#define LOG2_E 1.44269504f
 #if defined(__AVX512F__)
 #define PANEL_ROWS 8
 #else
@@ -120,31 +121,41 @@ INLINE void load_span(const struct attention_backward *a, const int64_t size, st
         for (int64_t d = 0; d < size; d++) w->k_transposed[d * padded + t] = w->k[t * size + d];
 }
 
-// Probabilities and score gradients of one block pair from its scores, in the layouts that the products want.
-// distance: of the first query from the first key.
+// 2^x to about 2e-6 of it, which bf16 does not see: these bits are not in the contract.
+INLINE f32x16 exp2_near(f32x16 x) {
+#if defined(__AVX512F__)
+    static const float series[] = {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};  // ln(2)^k / k!
+    const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const f32x16 rest = x - whole;
+    f32x16 sum = all(1.33335581e-3f);
+#pragma GCC unroll 5
+    for (int k = 0; k < 5; k++) sum = fused(all(series[k]), sum, rest);
+    return (f32x16)_mm512_scalef_ps((__m512)sum, (__m512)whole);
+#else
+    return exp16(x * 0.693147181f);
+#endif
+}
+
+// Probabilities and score gradients (without the factor of the scores) of one block pair from its scores, in the layouts
+// that the products want. distance: of the first query from the first key.
 static void score_gradient(const struct attention_backward *a, struct workspace *w, int64_t distance) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int32_t window = a->window && a->window < INT32_MAX ? (int32_t)a->window : INT32_MAX;
     const int masked = distance < BLOCK || distance + BLOCK > window;
+    const float scale = a->scale * LOG2_E;
     for (int half = 0; half < BLOCK; half += LANES) {
-        const f32x16 lse = load(w->lse + half), delta = load(w->delta + half);
-        u32x16 even = (u32x16){0};
+        const f32x16 lse = load(w->lse + half) * LOG2_E, delta = load(w->delta + half);
+#pragma GCC unroll 4
         for (int key = 0; key < BLOCK; key++) {
             const int at = key * BLOCK + half;
-            f32x16 p = exp16(load(w->s + at) * a->scale - lse);
+            f32x16 p = exp2_near(load(w->s + at) * scale - lse);
             if (masked) {
                 const i32x16 back = lane + (half - key + (int32_t)distance);
                 p = (f32x16)((i32x16)p & (back >= 0) & (back < window));
             }
-            const f32x16 ds = p * (load(w->dp + at) - delta) * a->scale;
             store_bf16(w->p + at, p);
-            store_bf16(w->ds + at, ds);
-            const u32x16 bits = rounded_bits(ds);
-            if (key % 2 == 0) even = bits;
-            else {
-                const u32x16 joined = (even & 0xffffu) | (bits << 16);
-                memcpy(w->ds_pairs + (key - 1) * BLOCK + 2 * half, &joined, 64);
-            }
+            store_bf16(w->ds + at, p * (load(w->dp + at) - delta));
+            if (key % 2) interleave(w->ds + at - BLOCK, w->ds + at, w->ds_pairs + (key - 1) * BLOCK + 2 * half);
         }
     }
 }
@@ -177,7 +188,7 @@ INLINE void query_block(const struct attention_backward *a, const int64_t size, 
     const int64_t width = (a->heads + 2 * a->kv_heads) * size;
     for (int64_t r = 0; r < here; r++) {
         float dq[256];
-        for (int64_t d = 0; d < size; d++) dq[d] = w->dq[d * BLOCK + r];
+        for (int64_t d = 0; d < size; d++) dq[d] = w->dq[d * BLOCK + r] * a->scale;
         unrotate(a, size, dq, first + start + r, a->grad_qkv + (first + start + r) * width + head * size);
     }
 }
@@ -203,7 +214,9 @@ INLINE void span(const struct attention_backward *a, const int64_t size, int64_t
         for (int64_t block = 0; block < padded / BLOCK; block++) query_block(a, size, w, head, first, count, padded, block);
     for (int64_t t = 0; t < count; t++) {
         bf16 *out = a->grad_qkv + (first + t) * width + (a->heads + h) * size;
-        unrotate(a, size, w->dk + t * size, first + t, out);
+        float *dk = w->dk + t * size;
+        for (int64_t d = 0; d < size; d += LANES) store(dk + d, load(dk + d) * a->scale);
+        unrotate(a, size, dk, first + t, out);
         for (int64_t d = 0; d < size; d += LANES)
             store_bf16(out + a->kv_heads * size + d, load(w->dv + t * size + d));
     }

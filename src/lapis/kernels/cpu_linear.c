@@ -4,6 +4,7 @@
 
 #define PACK_PAIRS 64            // pairs of rows that are packed at a time
 #define PACK_PANELS 8             // panels that are packed at a time
+#define BIAS_COLUMNS 128          // whose sums over the rows are made at a time
 #if defined(__AVX512F__)
 #define TILE_ROWS 12  // 24 sums of 16 lanes in 32 registers
 #define WIDE_ROWS 4   // so few rows take two weight tiles at once, to have enough sums under way
@@ -34,11 +35,11 @@ EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
 #pragma omp parallel for schedule(static)
     for (int64_t tile = 0; tile < tiles; tile++) {
         uint32_t *out = (uint32_t *)packed + tile * COLUMNS * pairs;
-        for (int64_t n = 0; n < COLUMNS; n++) {
-            const int64_t column = tile * COLUMNS + n;
-            const uint32_t *row = (const uint32_t *)w + column * pairs;
-            for (int64_t k = 0; k < pairs; k++) out[k * COLUMNS + n] = column < N ? row[k] : 0;
-        }
+        const uint32_t *first = (const uint32_t *)w + tile * COLUMNS * pairs;
+        const int64_t columns = N - tile * COLUMNS < COLUMNS ? N - tile * COLUMNS : COLUMNS;
+        if (columns < COLUMNS) memset(out, 0, (size_t)(COLUMNS * pairs) * 4);
+        for (int64_t k = 0; k < pairs; k++)  // lines of the output one by one: those of the rows stay near meanwhile
+            for (int64_t n = 0; n < columns; n++) out[k * COLUMNS + n] = first[n * pairs + k];
     }
 }
 
@@ -381,11 +382,18 @@ EXPORT void lapis_linear_bias_gradient(const bf16 *g, bf16 *db, int64_t rows, in
     {
         const uint64_t mode = flush_subnormals();
 #pragma omp for schedule(static)
-        for (int64_t column = 0; column < N; column += COLUMNS) {
-            const int64_t width = N - column < COLUMNS ? N - column : COLUMNS;
-            float sum[COLUMNS] = {0};
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < width; i++) sum[i] += widen_one(g[row * N + column + i]);
+        for (int64_t column = 0; column < N; column += BIAS_COLUMNS) {
+            const int64_t width = N - column < BIAS_COLUMNS ? N - column : BIAS_COLUMNS;
+            float sum[BIAS_COLUMNS] = {0};
+            if (width == BIAS_COLUMNS) {
+                f32x16 sums[BIAS_COLUMNS / LANES];
+                EACH(BIAS_COLUMNS / LANES) sums[i] = all(0);
+                for (int64_t row = 0; row < rows; row++)
+                    EACH(BIAS_COLUMNS / LANES) sums[i] += load_bf16(g + row * N + column + i * LANES);
+                memcpy(sum, sums, sizeof sum);
+            } else
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < width; i++) sum[i] += widen_one(g[row * N + column + i]);
             for (int64_t i = 0; i < width; i++) db[column + i] = round_one(widen_one(db[column + i]) + sum[i]);
         }
         restore_mode(mode);
