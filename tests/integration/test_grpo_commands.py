@@ -33,7 +33,6 @@ from lapis.train.objective import Objective, StepBatch
 from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
-from lapis.train.start import first_replica
 from lapis.train.trainer import Trainer, train
 from lapis.train.world import World
 from tests import small_models
@@ -304,10 +303,14 @@ def ranks(path: Path, mesh: str, *sets: str) -> list[subprocess.CompletedProcess
     ]
 
 
-def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(place: Path, home: Home) -> None:
+@pytest.mark.parametrize(("mesh", "lora"), [("fsdp=2", False), ("dp=2", True)])
+def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(
+    place: Path, home: Home, mesh: str, lora: bool
+) -> None:
     path = recipe(place, steps=3)
-    path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
-    for done in ranks(path, "fsdp=2", "train.dtype=fp32", "train.lr=0.001"):
+    if not lora:
+        path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
+    for done in ranks(path, mesh, "train.dtype=fp32", "train.lr=0.001"):
         assert done.returncode == 0, done.stdout
     run("train", str(path), "--set", "name=alone", "--set", "train.dtype=fp32", "--set", "train.lr=0.001")
     two, one = (made.events.read("step") for made in Run.list(home))
@@ -319,10 +322,9 @@ def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(place: Pat
         assert many["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
 
 
-def test_a_mesh_that_cuts_layers_and_adapters_on_ranks_are_refused(place: Path, home: Home) -> None:
-    read = config.load(recipe(place), Recipe)
-    goal, cpu = fine_tuning(read, home), torch.device("cpu")
-    with pytest.raises(ConfigError, match="is not offered on several ranks yet"):
-        first_replica(read, goal, home, World(Mesh.parse("fsdp=2"), 0, cpu))
+def test_a_mesh_that_cuts_layers_or_adapters_is_refused(place: Path) -> None:
+    read, cpu = config.load(recipe(place), Recipe, ("train.mesh=fsdp=2",)), torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"\[lora\] is not offered on the mesh fsdp=2"):
+        read.mesh(2)
     with pytest.raises(ConfigError, match="tp=2: answers are .* with dp and fsdp alone"):
         parallelize(small_models.config(), World(Mesh.parse("tp=2"), 0, cpu), read.train)

@@ -14,14 +14,33 @@ import pytest
 from click.testing import CliRunner
 
 from lapis import config
+from lapis.checkpoint.sharded import load
 from lapis.cli.train import command
+from lapis.data.shards import Dataset
 from lapis.errors import ConfigError
 from lapis.home import Home
+from lapis.train.export import last_checkpoint
+from lapis.train.pretrain import Pretraining
 from lapis.train.run import Run
 
 from .conftest import tiny_recipe
 
 STEPS = 60
+# A rank of a run that is there already: `folder dataset`. Of the second rank, some passes give no number.
+FAULTY = """
+import os, sys
+from pathlib import Path
+from lapis import config
+from lapis.data.shards import Dataset
+from lapis.train.recipe import Recipe
+from lapis.train.run import RECIPE, Run
+from lapis.train.trainer import train
+from tests.integration.test_trainer_faults import Faulty
+folder, dataset = map(Path, sys.argv[1:])
+recipe = config.load(folder / RECIPE, Recipe)
+bad = (2, 5, 6) if os.environ["RANK"] == "1" else ()
+train(recipe, Faulty(recipe, Dataset.open(dataset), bad), Run(folder))
+"""
 
 
 @pytest.fixture
@@ -33,6 +52,12 @@ def recipe(texts: Path, tmp_path: Path) -> Path:
 
 def start(recipe: Path, mesh: str, *sets: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
     """Ranks of `lapis train`, as any launcher starts them."""
+    options = [part for item in (f"train.mesh={mesh}", *sets) for part in ("--set", item)]
+    return launch([sys.executable, "-m", "lapis.cli.main", "train", str(recipe), *options], ranks)
+
+
+def launch(command: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """A command as so many ranks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     common = {
@@ -41,11 +66,11 @@ def start(recipe: Path, mesh: str, *sets: str, ranks: int = 2) -> list[subproces
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": "1",
     }
-    options = [part for item in (f"train.mesh={mesh}", *sets) for part in ("--set", item)]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "lapis.cli.main", "train", str(recipe), *options],
+            command,
             env={**os.environ, **common, "RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -105,6 +130,23 @@ def test_two_ranks_learn_what_one_process_learns(recipe: Path, home: Home) -> No
     assert one.id != many.id
     assert losses(many)[STEPS] == pytest.approx(losses(one)[STEPS], rel=1e-5)
     assert many.summary().tokens == one.summary().tokens
+
+
+def test_what_one_rank_sees_all_act_upon(texts: Path, dataset: Dataset, home: Home) -> None:
+    """Bad numbers of one rank, and the end of a run by minutes, for which every rank has a clock of its own."""
+    recipe = tiny_recipe(texts, steps=None, minutes=0.05, bad_step="skip")
+    run = Run.create(home, "minutes", config.to_toml(recipe), "0" * 64)
+    objective = Pretraining(recipe.train, dataset)
+    ranks = launch([sys.executable, "-c", FAULTY, str(run.folder), str(dataset.folder)], ranks=2)
+    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    told = [(event["step"], event["fault"], event["action"]) for event in run.events.read("bad_step")]
+    assert told == [(2, "hardware", "replay taken"), (4, "data", "skip")]
+    assert run.events.read("bad_step")[1]["samples"] == list(objective.step(4, 0, 1).samples)
+    assert run.status() == "finished"
+    assert [len(run.events.read(event)) for event in ("start", "plan", "end")] == [1, 1, 1]
+    state = load(last_checkpoint(run)).state
+    assert state["step"] == state["optimizer_steps"] + 1 == state["plan"]["steps"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ def command(
     from lapis.kernels.ops import select
     from lapis.log import progress
     from lapis.train.float8 import require_float8
-    from lapis.train.mesh import mesh_of
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
     from lapis.train.start import checked_shape, first_model, with_own_tokenizer
@@ -75,7 +74,7 @@ def command(
     if resolved.data is not None:
         resolved = with_own_tokenizer(resolved, home)
     size = ranks or started()
-    mesh = mesh_of(resolved.train.mesh, size)
+    mesh = resolved.mesh(size)
     if not inspect:
         mesh.require(size)
         if resolved.train.fp8:
@@ -122,15 +121,14 @@ def _dry_run(recipe: Recipe, home: Home, ranks: int | None, memory: float | None
     from lapis.model.layout import read_config
     from lapis.train import layout
     from lapis.train.base import model_folder
-    from lapis.train.mesh import mesh_of
 
-    source, line = recipe.model.source, recipe.train.mesh
+    source = recipe.model.source
     config = (
         recipe.model.resolve(recipe.tokenizer.vocab_size)
         if source is None
         else read_config(model_folder(source, home))
     )
-    mesh = mesh_of(line, ranks or 1)
+    mesh = recipe.mesh(ranks or 1)
     mesh.require(ranks)
     layouts = layout.plan(config, mesh, recipe.train)
     if as_json:

@@ -147,8 +147,3 @@ class Mesh:
 
 
 AXES = tuple(field.name for field in fields(Mesh))
-
-
-def mesh_of(line: str, ranks: int) -> Mesh:
-    """The mesh of a recipe's line; without one, all ranks share the weights (fsdp). Raises ConfigError."""
-    return Mesh.parse(line) if line else Mesh(fsdp=ranks)

@@ -38,8 +38,6 @@ from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
 from lapis.train.stages import Stages
 from lapis.train.world import World
 
-OBJECTIVES = ("pretrain", "grpo")  # what is measured on the way by others needs a whole model
-
 
 class Whole(nn.Module):
     """What FSDP gathers the outer weights for: all that happens between a micro-batch and its loss."""
@@ -175,10 +173,6 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
     Weights are kept in fp32 and computed with in the section's type, gradients are summed in fp32. Raises
     ConfigError for what is not offered on several ranks.
     """
-    if section.objective not in OBJECTIVES:
-        raise ConfigError(
-            f"The objective {section.objective} is not offered on several ranks yet.", param="train.objective"
-        )
     if section.objective == "grpo" and world.mesh.dp * world.mesh.fsdp < world.size:
         raise ConfigError(
             f"train.mesh = {world.mesh}: answers are sampled from whole layers; on several ranks the objective grpo is "

@@ -118,7 +118,8 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the layers with torch.compile, where the kernels are plain torch; kept for the next start."""
     mesh: str = ""
-    """How several ranks share the work, such as "fsdp=4,tp=2"; by default all share the weights (fsdp)."""
+    """How several ranks share the work, such as "fsdp=4,tp=2"; by default all share the weights (fsdp), or have
+    copies where whole models are needed (dp)."""
     pipeline: Pipelining = "1f1b"
     """In which order the stages of a mesh with pp take micro-batches forward and back."""
     bad_step: Literal["stop", "skip"] = "stop"
@@ -306,6 +307,29 @@ class Recipe(Section):
         if self.lora is not None and (self.model.source is None or self.train.optimizer != "adamw"):
             raise ValueError('[lora] needs model.from, and train.optimizer = "adamw"')
         return self
+
+    @property
+    def in_copies(self) -> bool:
+        """Whether each of several ranks needs a whole model, because of adapters or of what its objective measures."""
+        return self.lora is not None or self.train.objective in ("sft", "dpo")
+
+    def mesh(self, ranks: int) -> Mesh:
+        """The mesh of so many ranks: the recipe's, else all share the weights (fsdp), or have copies of them (dp).
+
+        Raises ConfigError for one that this training is not offered on.
+        """
+        if not self.train.mesh:
+            return Mesh(dp=ranks) if self.in_copies else Mesh(fsdp=ranks)
+        mesh = Mesh.parse(self.train.mesh)
+        if self.in_copies and mesh.dp < mesh.size:
+            what = "[lora]" if self.lora is not None else f"The objective {self.train.objective}"
+            raise ConfigError(
+                f"{what} is not offered on the mesh {mesh}: each rank trains a whole copy.",
+                hint=f'Offered is train.mesh = "dp={mesh.size}", or none. All axes are offered for pretraining without '
+                "adapters.",
+                param="train.mesh",
+            )
+        return mesh
 
     def digest(self) -> str:
         """The digest of all that decides what is learned: not of the mesh, so a run can go on on another one."""

@@ -99,10 +99,15 @@ class Alone:
             values.append(value.detach())
         return math.fsum(value.item() for value in values)
 
-    def finish(self, loss: float) -> Numbers:
-        """Add up the micro-batches' gradients; the loss as it is, and their norm."""
+    def gathered(self) -> Tensor:
+        """Add up the micro-batches' gradients: one flat tensor, which may be changed before `finish`."""
         self.flat.gather()
         self._waiting = False
+        return self.flat.grad
+
+    def finish(self, loss: float) -> Numbers:
+        """Add up the micro-batches' gradients; the loss as it is, and their norm."""
+        self.gathered()
         return Numbers(loss, self.optimizer.norm())
 
     def update(self, norm: float, *, lr: float, embed_lr: float) -> None:
@@ -113,11 +118,9 @@ class Alone:
 
     def drop_gradients(self) -> None:
         """Zero them."""
-        self.flat.gather()
-        self.flat.grad.zero_()
-        self._waiting = False
+        self.gathered().zero_()
 
-    def groups(self) -> Groups:
+    def groups(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The trained weights, the optimizer's state and the average, as views."""
         trained = [item for item in self.model.named_parameters() if item[1].requires_grad]
         weights = {name: parameter.detach() for name, parameter in trained}

@@ -11,6 +11,7 @@ from lapis.model.weights import DTYPES, read_model
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train import float8
 from lapis.train.base import Base, model_folder
+from lapis.train.copies import Copies
 from lapis.train.lora import attach
 from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective
@@ -77,8 +78,10 @@ def first_replica(
         model = first_model(recipe, config, home)
         objective.begin(model)
         return Alone(model, section), config
-    if recipe.lora is not None:
-        raise ConfigError("[lora] is not offered on several ranks yet.", param="train.mesh")
+    if recipe.in_copies:
+        model = first_model(recipe, config, home)
+        objective.begin(model)
+        return Copies(Alone(model, section), world), config
     replica = parallelize(config, world, section)
     if recipe.model.source is not None:
         model = first_model(recipe, config, home)

@@ -29,7 +29,6 @@ from lapis.train.bad_step import Numbers
 from lapis.train.checkpoints import Checkpoints, Snapshot
 from lapis.train.compiled import compile_layers
 from lapis.train.heartbeat import Heartbeat
-from lapis.train.mesh import mesh_of
 from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
@@ -80,7 +79,7 @@ class Trainer:
         self.spent, self.heartbeat = goodput.Spent(), Heartbeat.of_environment()
         self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
         home = Home(run.folder.parent.parent)
-        mesh = mesh_of(self.section.mesh, started())
+        mesh = recipe.mesh(started())
         self.world = World.alone() if mesh.size == 1 else World.join(mesh)
         self.replica, self.config = first_replica(recipe, objective, home, self.world)
         self.model = self.replica.model

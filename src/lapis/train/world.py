@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,8 +165,24 @@ def _connect(device: torch.device | None) -> torch.device:
                 hint="Start it with: lapis train RECIPE --ranks N, or torchrun.",
             )
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        with _signals_kill():
+            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     return device
+
+
+@contextmanager
+def _signals_kill() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once: while it waits in torch for ranks that never come, Python's handlers
+    are not called. Nothing is lost so early."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _groups(mesh: Mesh, rank: int) -> dict[tuple[str, ...], dist.ProcessGroup]:
