@@ -196,8 +196,8 @@ def test_a_line_of_200_megabytes_is_cut_and_memory_stays_bounded(tmp_path: Path)
         text=True,
         check=True,
     )
-    clean = next(step for step in json.loads(done.stdout)["steps"] if step["step"] == "clean")
-    assert clean["bytes_in"] > 200_000_000
-    assert list(clean["reasons"]) == ["too few words"]
-    assert clean["reasons"]["too few words"] >= 50_000  # pieces of 4000 characters
+    quality = next(step for step in json.loads(done.stdout)["steps"] if step["step"] == "quality")
+    assert quality["bytes_in"] > 200_000_000
+    assert list(quality["reasons"]) == ["too few words"]
+    assert quality["reasons"]["too few words"] >= 50_000  # pieces of 4000 characters
     assert int(done.stderr.rsplit("peak", 1)[1]) / 1024 < 400  # MiB, of which the imports take most

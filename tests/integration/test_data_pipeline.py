@@ -90,7 +90,9 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(home: Home, tmp_path
     assert before == {path: path.stat().st_mtime_ns for path in before}
     prepare(data, TokenizerConfig(vocab_size=300), home, workers=1)
     stages = sorted(path.name.split("-")[0] for path in home.data.iterdir() if path.name != ".locks")
-    assert stages == ["clean", "split", "tokenizer", "tokenizer", "tokens", "tokens"]
+    assert stages == [
+        "documents", "quality", "sketch", "split", "tokenizer", "tokenizer", "tokens", "tokens",
+    ]  # fmt: skip
     (folder / "0000.txt").write_text(prose(500))
     changed_input = prepare(data, SMALL, home, workers=1)
     assert changed_input.digest != first.digest
@@ -157,7 +159,7 @@ def test_text_in_many_languages_comes_out_as_it_went_in(home: Home, tmp_path: Pa
             texts.add(text)
             (tmp_path / f"{name}{m}.txt").write_text(text, encoding="utf-8")
     dataset = prepare(config(source(tmp_path)), SMALL, home, workers=1)
-    assert step(dataset, "clean") == {}
+    assert step(dataset, "quality") == {}
     assert set(training_texts(dataset)) | {document.text for document in dataset.heldout()} == texts
 
 

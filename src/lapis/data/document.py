@@ -19,7 +19,7 @@ CODE_ENDINGS = frozenset(_ENDINGS.split())
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it comes from. `id` is the digest of the text: empty until it is cleaned."""
+    """One text and where it comes from. `id` is the digest of the text: empty until it is repaired."""
 
     text: str
     source: str
@@ -27,6 +27,11 @@ class Document:
     licence: str = ""
     kind: Kind = "prose"
     id: str = ""
+
+    @property
+    def label(self) -> str:
+        """How reports name it."""
+        return f"{self.source}: {self.path}"
 
 
 def kind_of(path: str) -> Kind:

@@ -27,6 +27,28 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 
+REASONS = (  # all that `fault` and `repetition_fault` say, in the order in which they look
+    "too short",
+    "a line too long",
+    "lines too long",
+    "generated",
+    "too few letters",
+    "mostly numbers",
+    "too few words",
+    "mean word length",
+    "a word too long",
+    "too many hash signs",
+    "too many ellipses",
+    "too few words with letters",
+    "too few stop words",
+    "too many bullets",
+    "too many lines end in an ellipsis",
+    "repeated lines",
+    "repeated paragraphs",
+    "one phrase again and again",
+    "repeated phrases",
+)
+
 _NEWLINES = re.compile(r"\r\n?|[\u0085\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 _LETTER = re.compile(r"[^\W\d_]")

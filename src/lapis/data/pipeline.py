@@ -1,4 +1,4 @@
-"""From sources to token shards: list → read and clean → dedup and split → tokenizer → encode.
+"""From sources to token shards: list → read → annotate → decide and split → tokenizer → encode.
 
 Every stage is a folder named by the digest of what it is made from. A stage that is there is not made again;
 one that was killed goes on where it was. The bytes that come out do not depend on the number of workers, on
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,24 +19,26 @@ from typing import Any
 
 import numpy as np
 
-from lapis.data.clean import CleanTable, CleanTask, Lost, PartFacts, clean_part
+from lapis.data.annotate import AnnotateTask, Annotator, annotate_part, annotation_seconds
+from lapis.data.annotators import annotators, rules
+from lapis.data.columns import Columns, Rows
+from lapis.data.documents import DocumentTable, Lost, PartFacts, ReadTask
 from lapis.data.readers import plan_parts
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.report import Step, merged
 from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shard
 from lapis.data.sources import Listing, list_inputs
-from lapis.data.split import Rows, split_documents
+from lapis.data.split import Split, split_documents
 from lapis.data.stage import Stage
-from lapis.data.words import SPLITTER
 from lapis.data.workers import run_tasks, worker_count
-from lapis.errors import InputError, NotFoundError
+from lapis.errors import NotFoundError
 from lapis.home import Home
 from lapis.log import Progress, silent
 from lapis.storage import atomic_folder, storage_errors, write_text
 from lapis.tokenizer.bpe import Tokenizer
 
 # One number a stage: raise it when the stage's code gives other bytes for the same input.
-CLEAN_VERSION, SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 1, 1, 1, 1
+DOCUMENTS_VERSION, SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 1, 2, 1, 1
 
 SHARD_BYTES = (1 << 20, 256 << 20)  # least and most text of a shard
 SHARDS = 16
@@ -54,17 +57,17 @@ def prepare(
     listing = list_inputs(data, progress)
     listing.step.seconds = time.perf_counter() - began
     count = worker_count(workers)
-    clean = _clean(data, listing, home.data, count, progress)
-    split = _split(data, clean, home.data, progress)
-    vocabulary = _tokenizer(tokenizer, clean, split, home.data, progress)
-    tokens = _encode(clean, split, vocabulary, home.data, count, progress)
+    made = _annotated(data, listing, home.data, count, progress)
+    split = _split(data, made, home.data, progress)
+    vocabulary = _tokenizer(tokenizer, made.documents, split, home.data, progress)
+    tokens = _encode(made.documents, split, vocabulary, home.data, count, progress)
     return Dataset.open(tokens.folder)
 
 
 def find(data: DataConfig, tokenizer: TokenizerConfig, home: Home) -> Dataset:
     """The dataset of a recipe if it is there. Raises NotFoundError if it was not prepared yet."""
-    clean = _clean_stage(data, list_inputs(data), home.data, [])
-    split = _split_stage(data, clean, home.data)
+    made = Annotated.of(data, list_inputs(data), home.data)
+    split = _split_stage(data, made, home.data)
     vocabulary = _tokenizer_stage(tokenizer, _given(tokenizer), split, home.data)
     tokens = _tokens_stage(split, vocabulary, home.data)
     if not tokens.done:
@@ -74,96 +77,156 @@ def find(data: DataConfig, tokenizer: TokenizerConfig, home: Home) -> Dataset:
     return Dataset.open(tokens.folder)
 
 
-def _clean(data: DataConfig, listing: Listing, root: Path, workers: int, progress: Progress) -> Stage:
-    stage = _clean_stage(data, listing, root, [])
-    if stage.done:
-        return stage
-    with stage.making(progress):
-        if stage.done:
-            return stage
-        with storage_errors(stage.work):
-            stage.work.mkdir(exist_ok=True)
-        parts = plan_parts(listing.inputs)
-        tasks = [
-            CleanTask(n, part, stage.work, data.filters, data.document_chars) for n, part in enumerate(parts)
-        ]
-        total = sum(item.size for item in listing.inputs)
-        done, facts = 0, []
-        for task, found in zip(tasks, run_tasks(clean_part, tasks, workers), strict=True):
-            facts.append(found)
-            done += found.raw_bytes
-            progress(done, total, f"read and cleaned {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-            assert task.facts.exists()
-        steps = [listing.step, *merged(step for part in facts for step in part.steps)]
-        _write_report(stage.work, steps)
-        # What could not be read as it was listed is not in there, so the folder's name must say so.
+@dataclass(frozen=True)
+class Annotated:
+    """The documents of a recipe, and the stage of each of its annotators."""
+
+    documents: Stage
+    attributes: tuple[tuple[Annotator, Stage], ...]
+
+    @staticmethod
+    def of(data: DataConfig, listing: Listing, root: Path, lost: Sequence[Lost] = ()) -> Annotated:
+        """The stages of a recipe, of whose files some could not be read as they were listed."""
+        documents = _documents_stage(data, listing, root, list(lost))
+        return Annotated(
+            documents,
+            tuple((one, _attributes_stage(one, documents)) for one in annotators(data)),
+        )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All of them, in the one order in which everybody takes them."""
+        return [self.documents, *sorted((stage for _, stage in self.attributes), key=lambda one: one.name)]
+
+    def columns(self) -> dict[str, Columns]:
+        """What is known about every document: a table for "documents" and for each annotator's name."""
+        found: dict[str, Columns] = {"documents": DocumentTable(self.documents.folder)}
+        for annotator, stage in self.attributes:
+            found[annotator.name] = Columns(stage.folder, annotator.schema)
+        return found
+
+
+def _annotated(data: DataConfig, listing: Listing, root: Path, workers: int, progress: Progress) -> Annotated:
+    """Read what is not read, annotate what is not annotated: one pass over the parts does both."""
+    planned = Annotated.of(data, listing, root)
+    if all(stage.done for stage in planned.stages):
+        return planned
+    with ExitStack() as held:
+        for stage in planned.stages:
+            held.enter_context(stage.making(progress))
+        missing = [stage for stage in planned.stages if not stage.done]
+        with storage_errors(root):
+            for stage in missing:
+                stage.work.mkdir(exist_ok=True)
+        facts = _passed(data, listing, planned, workers, progress)
+        # What could not be read as it was listed is not in there, so the folders' names must say so.
         lost = sorted(item for part in facts for item in part.lost)
-        final = _clean_stage(data, listing, root, lost) if lost else stage
-        final.commit(stage.work)
+        final = Annotated.of(data, listing, root, lost) if lost and planned.documents in missing else planned
+        for stage, made in zip(planned.stages, final.stages, strict=True):
+            if stage not in missing:
+                continue
+            if stage.name == "documents":
+                steps = [listing.step, *merged(step for part in facts for step in part.steps)]
+                _write_report(stage.work, steps)
+            made.commit(stage.work)
         return final
 
 
-def _clean_stage(data: DataConfig, listing: Listing, root: Path, lost: list[Lost]) -> Stage:
+def _passed(
+    data: DataConfig, listing: Listing, planned: Annotated, workers: int, progress: Progress
+) -> list[PartFacts]:
+    documents = planned.documents
+    wanted = tuple((one, stage.work) for one, stage in planned.attributes if not stage.done)
+    if documents.done:
+        count = len(list(documents.folder.glob("part-*.arrow")))
+        tasks = [AnnotateTask(n, documents.folder, None, wanted) for n in range(count)]
+    else:
+        tasks = [
+            AnnotateTask(n, documents.work, ReadTask(n, part, documents.work, data.document_chars), wanted)
+            for n, part in enumerate(plan_parts(listing.inputs))
+        ]
+    total = sum(item.size for item in listing.inputs)
+    done, facts = 0, []
+    for found in run_tasks(annotate_part, tasks, workers):
+        facts.append(found)
+        done += found.raw_bytes
+        progress(done, total, f"read and annotated {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+    return facts
+
+
+def _documents_stage(data: DataConfig, listing: Listing, root: Path, lost: list[Lost]) -> Stage:
     gone = {(item.source, item.name) for item in lost}
     inputs = [item.identity for item in listing.inputs if (item.source.name, item.name) not in gone]
     facts = {
         "inputs": inputs,
         "lost": lost,
         "skipped": listing.step.reasons,
-        "filters": data.filters.model_dump(mode="json"),
         "document_chars": data.document_chars,
-        "splitter": SPLITTER,
     }
-    return Stage.of(root, "clean", CLEAN_VERSION, facts)
+    return Stage.of(root, "documents", DOCUMENTS_VERSION, facts)
 
 
-def _split(data: DataConfig, clean: Stage, root: Path, progress: Progress) -> Stage:
-    stage = _split_stage(data, clean, root)
+def _attributes_stage(annotator: Annotator, documents: Stage) -> Stage:
+    facts = {"documents": documents.digest, "facts": annotator.facts()}
+    return Stage.of(documents.root, annotator.name, annotator.version, facts)
+
+
+def _split(data: DataConfig, made: Annotated, root: Path, progress: Progress) -> Stage:
+    stage = _split_stage(data, made, root)
     if stage.done:
         return stage
     with stage.making(progress), atomic_folder(stage.folder) as folder:
-        progress(0, None, "removing duplicates, holding documents out")
-        table = CleanTable(clean.folder)
-        steps = _read_report(clean.folder)
-        rows = _within(data.max_bytes, clean.folder, table)
-        if len(rows) < len(table):
-            beyond = len(table) - len(rows)
-            steps[-1].note("clean documents beyond max_bytes", beyond)
-        if not len(rows):
-            raise InputError(
-                f"No document is left of {steps[0].documents_in:,} files: "
-                + "; ".join(f"{step.step}: {step.top_reasons()}" for step in steps if step.reasons)
-                + ".",
-                hint="`--set data.filters.enabled=false` keeps what the quality rules drop.",
-            )
-        found = split_documents(table, rows, data.dedup, data.heldout)
+        progress(0, None, "applying rules, removing duplicates, holding documents out")
+        found = _decided(data, made)
         np.save(folder / "train.npy", found.train)
         np.save(folder / "heldout.npy", found.heldout)
-        _write_report(folder, [*steps, *found.steps])
+        found.verdicts.write(folder)
+        write_text(folder / "stages.json", json.dumps([one.folder.name for one in made.stages]))
+        _write_report(folder, found.steps)
     return stage
 
 
-def _split_stage(data: DataConfig, clean: Stage, root: Path) -> Stage:
+def _decided(data: DataConfig, made: Annotated) -> Split:
+    attributes = made.columns()
+    table = DocumentTable(made.documents.folder)
+    steps = _read_report(made.documents.folder)
+    rows = _within(data.max_bytes, made.documents.folder, table)
+    beyond = len(table) - len(rows)
+    if beyond:
+        steps[-1].note("documents beyond max_bytes", beyond)
+    seconds = {one.name: annotation_seconds(stage.folder) for one, stage in made.attributes}
+    every = rules(data)
+    sizes = int(table.sizes()[rows].sum())
+    for name in sorted(seconds.keys() - {rule.step for rule in every}):
+        steps.append(Step(name, len(rows), len(rows), sizes, sizes))
+    found = split_documents(attributes, rows, every, data.dedup, data.heldout, steps)
+    for step in found.steps:
+        step.seconds += seconds.get(step.step, 0.0)
+    return found
+
+
+def _split_stage(data: DataConfig, made: Annotated, root: Path) -> Stage:
     facts = {
-        "clean": clean.digest,
-        "max_bytes": data.max_bytes,
-        "dedup": data.dedup.model_dump(mode="json"),
-        "heldout": data.heldout.model_dump(mode="json"),
+        "stages": [stage.digest for stage in made.stages],
+        "data": data.model_dump(mode="json", exclude={"sources", "document_chars"}),
     }
     return Stage.of(root, "split", SPLIT_VERSION, facts)
 
 
-def _within(max_bytes: int, folder: Path, table: CleanTable) -> Rows:
+def _within(max_bytes: int, folder: Path, table: Columns) -> Rows:
     """The rows whose raw text ends within the first `max_bytes` bytes; all of them if that is 0."""
     rows = np.arange(len(table), dtype=np.int64)
     if not max_bytes:
         return rows
     raw = [PartFacts.read(path).raw_bytes for path in sorted(folder.glob("part-*.json"))]
     before = np.repeat(np.cumsum([0, *raw[:-1]]), np.diff(table.first_of_part))
-    return rows[before + table.numbers("raw_end") <= max_bytes]
+    kept: Rows = rows[before + table.numbers("raw_end") <= max_bytes]
+    return kept
 
 
-def _tokenizer(config: TokenizerConfig, clean: Stage, split: Stage, root: Path, progress: Progress) -> Stage:
+def _tokenizer(
+    config: TokenizerConfig, documents: Stage, split: Stage, root: Path, progress: Progress
+) -> Stage:
     given = _given(config)
     stage = _tokenizer_stage(config, given, split, root)
     if stage.done:
@@ -173,7 +236,7 @@ def _tokenizer(config: TokenizerConfig, clean: Stage, split: Stage, root: Path, 
         step = Step("tokenizer")
         if given is None:
             progress(0, None, f"training a tokenizer of {config.vocab_size:,} entries")
-            given = Tokenizer.train(_sample(clean, split, config.sample_bytes, step), config.vocab_size)
+            given = Tokenizer.train(_sample(documents, split, config.sample_bytes, step), config.vocab_size)
         given.save(folder / "tokenizer.json")
         step.note("entries", given.vocab_size)
         step.documents_out, step.bytes_out = step.documents_in, step.bytes_in
@@ -193,9 +256,9 @@ def _tokenizer_stage(config: TokenizerConfig, given: Tokenizer | None, split: St
     return Stage.of(root, "tokenizer", TOKENIZER_VERSION, facts)
 
 
-def _sample(clean: Stage, split: Stage, limit: int, step: Step) -> Iterator[str]:
+def _sample(documents: Stage, split: Stage, limit: int, step: Step) -> Iterator[str]:
     """Training documents in the order of their digests, up to `limit` bytes: a reproducible sample."""
-    table = CleanTable(clean.folder)
+    table = DocumentTable(documents.folder)
     for row in np.load(split.folder / "train.npy").tolist():
         if step.bytes_in >= limit:
             return
@@ -208,7 +271,7 @@ def _sample(clean: Stage, split: Stage, limit: int, step: Step) -> Iterator[str]
 @dataclass(frozen=True)
 class _EncodeTask:
     number: int
-    clean: Path
+    documents: Path
     tokenizer: Path
     rows: tuple[int, ...]
     folder: Path
@@ -219,7 +282,7 @@ class _EncodeTask:
 
 
 def _encode(
-    clean: Stage, split: Stage, vocabulary: Stage, root: Path, workers: int, progress: Progress
+    documents: Stage, split: Stage, vocabulary: Stage, root: Path, workers: int, progress: Progress
 ) -> Stage:
     stage = _tokens_stage(split, vocabulary, root)
     if stage.done:
@@ -229,8 +292,8 @@ def _encode(
             return stage
         with storage_errors(stage.work):
             stage.work.mkdir(exist_ok=True)
-        step, shards = _encode_shards(clean, split, vocabulary, stage.work, workers, progress)
-        table = CleanTable(clean.folder)
+        step, shards = _encode_shards(documents, split, vocabulary, stage.work, workers, progress)
+        table = DocumentTable(documents.folder)
         held = [table.document(row) for row in np.load(split.folder / "heldout.npy").tolist()]
         tokenizer = Tokenizer.load(vocabulary.folder / "tokenizer.json")
         write_manifest(stage.work, tokenizer, shards, write_heldout(stage.work, held))
@@ -242,13 +305,13 @@ def _encode(
 
 
 def _encode_shards(
-    clean: Stage, split: Stage, vocabulary: Stage, folder: Path, workers: int, progress: Progress
+    documents: Stage, split: Stage, vocabulary: Stage, folder: Path, workers: int, progress: Progress
 ) -> tuple[Step, list[dict[str, Any]]]:
     train: Rows = np.load(split.folder / "train.npy")
-    sizes = CleanTable(clean.folder).sizes()[train]
+    sizes = DocumentTable(documents.folder).sizes()[train]
     path = vocabulary.folder / "tokenizer.json"
     tasks = [
-        _EncodeTask(n, clean.folder, path, tuple(train[low:high].tolist()), folder)
+        _EncodeTask(n, documents.folder, path, tuple(train[low:high].tolist()), folder)
         for n, (low, high) in enumerate(shard_cuts(sizes))
     ]
     total = int(sizes.sum())
@@ -281,7 +344,7 @@ def _encode_shard(task: _EncodeTask) -> dict[str, Any]:
     if task.facts.exists():
         return dict(json.loads(task.facts.read_text()))
     began = time.thread_time()
-    table = CleanTable(task.clean)
+    table = DocumentTable(task.documents)
     documents = map(table.document, task.rows)
     shard = write_shard(task.folder, task.number, documents, _loaded(task.tokenizer))
     shard["seconds"] = time.thread_time() - began

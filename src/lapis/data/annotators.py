@@ -1,0 +1,26 @@
+"""What a recipe asks for: its annotators, and the rules that decide from what they wrote.
+
+A new annotator is a file with an `Annotator` and, if documents are dropped for what it finds, a function from its
+recipe table to rules; each has one line here.
+"""
+
+from __future__ import annotations
+
+from lapis.data.annotate import Annotator
+from lapis.data.decide import Rule
+from lapis.data.judge import QualityAnnotator, quality_rules
+from lapis.data.recipe import DataConfig
+from lapis.data.sketch import SketchAnnotator
+
+
+def annotators(data: DataConfig) -> tuple[Annotator, ...]:
+    """The annotators of a recipe."""
+    found: list[Annotator] = [SketchAnnotator()]
+    if data.filters.enabled:
+        found.append(QualityAnnotator(data.filters))
+    return tuple(found)
+
+
+def rules(data: DataConfig) -> tuple[Rule, ...]:
+    """The rules of a recipe; the first that hits a document is the reason it is dropped for."""
+    return (*quality_rules(data.filters),)
