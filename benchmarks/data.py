@@ -21,7 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 
 from lapis.cli.output import print_table, say
-from lapis.data.dedup import content_digest, near_duplicates, normal_digest, sketches
+from lapis.data.clusters import near_duplicates
+from lapis.data.dedup import content_digest, normal_digest, shingle_sets, sketches
 from lapis.data.document import Document
 from lapis.data.filters import repair
 from lapis.data.judge import judge
@@ -93,7 +94,11 @@ def main() -> None:
     pairs = list(zip(words, groups, strict=True))
     sketched, seconds = timed(lambda: np.concatenate([sketches(*pair) for pair in pairs]))
     row("minhash sketches (112)", size, seconds)
-    _, seconds = timed(lambda: near_duplicates(sketched, 0.75))
+    _, seconds = timed(
+        lambda: near_duplicates(
+            sketched, np.arange(len(kept)), lambda rows: shingle_sets([kept[row] for row in rows]), 0.75
+        )
+    )
     row("near-duplicate clusters", size, seconds)
     tokenizer, seconds = timed(lambda: Tokenizer.train(kept, 8192), 1)
     row("tokenizer training (8,192)", size, seconds)

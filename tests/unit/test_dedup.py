@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from lapis.data.dedup import close_to, content_digest, near_duplicates, normal_digest, sketches
+from lapis.data import clusters
+from lapis.data.clusters import close_to, near_duplicates
+from lapis.data.dedup import content_digest, exact_duplicates, normal_digest, shingle_sets, sketches
 from lapis.data.words import split_words
 from tests.texts import changed, prose
 
@@ -14,6 +19,22 @@ BASES = [prose(n, 400) for n in range(30)]
 
 def sketched(texts: list[str]) -> np.ndarray:
     return sketches(split_words(texts), texts)
+
+
+@dataclass(frozen=True)
+class Shingled:
+    texts: list[str]
+
+    def __call__(self, rows: np.ndarray) -> list[np.ndarray]:
+        return shingle_sets([self.texts[row] for row in rows.tolist()])
+
+
+def stand_for(texts: list[str], threshold: float = 0.75) -> np.ndarray:
+    return near_duplicates(sketched(texts), np.arange(len(texts)), Shingled(texts), threshold)
+
+
+def stand_for_sketches(sketch: np.ndarray) -> np.ndarray:
+    return near_duplicates(sketch, np.arange(len(sketch)), Shingled([]), 0.75)
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
@@ -39,7 +60,7 @@ def test_near_duplicates_are_found_and_loosely_similar_texts_are_not() -> None:
     loose = [changed(base, n, 0.3) for n, base in enumerate(BASES)]
     assert min(jaccard(*pair) for pair in zip(BASES, near, strict=True)) > 0.8
     assert max(jaccard(*pair) for pair in zip(BASES, loose, strict=True)) < 0.65
-    stands_for = near_duplicates(sketched([*BASES, *near, *loose]), 0.75)
+    stands_for = stand_for([*BASES, *near, *loose])
     assert stands_for[30:60].tolist() == list(range(30))
     assert stands_for[60:].tolist() == list(range(60, 90))
 
@@ -48,17 +69,17 @@ def test_a_chain_of_near_duplicates_is_one_cluster() -> None:
     chain = [BASES[0]]
     for n in range(4):
         chain.append(changed(chain[-1], n, 0.06))
-    assert near_duplicates(sketched([BASES[1], *chain]), 0.75).tolist() == [0, 1, 1, 1, 1, 1]
+    assert stand_for([BASES[1], *chain]).tolist() == [0, 1, 1, 1, 1, 1]
 
 
 def test_a_bucket_of_many_copies_is_one_cluster() -> None:
     copies = [BASES[0]] * 300
-    assert near_duplicates(sketched([*copies, BASES[1]]), 0.75).tolist() == [0] * 300 + [300]
+    assert stand_for([*copies, BASES[1]]).tolist() == [0] * 300 + [300]
 
 
 def test_short_texts_are_alike_only_when_they_are_equal() -> None:
     texts = ["one two", "one two three", "one two", "!!!", "???", "", "东京", "东京都"]
-    stands_for = near_duplicates(sketched(texts), 0.75)
+    stands_for = stand_for(texts)
     assert stands_for.tolist() == [0, 1, 0, 3, 4, 5, 6, 7]
 
 
@@ -95,4 +116,42 @@ def test_exact_copies_differ_in_white_space_only() -> None:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.75, 1.0])
 def test_no_documents_give_no_clusters(threshold: float) -> None:
-    assert near_duplicates(np.empty((0, 112), dtype=np.uint32), threshold).tolist() == []
+    assert stand_for([], threshold).tolist() == []
+
+
+def test_between_sure_and_impossible_the_shingles_themselves_decide() -> None:
+    pairs = [(base, changed(base, n, 0.12 + n / 1000)) for n, base in enumerate(BASES)]
+    truth = [jaccard(*pair) >= 0.75 for pair in pairs]
+    assert 5 < sum(truth) < 25  # on both sides, where the sketches alone go wrong
+    flat = [text for pair in pairs for text in pair]
+    joined = stand_for(flat)[1::2] == np.arange(0, len(flat), 2)
+    assert joined.tolist() == truth
+    sketch = sketched(flat)
+    assert (np.mean(sketch[::2] == sketch[1::2], axis=1) >= 0.75).tolist() != truth
+
+
+def test_clusters_do_not_depend_on_workers_memory_or_where_the_sketches_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*BASES, *(changed(base, n, 0.02 * (n % 10)) for n, base in enumerate(BASES))]
+    sketch, rows = sketched(texts), np.arange(len(texts))
+    np.save(tmp_path / "sketches.npy", sketch)
+    first = near_duplicates(sketch, rows, Shingled(texts), 0.75)
+    little = near_duplicates(sketch, rows, Shingled(texts), 0.75, memory=200)
+    monkeypatch.setattr(clusters, "WORTH_WORKERS", 0)
+    shared = near_duplicates(tmp_path / "sketches.npy", rows, Shingled(texts), 0.75, workers=2)
+    assert first.tolist() == little.tolist() == shared.tolist()
+    assert len(set(first.tolist())) < len(texts)
+
+
+def test_a_large_bucket_of_several_clusters_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "WHOLE_BUCKET", 4)
+    sketch = np.random.default_rng(0).integers(0, 1 << 32, (3, 112), dtype=np.uint32)
+    sketch[:, : clusters.ROWS] = 7  # one bucket for all
+    many = np.repeat(sketch, 20, axis=0)
+    assert stand_for_sketches(many).tolist() == [0] * 20 + [20] * 20 + [40] * 20
+
+
+def test_the_first_of_equal_digests_stands_for_all() -> None:
+    digests = np.frombuffer(b"".join(content_digest(text) for text in "abcabxa"), dtype=np.uint8)
+    assert exact_duplicates(digests.reshape(-1, 16)).tolist() == [0, 1, 2, 0, 1, 5, 0]

@@ -64,6 +64,7 @@ class Columns:
     """The rows of all parts of a finished stage, mapped into memory: columns as arrays."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self.folder = folder
         paths = sorted(folder.glob("part-*.arrow"))
         self._parts = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
         self.first_of_part = np.cumsum([0, *(table.num_rows for table in self._parts)])
@@ -91,6 +92,18 @@ class Columns:
         width = self._table.schema.field(name).type.byte_width
         parts = [_bytes(chunk, width) for chunk in self._table[name].chunks]
         return np.concatenate([np.empty(0, dtype=np.uint8), *parts]).reshape(-1, width)
+
+    def gather(self, name: str, rows: Rows, into: NDArray[np.uint8]) -> None:
+        """Copy a column of fixed-size bytes, row n of `into` from `rows[n]`; only `into` takes memory."""
+        place_D = np.full(len(self), -1, dtype=np.int64)
+        place_D[rows] = np.arange(len(rows))
+        width = into.shape[1]
+        first = 0
+        for chunk in self._table[name].chunks:
+            place_C = place_D[first : first + len(chunk)]
+            wanted = np.flatnonzero(place_C >= 0)
+            into[place_C[wanted]] = _bytes(chunk, width).reshape(-1, width)[wanted]
+            first += len(chunk)
 
     def equal(self, name: str, value: str) -> Mask:
         """Where a column of text holds one value."""

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lapis.data.columns import Columns, part_facts, part_file, part_writer
+from lapis.data.columns import Columns, Rows, part_facts, part_file, part_writer
 from lapis.data.dedup import content_digest, normal_digest
 from lapis.data.document import KINDS, Document
 from lapis.data.filters import repair
@@ -188,6 +188,19 @@ class DocumentTable(Columns):
         import pyarrow.compute as compute
 
         return np.asarray(compute.binary_length(self.column("text")).to_numpy(), dtype=np.int64)
+
+    def texts(self, rows: Rows) -> list[str]:
+        """The texts of some rows."""
+        found = []
+        for row in rows.tolist():
+            part, place = self.place(row)
+            found.append(part["text"][place].as_py())
+        return found
+
+    def origin(self, row: int) -> tuple[str, str]:
+        """Source and path of a document."""
+        part, place = self.place(row)
+        return part["source"][place].as_py(), part["path"][place].as_py()
 
     def document(self, row: int) -> Document:
         """One document, with its id."""

@@ -28,7 +28,7 @@ from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.report import Step, merged
 from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shard
 from lapis.data.sources import Listing, list_inputs
-from lapis.data.split import Split, split_documents
+from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
 from lapis.data.workers import run_tasks, worker_count
 from lapis.errors import NotFoundError
@@ -38,7 +38,7 @@ from lapis.storage import atomic_folder, storage_errors, write_text
 from lapis.tokenizer.bpe import Tokenizer
 
 # One number a stage: raise it when the stage's code gives other bytes for the same input.
-DOCUMENTS_VERSION, SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 1, 2, 1, 1
+DOCUMENTS_VERSION, SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 1, 3, 1, 1
 
 SHARD_BYTES = (1 << 20, 256 << 20)  # least and most text of a shard
 SHARDS = 16
@@ -58,7 +58,7 @@ def prepare(
     listing.step.seconds = time.perf_counter() - began
     count = worker_count(workers)
     made = _annotated(data, listing, home.data, count, progress)
-    split = _split(data, made, home.data, progress)
+    split = _split(data, made, home.data, count, progress)
     vocabulary = _tokenizer(tokenizer, made.documents, split, home.data, progress)
     tokens = _encode(made.documents, split, vocabulary, home.data, count, progress)
     return Dataset.open(tokens.folder)
@@ -171,13 +171,13 @@ def _attributes_stage(annotator: Annotator, documents: Stage) -> Stage:
     return Stage.of(documents.root, annotator.name, annotator.version, facts)
 
 
-def _split(data: DataConfig, made: Annotated, root: Path, progress: Progress) -> Stage:
+def _split(data: DataConfig, made: Annotated, root: Path, workers: int, progress: Progress) -> Stage:
     stage = _split_stage(data, made, root)
     if stage.done:
         return stage
     with stage.making(progress), atomic_folder(stage.folder) as folder:
         progress(0, None, "applying rules, removing duplicates, holding documents out")
-        found = _decided(data, made)
+        found = _decided(data, made, Means(workers, folder=folder))
         np.save(folder / "train.npy", found.train)
         np.save(folder / "heldout.npy", found.heldout)
         found.verdicts.write(folder)
@@ -186,7 +186,7 @@ def _split(data: DataConfig, made: Annotated, root: Path, progress: Progress) ->
     return stage
 
 
-def _decided(data: DataConfig, made: Annotated) -> Split:
+def _decided(data: DataConfig, made: Annotated, means: Means) -> Split:
     attributes = made.columns()
     table = DocumentTable(made.documents.folder)
     steps = _read_report(made.documents.folder)
@@ -199,7 +199,7 @@ def _decided(data: DataConfig, made: Annotated) -> Split:
     sizes = int(table.sizes()[rows].sum())
     for name in sorted(seconds.keys() - {rule.step for rule in every}):
         steps.append(Step(name, len(rows), len(rows), sizes, sizes))
-    found = split_documents(attributes, rows, every, data.dedup, data.heldout, steps)
+    found = split_documents(attributes, rows, every, data.dedup, data.heldout, steps, means)
     for step in found.steps:
         step.seconds += seconds.get(step.step, 0.0)
     return found

@@ -10,17 +10,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapis.data.columns import Rows
+from lapis.data.clusters import Sketches, close_to, near_duplicates, opened
+from lapis.data.columns import Columns, Rows
 from lapis.data.decide import Attributes, Cost, Rule, Verdicts, decide
-from lapis.data.dedup import close_to, near_duplicates
+from lapis.data.dedup import HASHES, exact_duplicates, shingle_sets
 from lapis.data.documents import DocumentTable
 from lapis.data.recipe import DedupConfig, HeldoutConfig
 from lapis.data.report import EXAMPLES, Step
 from lapis.errors import InputError
+
+
+@dataclass(frozen=True)
+class Means:
+    """What deciding may use: processes, bytes of memory, and a folder for tables that are too large for it."""
+
+    workers: int = 1
+    memory: int = 1 << 30
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ def split_documents(
     dedup: DedupConfig,
     heldout: HeldoutConfig,
     steps: Sequence[Step] = (),
+    means: Means = Means(),
 ) -> Split:
     """Apply the rules to some rows, remove duplicates, hold documents out; `steps` came before.
 
@@ -58,9 +71,9 @@ def split_documents(
             + ".",
             hint="`--set data.filters.enabled=false` keeps what the quality rules drop.",
         )
-    sketch_DH = attributes["sketch"].fixed("sketch").view("<u4")
-    best = _without_duplicates(left, account, sketch_DH, dedup)
-    train, held = _held_out(best, account, sketch_DH, dedup.heldout_threshold, heldout)
+    best, sketched = _without_duplicates(left, account, attributes["sketch"], dedup, means)
+    train, held = _held_out(best, account, sketched, dedup.heldout_threshold, heldout)
+    sketched.remove()
     return Split(train, held, account.steps, costs, account.verdicts)
 
 
@@ -78,32 +91,82 @@ def _by_rules(
 
 
 def _without_duplicates(
-    rows: Rows, account: _Account, sketch_DH: NDArray[np.uint32], dedup: DedupConfig
-) -> Rows:
+    rows: Rows, account: _Account, sketches: Columns, dedup: DedupConfig, means: Means
+) -> tuple[Rows, _Sketched]:
     with account.step("dedup", rows) as step:
-        best = np.array(sorted(rows.tolist(), key=account.survival), dtype=np.int64)
+        best = account.ordered(rows, survival=True)
         if dedup.exact:
-            best = account.drop_copies("exact duplicate", best, account.first_copies(best))
+            copies = exact_duplicates(account.table.fixed("normal")[best])
+            best = account.drop_copies("exact duplicate", best, best[copies])
+        sketched = _Sketched.of(best, sketches, means.folder)
         if dedup.near:
-            stands_for = best[near_duplicates(sketch_DH[best], dedup.threshold)]
-            best = account.drop_copies("near-duplicate", best, stands_for)
+            shingles = _Shingles(account.table.folder)
+            stands_for = near_duplicates(
+                sketched.sketches, best, shingles, dedup.threshold, workers=means.workers, memory=means.memory
+            )
+            best = account.drop_copies("near-duplicate", best, best[stands_for])
         account.close(step, best)
-    return best
+    return best, sketched
+
+
+@dataclass(frozen=True)
+class _Sketched:
+    """The sketches of some rows, in their order."""
+
+    rows: Rows
+    sketches: Sketches
+
+    @staticmethod
+    def of(rows: Rows, column: Columns, folder: Path | None) -> _Sketched:
+        """Gathered in memory, or in a file of the folder."""
+        shape = (len(rows), HASHES)
+        if folder is None:
+            found = np.empty(shape, dtype="<u4")
+            column.gather("sketch", rows, found.view(np.uint8))
+            return _Sketched(rows, found)
+        path = folder / "sketches.npy"
+        mapped = np.lib.format.open_memmap(path, mode="w+", dtype="<u4", shape=shape)
+        column.gather("sketch", rows, mapped.view(np.uint8))
+        mapped.flush()
+        return _Sketched(rows, path)
+
+    def close_to(self, others: Rows, threshold: float) -> Rows:
+        """Which of the rows are close to one of some others, which are among the rows."""
+        among = np.flatnonzero(np.isin(self.rows, others))
+        close = close_to(self.sketches, np.array(opened(self.sketches)[among]), threshold)
+        found: Rows = self.rows[close]
+        return found
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if isinstance(self.sketches, Path):
+            self.sketches.unlink()
+
+
+@dataclass(frozen=True)
+class _Shingles:
+    """Makes the shingles of rows again, from their texts on disk."""
+
+    folder: Path
+
+    def __call__(self, rows: Rows) -> list[NDArray[np.uint32]]:
+        return shingle_sets(_table(self.folder).texts(rows))
+
+
+@lru_cache(maxsize=1)
+def _table(folder: Path) -> DocumentTable:
+    return DocumentTable(folder)
 
 
 def _held_out(
-    rows: Rows,
-    account: _Account,
-    sketch_DH: NDArray[np.uint32],
-    threshold: float,
-    config: HeldoutConfig,
+    rows: Rows, account: _Account, sketched: _Sketched, threshold: float, config: HeldoutConfig
 ) -> tuple[Rows, Rows]:
     verdicts, sizes = account.verdicts, account.sizes
     with account.step("split", rows) as step:
-        ordered = np.array(sorted(rows.tolist(), key=account.order), dtype=np.int64)
+        ordered = account.ordered(rows)
         held = choose_heldout(ordered, sizes, config)
         rest = ordered[~np.isin(ordered, held)]
-        close = close_to(sketch_DH[rest], sketch_DH[held], threshold)
+        close = np.isin(rest, sketched.close_to(held, threshold))
         verdicts.drop("split", "close to a held-out document", rest[close])
         train = rest[~close]
         _check_enough(int(sizes[train].sum()), int(sizes[held].sum()), int(sizes[rest].sum()), config)
@@ -123,11 +186,11 @@ def choose_heldout(ordered: Rows, sizes: NDArray[np.int64], config: HeldoutConfi
     wanted = min(max(int(config.fraction * total), config.min_bytes), config.max_bytes)
     taken: list[int] = []
     held = 0
-    for row in ordered.tolist():
+    for row in ordered:
         if held >= wanted:
             break
         if held + sizes[row] <= 2 * wanted:
-            taken.append(row)
+            taken.append(int(row))
             held += int(sizes[row])
     return np.array(taken, dtype=np.int64)
 
@@ -136,23 +199,25 @@ class _Account:
     """The verdicts and rows of the report so far, and what documents are compared by, row by row."""
 
     def __init__(self, table: DocumentTable, steps: list[Step]) -> None:
-        self.steps = steps
+        self.table, self.steps = table, steps
         self.verdicts = Verdicts.of(len(table))
         self.sizes = table.sizes()
-        self._digest, self._normal = table.strings("digest"), table.strings("normal")
-        self._source, self._path = table.strings("source"), table.strings("path")
-        self._priority = table.numbers("priority").tolist()
 
-    def order(self, row: int) -> tuple[object, ...]:
-        return self._digest[row], self._source[row], self._path[row]
+    def ordered(self, rows: Rows, survival: bool = False) -> Rows:
+        """Some rows in the order of their digests; for survival the priorities of their sources come first.
 
-    def survival(self, row: int) -> tuple[object, ...]:
-        return self._priority[row], *self.order(row)
-
-    def first_copies(self, best: Rows) -> Rows:
-        """For each row the first one of the same normal text."""
-        seen: dict[object, int] = {}
-        return np.array([seen.setdefault(self._normal[row], row) for row in best.tolist()], dtype=np.int64)
+        Documents of one digest have one text; they come in the order of their sources and paths.
+        """
+        digests_R2 = self.table.fixed("digest")[rows].view(">u8").astype(np.uint64)
+        priority_R = self.table.numbers("priority")[rows] if survival else np.zeros(len(rows), dtype=np.int32)
+        order_R = np.lexsort((digests_R2[:, 1], digests_R2[:, 0], priority_R))
+        rows, digests_R2, priority_R = rows[order_R], digests_R2[order_R], priority_R[order_R]
+        same = np.all(digests_R2[1:] == digests_R2[:-1], axis=1) & (priority_R[1:] == priority_R[:-1])
+        starts = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == 1)
+        ends = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == -1) + 1
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            rows[start:end] = sorted(rows[start:end].tolist(), key=self.table.origin)
+        return rows
 
     def drop_copies(self, reason: str, best: Rows, stands_for: Rows) -> Rows:
         """Drop the rows that another one stands for, here and for their own copies; returns the others."""
@@ -187,10 +252,8 @@ class _Account:
                 step.reasons[reason] += len(dropped) - EXAMPLES
 
     def _example(self, row: int, survivor: int) -> str:
-        return self._label(row) if survivor < 0 else f"{self._label(row)} = {self._label(survivor)}"
-
-    def _label(self, row: int) -> str:
-        return f"{self._source[row]}: {self._path[row]}"
+        label = ": ".join(self.table.origin(row))
+        return label if survivor < 0 else f"{label} = {': '.join(self.table.origin(survivor))}"
 
 
 def _check_enough(train: int, held: int, rest: int, config: HeldoutConfig) -> None:
