@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import types
 import typing
@@ -27,6 +28,7 @@ class Section(BaseModel):
 
 
 Recipe = TypeVar("Recipe", bound=Section)
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")  # TOML's: all others stand in quotes
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,13 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     return f'"{text}"'
+
+
+def _toml_key(key: str) -> str:
+    return key if BARE_KEY.fullmatch(key) else toml_value(key)
 
 
 def _apply(values: dict[str, Any], text: str) -> None:
@@ -171,6 +177,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(repr(choice) for choice in inner)
     if origin is tuple:
         return f"list of {_type_name(inner[0])}"
+    if origin is dict:
+        return f"table of {_type_name(inner[1])}"
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(part) for part in inner)
     if origin is typing.Annotated:
@@ -186,8 +194,8 @@ def _default(info: Any) -> Any:
 def _write_table(table: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     if path and plain:
-        lines.extend(["", f"[{'.'.join(path)}]"])
-    lines.extend(f"{key} = {toml_value(value)}" for key, value in plain.items())
+        lines.extend(["", f"[{'.'.join(map(_toml_key, path))}]"])
+    lines.extend(f"{_toml_key(key)} = {toml_value(value)}" for key, value in plain.items())
     for key, value in table.items():
         if isinstance(value, dict):
             _write_table(value, (*path, key), lines)

@@ -158,7 +158,7 @@ def _prepare(walk: Quickstart, recipe: Recipe) -> Dataset:
 
 
 def _train(walk: Quickstart, recipe: Recipe, dataset: Dataset) -> Run:
-    objective = Pretraining(recipe.train, dataset)
+    objective = Pretraining(recipe.train, dataset, recipe.mixture)
     run = find_or_create(walk.home, recipe, config.to_toml(recipe), objective)
 
     def work() -> tuple[str, str, str, bool]:

@@ -74,6 +74,7 @@ def show(run: str, as_json: bool) -> None:
         print_json(facts)
         return
     _say_facts(found, facts)
+    _say_mixture(facts)
     _say_goodput(facts["goodput"])
     _say_ranks(facts)
     _say_checkpoints(facts)
@@ -125,6 +126,7 @@ def plot(run: str, out: Path | None, as_json: bool) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     from lapis.checkpoint.folder import listing
     from lapis.train.goodput import account
+    from lapis.train.segments import segments_of_run, shares
 
     events = run.events.read()
     starts = [event for event in events if event["event"] == "start"]
@@ -147,6 +149,8 @@ def _facts(run: Run) -> dict[str, Any]:
         ],
         "damaged_checkpoints": [error.message for error in damaged],
         "evaluation": run.evaluation(),
+        "segments": [{**asdict(segment), "digest": segment.digest} for segment in segments_of_run(run)],
+        "consumed": [share._asdict() for share in shares(run)],
     }
 
 
@@ -174,6 +178,17 @@ def _say_facts(run: Run, facts: dict[str, Any]) -> None:
     for name, value in lines.items():
         if value is not None:
             say(f"  {name:<12} {value}")
+
+
+def _say_mixture(facts: dict[str, Any]) -> None:
+    from lapis.data.mixture import describe_weights
+
+    for segment in facts["segments"]:
+        text = describe_weights(segment["weights"], segment["epochs"])
+        say(f"  {'mixture':<12} from step {segment['from_step']:,}: {text}")
+    for share in facts["consumed"]:
+        seen = f"{share['tokens']:,} tokens seen, {share['epochs']:.2f} epochs"
+        say(f"  {'':<12} {share['part']:>6.1%}  {share['source']}: {seen}")
 
 
 def _say_goodput(goodput: dict[str, Any] | None) -> None:

@@ -38,6 +38,11 @@ SHOWN = 6  # texts of a batch; --json has all
     metavar="GB",
     help="With --dry-run: what a rank has; fails if one needs more.",
 )
+@click.option(
+    "--new-segment",
+    is_flag=True,
+    help="Let another mixture of the data begin at the run's last checkpoint.",
+)
 @click.option("--inspect", is_flag=True, help="Show what the first batch trains on, and train nothing.")
 @json_option
 def command(
@@ -48,6 +53,7 @@ def command(
     spares: int,
     dry_run: bool,
     memory: float | None,
+    new_segment: bool,
     inspect: bool,
     as_json: bool,
 ) -> None:
@@ -61,6 +67,7 @@ def command(
     from lapis.train.float8 import require_float8
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
+    from lapis.train.segments import settle
     from lapis.train.start import checked_shape, first_model, with_own_tokenizer
     from lapis.train.supervisor import train_ranks
     from lapis.train.trainer import find_or_create, train
@@ -90,6 +97,7 @@ def command(
                 _inspect_answers(objective, as_json)
             return
         run = find_or_create(home, resolved, config.to_toml(resolved), objective)
+        settle(run, resolved, new_segment)
     if not is_first():
         train(resolved, objective, run)
         return
@@ -155,7 +163,7 @@ def _objective(recipe: Recipe, home: Home, workers: int) -> Objective:
         if recipe.data is None:
             return fine_tuning(recipe, home, report)
         dataset = prepare(recipe.data, recipe.tokenizer, home, workers=workers, progress=report)
-        return Pretraining(recipe.train, dataset)
+        return Pretraining(recipe.train, dataset, recipe.mixture)
 
 
 def _inspect(objective: Objective, as_json: bool) -> None:

@@ -1,18 +1,23 @@
-"""Training batches as a pure function of (dataset, shape, seed, step).
+"""Training batches as a pure function of (dataset, shape, seed, segments of the mixture, step).
 
 Letters: T = batch x sequence tokens of one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapis.data.order import sample_at
+from lapis.data.mixture import MixedOrder, Segment
+from lapis.data.order import index_of, sample_at
 from lapis.data.shards import Dataset
+from lapis.data.streams import Piece, SourceStream, source_streams, source_tokens
 from lapis.errors import InputError
 
 
@@ -40,9 +45,14 @@ class TokenBatch(NamedTuple):
 
 
 class TokenLoader:
-    """Gives the batch of any step; steps need no order, and nothing is remembered between them."""
+    """Gives the batch of any step; steps need no order, and nothing is remembered between them.
 
-    def __init__(self, dataset: Dataset, *, sequence: int, batch: int, seed: int) -> None:
+    Windows are numbered: first those of the stream as it lies, then, for a mixture, those of each source's stream.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, sequence: int, batch: int, seed: int, segments: Sequence[Segment] = ()
+    ) -> None:
         self.samples = (dataset.tokens - 1) // sequence  # the last target is one token past the window
         if self.samples < 1:
             raise InputError(
@@ -51,6 +61,17 @@ class TokenLoader:
             )
         self.dataset = dataset
         self.sequence, self.batch, self.seed = sequence, batch, seed
+        self.mixed: MixedOrder | None = None  # what the order is from its first segment on
+        self.streams: Mapping[str, SourceStream] = {}
+        if segments:
+            self._mix(segments)
+
+    def _mix(self, segments: Sequence[Segment]) -> None:
+        windows = {name: max(0, n - 1) // self.sequence for name, n in source_tokens(self.dataset).items()}
+        self.mixed = MixedOrder(windows, segments, batch=self.batch, seed=self.seed)
+        self.streams = source_streams(self.dataset)
+        ends = accumulate((windows[name] for name in self.mixed.names), initial=self.samples)
+        self._firsts = list(ends)[:-1]  # the number of the first window of each source
 
     def at(self, step: int) -> TokenBatch:
         """The batch of a step (from 0 on)."""
@@ -58,19 +79,68 @@ class TokenLoader:
 
     def samples_at(self, first: int, count: int) -> tuple[int, ...]:
         """The windows that stand at `count` places of the run's order from `first` on."""
-        return tuple(sample_at(index, self.samples, self.seed) for index in range(first, first + count))
+        return tuple(self._sample_at(place) for place in range(first, first + count))
 
     def windows(self, samples: Sequence[int]) -> TokenBatch:
-        """Windows of the stream by their number, laid one after the other."""
+        """Windows by their number, laid one after the other."""
         windows = [self._window(sample) for sample in samples]
         ids_T = np.concatenate([window.ids_T for window in windows])
         targets_T = np.concatenate([window.targets_T for window in windows])
         return TokenBatch(ids_T, targets_T, tuple(length for window in windows for length in window.lengths))
 
+    def pieces(self, sample: int, count: int | None = None) -> Sequence[Piece]:
+        """Where the first `count` tokens of a window lie in the dataset, by default all that are read in it."""
+        count = self.sequence if count is None else count
+        if sample < self.samples:
+            return (Piece(sample * self.sequence, count),)
+        assert self.mixed is not None, "a window of a source, but there is no mixture"
+        n = bisect_right(self._firsts, sample) - 1
+        return tuple(
+            self.streams[self.mixed.names[n]].pieces((sample - self._firsts[n]) * self.sequence, count)
+        )
+
+    def first_use(self, pieces: Mapping[str, Sequence[Piece]]) -> int | None:
+        """The first place of the order at which one of these tokens is read; None if that never comes.
+
+        `pieces` are parts of documents, by their source.
+        """
+        T = self.sequence
+        end = math.inf if self.mixed is None else self.mixed.first
+        plain = {
+            sample
+            for parts in pieces.values()
+            for start, count in parts
+            for sample in range(start // T, min(self.samples - 1, (start + count - 1) // T) + 1)
+        }
+        places = [index_of(sample, 0, self.samples, self.seed) for sample in plain] if end else []
+        places = [place for place in places if place < end]
+        for source, parts in pieces.items() if self.mixed is not None else ():
+            firsts = [(self.streams[source].place_of(start), count) for start, count in parts]
+            windows = {n for start, count in firsts for n in range(start // T, (start + count - 1) // T + 1)}
+            place = self.mixed.first_use(source, windows) if self.mixed is not None else None
+            places.extend([] if place is None else [place])
+        return min(places, default=None)
+
+    def _sample_at(self, place: int) -> int:
+        if self.mixed is None or place < self.mixed.first:
+            return sample_at(place, self.samples, self.seed)
+        drawn = self.mixed.at(place)
+        return self._firsts[self.mixed.names.index(drawn.source)] + drawn.window
+
     def _window(self, sample: int) -> TokenBatch:
+        if sample >= self.samples:
+            return self._mixed_window(sample)
         start = sample * self.sequence
         stream = self.dataset.read(start, self.sequence + 1).astype(np.int64)
         borders = self.dataset.document_starts
         low, high = np.searchsorted(borders, [start + 1, start + self.sequence])  # inside the window only
         edges = np.concatenate([[0], borders[low:high] - start, [self.sequence]])
         return TokenBatch(stream[:-1], stream[1:], tuple(np.diff(edges).tolist()))
+
+    def _mixed_window(self, sample: int) -> TokenBatch:
+        """A window of one source: each piece but the first begins a document."""
+        pieces = self.pieces(sample, self.sequence + 1)
+        stream = np.concatenate([self.dataset.read(*piece) for piece in pieces]).astype(np.int64)
+        edges = list(accumulate(piece.tokens for piece in pieces))[:-1]
+        borders = [0, *(edge for edge in edges if edge < self.sequence), self.sequence]
+        return TokenBatch(stream[:-1], stream[1:], tuple(np.diff(borders).tolist()))

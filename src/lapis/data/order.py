@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of index, number of samples and seed."""
+"""The order of training samples: a pure function of index, number of samples and seed, and its inverse."""
 
 from __future__ import annotations
 
@@ -15,12 +15,30 @@ def sample_at(index: int, samples: int, seed: int) -> int:
     assert samples > 0
     assert index >= 0
     epoch, value = divmod(index, samples)
-    half = max(1, ((samples - 1).bit_length() + 1) // 2)
-    key = _mix(_mix(seed & MASK) ^ epoch)
+    half, key = _half(samples), _key(seed, epoch)
     while True:
         value = _feistel(value, half, key)
         if value < samples:
             return value
+
+
+def index_of(sample: int, epoch: int, samples: int, seed: int) -> int:
+    """The index of an epoch at which a sample stands: `sample_at` the other way round, as fast."""
+    assert 0 <= sample < samples
+    value = sample
+    half, key = _half(samples), _key(seed, epoch)
+    while True:
+        value = _feistel_back(value, half, key)
+        if value < samples:
+            return epoch * samples + value
+
+
+def _half(samples: int) -> int:
+    return max(1, ((samples - 1).bit_length() + 1) // 2)
+
+
+def _key(seed: int, epoch: int) -> int:
+    return _mix(_mix(seed & MASK) ^ epoch)
 
 
 def _feistel(value: int, half: int, key: int) -> int:
@@ -28,6 +46,14 @@ def _feistel(value: int, half: int, key: int) -> int:
     left, right = value >> half, value & low
     for turn in range(ROUNDS):
         left, right = right, left ^ (_mix(key ^ _mix(right + (turn << 60))) & low)
+    return left << half | right
+
+
+def _feistel_back(value: int, half: int, key: int) -> int:
+    low = (1 << half) - 1
+    left, right = value >> half, value & low
+    for turn in reversed(range(ROUNDS)):
+        left, right = right ^ (_mix(key ^ _mix(left + (turn << 60))) & low), left
     return left << half | right
 
 

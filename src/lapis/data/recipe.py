@@ -136,6 +136,66 @@ class HeldoutConfig(Section):
         return self
 
 
+Weights = dict[str, Limit]
+LEAST_SHARE = (
+    1e-4  # of a source with a weight: windows are drawn in blocks that hold each source at least once
+)
+
+
+class MixtureSegment(Section):
+    """A stretch of the training with weights of its own: one `[[data.mixture.segments]]` table."""
+
+    weights: Weights
+    """How much each source counts, by its name; 0 leaves it out."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How long it is, as a part of train.steps; all segments together are 1."""
+    tokens: Positive | None = None
+    """How long it is, in training tokens; the last segment has none and lasts to the end."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> MixtureSegment:
+        check_weights(self.weights)
+        return self
+
+
+class MixtureConfig(Section):
+    """How much of the training comes from each source, and how often its text may come again."""
+
+    weights: Weights = Field({})
+    """How much each source counts, by its name; 0 leaves it out. Give this or `segments`."""
+    epochs: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """How often a source may be gone through in the whole run, such as 4.0; then the others take its part."""
+    segments: tuple[MixtureSegment, ...] = ()
+    """Weights that change on the way, one stretch of the training after the other."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> MixtureConfig:
+        if bool(self.weights) == bool(self.segments):
+            raise ValueError("give exactly one of data.mixture.weights and [[data.mixture.segments]]")
+        if self.weights:
+            check_weights(self.weights)
+            return self
+        shares = [segment.share for segment in self.segments if segment.share is not None]
+        counts = [segment.tokens for segment in self.segments if segment.tokens is not None]
+        by_share = not counts and len(shares) == len(self.segments) and abs(sum(shares) - 1) < 1e-9
+        by_tokens = not shares and len(counts) == len(self.segments) - 1 and self.segments[-1].tokens is None
+        if not by_share and not by_tokens:
+            raise ValueError(
+                "each of [[data.mixture.segments]] has a share, together 1, or each but the last has tokens"
+            )
+        return self
+
+
+def check_weights(weights: Weights) -> None:
+    """Raise ValueError for weights that are all 0, or for one that is too small beside the others."""
+    total = sum(weights.values())
+    if total <= 0:
+        raise ValueError("at least one source needs a weight above 0")
+    for name, weight in weights.items():
+        if 0 < weight < LEAST_SHARE * total:
+            raise ValueError(f"the weight of {name!r} is less than {LEAST_SHARE} of all: leave it out with 0")
+
+
 class DataConfig(Section):
     """The section [data]: from sources to token shards."""
 
@@ -151,6 +211,8 @@ class DataConfig(Section):
     """Which duplicates are removed."""
     heldout: HeldoutConfig = HeldoutConfig()
     """How much text is held out."""
+    mixture: MixtureConfig | None = None
+    """How the sources are mixed in training; without it the text comes as it lies. No part of the dataset."""
 
     @model_validator(mode="after")
     def _some(self) -> DataConfig:

@@ -20,6 +20,7 @@ from lapis.train.export import dataset_folder, last_checkpoint, trained_weights
 from lapis.train.pretrain import trained_tokens
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.segments import segments_of_run
 
 
 class Ground(NamedTuple):
@@ -34,9 +35,8 @@ def ground_of_run(run: Run, steps: int) -> Ground:
     if steps < 1:
         raise ConflictError(f"The run {run.id} has not done a step yet.", hint="`lapis train RECIPE.toml`")
     dataset = Dataset.open(dataset_folder(run))
-    return Ground(
-        dataset, trained_tokens(config.load(run.folder / "recipe.toml", Recipe).train, dataset, steps)
-    )
+    section = config.load(run.folder / "recipe.toml", Recipe).train
+    return Ground(dataset, trained_tokens(section, dataset, steps, segments_of_run(run)))
 
 
 def measure_run(run: Run, ground: Ground | None = None, progress: Progress = silent) -> EvalReport:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.data.loader import TokenBatch, TokenLoader
+from lapis.data.mixture import Segment, segments_of
+from lapis.data.recipe import MixtureConfig
 from lapis.data.shards import Dataset
 from lapis.errors import ConfigError, InputError
 from lapis.kernels.batch import packed
@@ -26,10 +28,17 @@ from lapis.train.recipe import TrainSection
 class Pretraining:
     """The objective over a dataset's training stream, cut into windows of equal length."""
 
-    def __init__(self, section: TrainSection, dataset: Dataset) -> None:
+    def __init__(self, section: TrainSection, dataset: Dataset, mixture: MixtureConfig | None = None) -> None:
         self.section, self.dataset = section, dataset
-        self.loader = token_loader(section, dataset)
+        self.segments = planned(mixture, section)
+        self.loader = token_loader(section, dataset, self.segments)
         self.vocabulary = dataset.tokenizer.vocab_size
+
+    def follow(self, segments: Sequence[Segment]) -> None:
+        """Take the windows in the order of these segments. Raises ConfigError if the dataset's sources are others."""
+        if tuple(segments) != self.segments:
+            self.segments = tuple(segments)
+            self.loader = token_loader(self.section, self.dataset, segments)
 
     @property
     def digest(self) -> str:
@@ -42,12 +51,18 @@ class Pretraining:
         return self.dataset.tokenizer
 
     def facts(self) -> Mapping[str, Any]:
-        """Where the dataset lies and how large it is."""
-        return {
+        """Where the dataset lies and how large it is; of a mixture, how many windows each source has."""
+        facts = {
             "tokens": self.dataset.tokens,
             "dataset_digest": self.dataset.digest,
             "dataset": str(self.dataset.folder),
         }
+        mixed = self.loader.mixed
+        return (
+            facts
+            if mixed is None
+            else {**facts, "windows": dict(zip(mixed.names, mixed.windows, strict=True))}
+        )
 
     def begin(self, model: Decoder) -> None:
         """Token ids must lie below the model's vocabulary from now on."""
@@ -79,8 +94,9 @@ class Pretraining:
         if not len(beyond):
             return
         window, offset = divmod(int(beyond[0]), self.section.sequence)
-        place = samples[window] * self.section.sequence + offset
-        place += int(tokens.ids_T[beyond[0]] < self.vocabulary)  # the target, then
+        offset += int(tokens.ids_T[beyond[0]] < self.vocabulary)  # the target, then
+        last = self.loader.pieces(samples[window], offset + 1)[-1]
+        place = last.start + last.tokens - 1
         token = int(self.dataset.read(place, 1)[0])
         document = self.dataset.document_of(place)
         raise InputError(
@@ -112,12 +128,23 @@ def token_loss(model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
     return model.ops.linear_cross_entropy(x_TH, head, targets_T, weights_T) / weight
 
 
-def token_loader(section: TrainSection, dataset: Dataset) -> TokenLoader:
+def planned(mixture: MixtureConfig | None, section: TrainSection) -> tuple[Segment, ...]:
+    """The segments that a recipe's mixture has in a training; none without a mixture."""
+    if mixture is None:
+        return ()
+    return segments_of(mixture, steps=section.steps, step_tokens=section.batch * section.sequence)
+
+
+def token_loader(section: TrainSection, dataset: Dataset, segments: Sequence[Segment] = ()) -> TokenLoader:
     """The loader of a run's data order."""
-    return TokenLoader(dataset, sequence=section.sequence, batch=section.batch, seed=section.seed)
+    return TokenLoader(
+        dataset, sequence=section.sequence, batch=section.batch, seed=section.seed, segments=segments
+    )
 
 
-def trained_tokens(section: TrainSection, dataset: Dataset, steps: int) -> NDArray[np.int64]:
+def trained_tokens(
+    section: TrainSection, dataset: Dataset, steps: int, segments: Sequence[Segment] = ()
+) -> NDArray[np.int64]:
     """The tokens that the first `steps` steps of a run see, in order: one training window a row."""
-    loader = token_loader(section, dataset)
+    loader = token_loader(section, dataset, segments)
     return np.concatenate([loader.at(step).ids_T for step in range(steps)]).reshape(-1, section.sequence)

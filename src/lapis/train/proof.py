@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-EVENT = "proof"
+EVENT, SEGMENT = "proof", "segment"
 STEPS = 2  # the first shows weights and data, the second the optimizer's state and the schedule as well
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, on other kernels or another layout
 
 
 def expected(events: Iterable[Mapping[str, Any]], checkpoint: int) -> dict[int, Mapping[str, Any]]:
-    """By step, the last proof that was written of a step after the checkpoint of that step."""
-    return {
-        event["step"]: event
-        for event in events
-        if event["event"] == EVENT and event["checkpoint"] == checkpoint
-    }
+    """By step, the last proof that was written of a step after the checkpoint of that step.
+
+    From the step on at which another mixture of the data begins, what was written before that is no proof any more.
+    """
+    found: dict[int, Mapping[str, Any]] = {}
+    for event in events:
+        if event["event"] == SEGMENT:
+            found = {step: proof for step, proof in found.items() if step < event["from_step"]}
+        if event["event"] == EVENT and event["checkpoint"] == checkpoint:
+            found[event["step"]] = event
+    return found
 
 
 def agrees(proof: Mapping[str, Any], loss: float, setup: str, dtype: str) -> bool:

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     with progress("train") as report:
         recipe = config.load(run.folder / RECIPE, Recipe, (f"train.mesh={mesh}",))
         objective: Objective = (
-            Pretraining(recipe.train, Dataset.open(Path(dataset))) if dataset else fine_tuning(recipe, home)
+            Pretraining(recipe.train, Dataset.open(Path(dataset)), recipe.mixture)
+            if dataset
+            else fine_tuning(recipe, home)
         )
         train(recipe, objective, run, report)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lapis.config import Section
-from lapis.data.recipe import DataConfig, ExamplesConfig, TokenizerConfig
+from lapis.data.recipe import DataConfig, ExamplesConfig, MixtureConfig, TokenizerConfig
 from lapis.errors import ConfigError
 from lapis.hashing import digest_json
 from lapis.model.config import NAMED, ModelConfig
@@ -286,6 +286,11 @@ class Recipe(Section):
             )
         return self.data
 
+    @property
+    def mixture(self) -> MixtureConfig | None:
+        """How the sources are mixed, if the recipe says so."""
+        return None if self.data is None else self.data.mixture
+
     @model_validator(mode="after")
     def _of_one_kind(self) -> Self:
         objective, pretrains = self.train.objective, self.train.objective == "pretrain"
@@ -332,9 +337,12 @@ class Recipe(Section):
         return mesh
 
     def digest(self) -> str:
-        """The digest of all that decides what is learned: not of the mesh, so a run can go on on another one."""
+        """The digest of what makes a run: not of the mesh, nor of the mixture, which may change on the way."""
         return digest_json(
-            self.model_dump(mode="json", exclude={"train": {"mesh", "pipeline"}, "supervisor": True})
+            self.model_dump(
+                mode="json",
+                exclude={"train": {"mesh", "pipeline"}, "supervisor": True, "data": {"mixture"}},
+            )
         )
 
     @model_validator(mode="after")

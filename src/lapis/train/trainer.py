@@ -33,6 +33,7 @@ from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.segments import check_segments, follow, mixture_of, segments_before
 from lapis.train.signs import give_signs
 from lapis.train.start import first_replica
 from lapis.train.world import World, is_first, lost_peers, started
@@ -45,10 +46,17 @@ MOST_SKIPPED = 5  # bad steps in a row, after which skipping does not help
 
 
 def find_or_create(home: Home, recipe: Recipe, recipe_text: str, objective: Objective) -> Run:
-    """The run of this recipe on this data: the one that was begun before, or a new one."""
+    """The run of this recipe on this data: the one that was begun before, or a new one.
+
+    It may have been begun with another mixture: `segments.settle` says what becomes of it then.
+    """
     digest = digest_json([recipe.digest(), objective.digest])
     for run in reversed(Run.list(home)):
-        if run.events.read("create")[0].get("recipe_digest") == digest and run.status() != "failed":
+        if run.events.read("create")[0].get("recipe_digest") != digest or run.status() == "failed":
+            continue
+        if (
+            run.status() != "finished" or mixture_of(run) == recipe.mixture
+        ):  # else there is nothing to go on with
             return run
     return Run.create(home, recipe.name, recipe_text, digest)
 
@@ -78,6 +86,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, objective: Objective, run: Run) -> None:
         self.spent, self.heartbeat = goodput.Spent(), Heartbeat.of_environment()
         self.recipe, self.section, self.objective, self.run = recipe, recipe.train, objective, run
+        self.segments = follow(run, objective)
         home = Home(run.folder.parent.parent)
         mesh = recipe.mesh(started())
         self.world = World.alone() if mesh.size == 1 else World.join(mesh)
@@ -153,6 +162,7 @@ class Trainer:
             "model": asdict(self.config),
             "recipe_digest": self.recipe.digest(),
             "data_digest": self.objective.digest,
+            **segments_before(self.segments, self.step),
         }
         groups = {**self.replica.groups(), "random": {"torch": self._first_ranks(torch.get_rng_state())}}
         return Snapshot(self.step, groups, state, self.smooth)
@@ -303,6 +313,7 @@ class Trainer:
                 f"The checkpoint {checkpoint.folder} belongs to other data or another model than this recipe.",
                 hint="Give the recipe another name, so that it becomes a run of its own.",
             )
+        check_segments(state, self.segments, checkpoint.folder)
         random = torch.get_rng_state()
         load(checkpoint, {**self.replica.groups(), "random": {"torch": self._first_ranks(random)}})
         self.replica.resumed(state["optimizer_steps"])
