@@ -1,6 +1,6 @@
 """Installs the engines that Lapis is measured against, each in an environment of its own below .peers/.
 
-    python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt]
+    python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt] [datatrove]
 
 Exact versions, from the package index only; what is there already is left as it is. It takes 10 to 30 minutes and
 6 GB: llama.cpp is compiled, OpenVINO's models are exported. What the commands print is kept in .peers/PEER.log.
@@ -14,6 +14,7 @@ Exact versions, from the package index only; what is there already is left as it
   Debian's libtcmalloc-minimal4, which is loaded if it is there.
 * litgpt, for training: its wheel and what it needs.
 * nanoGPT is no package: a git checkout at one commit. Where it cannot be cloned, put one into .peers/nanogpt by hand.
+* datatrove, for data: its wheel and what its blocks of FineWeb's order need.
 * transformers is a test dependency of Lapis and needs nothing here.
 """
 
@@ -50,6 +51,7 @@ VERSIONS = {
     "vllm": f"{VLLM}",
     "litgpt": "litgpt 0.5.9",
     "nanogpt": f"nanoGPT at {NANOGPT_COMMIT[:8]}",
+    "datatrove": "datatrove 0.10.1",
 }
 CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "GGML_OPENMP=ON", "GGML_CCACHE=OFF", "BUILD_SHARED_LIBS=OFF",
@@ -181,12 +183,18 @@ def install_nanogpt(log: Log, model: Path) -> None:
     log.run("checking out", "git", "-C", checkout, "checkout", "--quiet", "--detach", NANOGPT_COMMIT)
 
 
+def install_datatrove(log: Log, model: Path) -> None:
+    """One environment."""
+    log.environment("datatrove")
+
+
 INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "llama.cpp": install_llama_cpp,
     "openvino": install_openvino,
     "vllm": install_vllm,
     "litgpt": install_litgpt,
     "nanogpt": install_nanogpt,
+    "datatrove": install_datatrove,
 }
 
 
