@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/kernels/*.c src/lapis/kernels/*.h)
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/*/*.c src/lapis/*/*.h)
 export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.

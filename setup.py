@@ -1,7 +1,7 @@
-"""Builds the C kernels: one shared library per instruction set, from the same sources, beside the Python files.
+"""Builds the C code beside the Python files: kernels, one shared library per instruction set, and the tokenizer's.
 
-The build is optional. Without a C compiler the installation succeeds, says so, and plain torch does the work.
-LAPIS_NO_KERNELS=1 skips it on purpose.
+The build is optional. Without a C compiler the installation succeeds, says so, and plain torch and Hugging Face
+`tokenizers` do the work. LAPIS_NO_KERNELS=1 skips it on purpose.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ UNITS = (
 )
 # as in kernels/variants.py: all text that goes into a library, in this order
 SOURCES = (*UNITS, "cpu_vector.h", "cpu_team.h", "cpu_product.h", "cpu_attention.h", "cpu_fp32.h")
+TOKENIZER = Path("src/lapis/tokenizer")
+# as in tokenizer/compiled.py: all text that goes into its library, in this order
+TOKENIZER_SOURCES = ("bpe_split.c", "bpe_merge.c", "bpe_encode.c", "bpe_train.c", "bpe.h", "bpe_merge.h")
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {
@@ -65,11 +68,11 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def source_digest() -> str:
+def source_digest(package: Path, names: tuple[str, ...]) -> str:
     """Digest of the sources, compiled in, so that a library of other sources is noticed when it is loaded."""
     digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((PACKAGE / name).read_bytes())
+    for name in names:
+        digest.update((package / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -78,8 +81,11 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         """Build, and report in one line per variant what came of it."""
-        folder = PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / "lapis" / "kernels"
+        source = self.inplace or self.editable_mode
+        folder = PACKAGE if source else Path(self.build_lib) / "lapis" / "kernels"
+        tokenizer = TOKENIZER if source else Path(self.build_lib) / "lapis" / "tokenizer"
         folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.mkdir(parents=True, exist_ok=True)
         self.built: list[str] = []
         compiler = find_compiler()
         if os.environ.get("LAPIS_NO_KERNELS"):
@@ -89,7 +95,8 @@ class BuildKernels(build_ext):
         else:
             with tempfile.TemporaryDirectory() as scratch:
                 self._compile_all(compiler, folder, Path(scratch))
-        for library in folder.glob("cpu-*.so"):
+            self._compile_tokenizer(compiler, tokenizer / "bpe-portable.so")
+        for library in (*folder.glob("cpu-*.so"), *tokenizer.glob("bpe-portable.so")):
             if str(library) not in self.built:
                 library.unlink()  # of an earlier build
 
@@ -98,7 +105,7 @@ class BuildKernels(build_ext):
         return self.built
 
     def _compile_all(self, compiler: list[str], folder: Path, scratch: Path) -> None:
-        define = f'-DLAPIS_SOURCE="{source_digest()}"'
+        define = f'-DLAPIS_SOURCE="{source_digest(PACKAGE, SOURCES)}"'
         jobs = [(variant, unit) for variant in VARIANTS for unit in UNITS]
 
         def compile_unit(job: tuple[str, str]) -> tuple[str, bool]:
@@ -117,6 +124,19 @@ class BuildKernels(build_ext):
             errors = [results[variant, unit][0] for unit in UNITS if results[variant, unit][0]]
             threads = all(results[variant, unit][1] for unit in UNITS)
             self._link(compiler, folder / f"cpu-{variant}.so", scratch, variant, errors, threads)
+
+    def _compile_tokenizer(self, compiler: list[str], target: Path) -> None:
+        define = f'-DLAPIS_SOURCE="{source_digest(TOKENIZER, TOKENIZER_SOURCES)}"'
+        units = [str(TOKENIZER / name) for name in TOKENIZER_SOURCES if name.endswith(".c")]
+        beside = target.with_suffix(".tmp")
+        command = [*compiler, *FLAGS, define, "-shared", *units, "-o", str(beside)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        if compiled.returncode == 0:
+            beside.replace(target)
+            self.built.append(str(target))
+            print(f"lapis tokenizer: built {target.name}")
+            return
+        print(f"lapis tokenizer: left out, the compiler says: {compiled.stderr.strip().splitlines()[-1]}")
 
     def _link(
         self, compiler: list[str], target: Path, scratch: Path, variant: str, errors: list[str], threads: bool

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pyarrow.parquet as parquet
+import pytest
+
 SYLLABLES = [first + last for first in "bcdfghjklmnprstvz" for last in "aeiou"]
 
 
@@ -44,3 +47,13 @@ def write_corpus(folder: Path, documents: int = 60, count: int = 200, first: int
     for n in range(first, first + documents):
         (folder / f"{n:04d}.txt").write_text(prose(n, count), encoding="utf-8")
     return folder
+
+
+def real_texts(count: int | None = None) -> list[str]:
+    """Documents of the corpus beside the checkout, about `count` of them if given; without it the test is skipped."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "corpus.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    column = parquet.read_table(path, columns=["text"]).column("text")
+    step = 1 if count is None else len(column) // count
+    return column.take(list(range(0, len(column), step))).to_pylist() if step > 1 else column.to_pylist()

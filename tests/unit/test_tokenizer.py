@@ -10,8 +10,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as HFTokenizer
 
 from lapis.errors import InputError
-from lapis.tokenizer.bpe import END, SPLIT, TURN_END, TURN_START, TextStream, Tokenizer
-from lapis.tokenizer.words import WordEncoder
+from lapis.tokenizer.bpe import END, TURN_END, TURN_START, TextStream, Tokenizer
 from tests.texts import prose
 
 TEXTS = [prose(n) for n in range(40)]
@@ -47,15 +46,6 @@ def test_special_text_is_plain_text_unless_asked_for(tokenizer: Tokenizer) -> No
 
 def test_a_batch_gives_the_ids_of_its_texts(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
-
-
-def test_words_are_remembered_only_where_that_is_exact(tokenizer: Tokenizer) -> None:
-    inner = HFTokenizer.from_str(tokenizer.to_json())
-    assert WordEncoder.fits(inner, SPLIT)
-    inner.add_tokens([AddedToken("lo wo", normalized=False)])  # reaches over the border of words
-    assert not WordEncoder.fits(inner, SPLIT)
-    assert Tokenizer(inner).encode_batch(["hello world"]) == [Tokenizer(inner).encode("hello world")]
-    assert not WordEncoder.fits(_sentencepiece_like(), SPLIT)
 
 
 def test_a_saved_tokenizer_is_the_same_one(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HFTokenizer
 
 from lapis.errors import InputError
-from lapis.tokenizer.bpe import SPLIT, Tokenizer
+from lapis.tokenizer.bpe import Tokenizer
+from lapis.tokenizer.split import SPLIT
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
