@@ -21,10 +21,12 @@ import numpy as np
 
 from lapis.data.annotate import AnnotateTask, Annotator, annotate_part, annotation_seconds
 from lapis.data.annotators import annotators, rules
+from lapis.data.boilerplate import VERSION as BOILERPLATE_VERSION
+from lapis.data.boilerplate import boilerplate_sources, remove_boilerplate
 from lapis.data.columns import Columns, Rows
 from lapis.data.documents import DocumentTable, Lost, PartFacts, ReadTask
 from lapis.data.readers import plan_parts
-from lapis.data.recipe import DataConfig, TokenizerConfig
+from lapis.data.recipe import BoilerplateConfig, DataConfig, TokenizerConfig
 from lapis.data.report import Step, merged
 from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shard
 from lapis.data.sources import Listing, list_inputs
@@ -88,10 +90,14 @@ class Annotated:
     def of(data: DataConfig, listing: Listing, root: Path, lost: Sequence[Lost] = ()) -> Annotated:
         """The stages of a recipe, of whose files some could not be read as they were listed."""
         documents = _documents_stage(data, listing, root, list(lost))
-        return Annotated(
-            documents,
-            tuple((one, _attributes_stage(one, documents)) for one in annotators(data)),
-        )
+        if sources := boilerplate_sources(data.boilerplate, listing.inputs):
+            documents = _bare_stage(documents, data.boilerplate, sources)
+        return Annotated.on(documents, annotators(data))
+
+    @staticmethod
+    def on(documents: Stage, wanted: Sequence[Annotator]) -> Annotated:
+        """The stages of some annotators on the documents of one stage."""
+        return Annotated(documents, tuple((one, _attributes_stage(one, documents)) for one in wanted))
 
     @property
     def stages(self) -> list[Stage]:
@@ -107,8 +113,48 @@ class Annotated:
 
 
 def _annotated(data: DataConfig, listing: Listing, root: Path, workers: int, progress: Progress) -> Annotated:
-    """Read what is not read, annotate what is not annotated: one pass over the parts does both."""
+    """Read what is not read, annotate what is not annotated: one pass over the parts does both.
+
+    Repeated lines are known only when all is read: where they are taken out, annotating is a pass of its own.
+    """
     planned = Annotated.of(data, listing, root)
+    sources = boilerplate_sources(data.boilerplate, listing.inputs)
+    if not sources or all(stage.done for stage in planned.stages):
+        return _pass_over(data, listing, planned, workers, progress)
+    read = Annotated.on(_documents_stage(data, listing, root, []), ())
+    documents = _pass_over(data, listing, read, workers, progress).documents
+    bare = _bare(documents, data.boilerplate, sources, workers, progress)
+    return _pass_over(data, listing, Annotated.on(bare, annotators(data)), workers, progress)
+
+
+def _bare(
+    documents: Stage, config: BoilerplateConfig, sources: list[str], workers: int, progress: Progress
+) -> Stage:
+    """The documents without the lines that they share."""
+    stage = _bare_stage(documents, config, sources)
+    if stage.done:
+        return stage
+    with stage.making(progress):
+        if stage.done:
+            return stage
+        with storage_errors(stage.work):
+            stage.work.mkdir(exist_ok=True)
+        progress(0, None, "taking out lines that many documents share")
+        steps = remove_boilerplate(documents.folder, stage.work, sources, config, workers)
+        _write_report(stage.work, [*_read_report(documents.folder), *merged(steps)])
+        stage.commit(stage.work)
+    return stage
+
+
+def _bare_stage(documents: Stage, config: BoilerplateConfig, sources: list[str]) -> Stage:
+    facts = {"documents": documents.digest, "config": config.model_dump(mode="json"), "sources": sources}
+    return Stage.of(documents.root, "documents", BOILERPLATE_VERSION, facts)
+
+
+def _pass_over(
+    data: DataConfig, listing: Listing, planned: Annotated, workers: int, progress: Progress
+) -> Annotated:
+    root = planned.documents.root
     if all(stage.done for stage in planned.stages):
         return planned
     with ExitStack() as held:
@@ -121,7 +167,10 @@ def _annotated(data: DataConfig, listing: Listing, root: Path, workers: int, pro
         facts = _passed(data, listing, planned, workers, progress)
         # What could not be read as it was listed is not in there, so the folders' names must say so.
         lost = sorted(item for part in facts for item in part.lost)
-        final = Annotated.of(data, listing, root, lost) if lost and planned.documents in missing else planned
+        final = planned
+        if lost and planned.documents in missing:
+            wanted = [annotator for annotator, _ in planned.attributes]
+            final = Annotated.on(_documents_stage(data, listing, root, lost), wanted)
         for stage, made in zip(planned.stages, final.stages, strict=True):
             if stage not in missing:
                 continue
@@ -208,7 +257,7 @@ def _decided(data: DataConfig, made: Annotated, means: Means) -> Split:
 def _split_stage(data: DataConfig, made: Annotated, root: Path) -> Stage:
     facts = {
         "stages": [stage.digest for stage in made.stages],
-        "data": data.model_dump(mode="json", exclude={"sources", "document_chars"}),
+        "data": data.model_dump(mode="json", exclude={"sources", "document_chars", "boilerplate"}),
     }
     return Stage.of(root, "split", SPLIT_VERSION, facts)
 

@@ -119,6 +119,17 @@ class DedupConfig(Section):
     """The looser similarity from which a document is too close to a held-out one to be trained on."""
 
 
+class BoilerplateConfig(Section):
+    """Lines that many documents of one source share, such as navigation and licence notes."""
+
+    sources: Literal["html", "all", "none"] = "html"
+    """Whose repeated lines are taken out: those of sources of web pages (HTML, WARC), of all, or of none."""
+    min_documents: Annotated[int, Field(ge=2)] = 10
+    """The number of documents of one source from which a line is boilerplate."""
+    min_chars: Positive = 20
+    """Shorter lines stay, since a short line may well occur often."""
+
+
 class HeldoutConfig(Section):
     """The held-out documents: never trained on, and nothing close to them."""
 
@@ -209,6 +220,8 @@ class DataConfig(Section):
     """The quality rules."""
     dedup: DedupConfig = DedupConfig()
     """Which duplicates are removed."""
+    boilerplate: BoilerplateConfig = BoilerplateConfig()
+    """Lines that many documents share."""
     heldout: HeldoutConfig = HeldoutConfig()
     """How much text is held out."""
     mixture: MixtureConfig | None = None
