@@ -32,7 +32,7 @@ from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shar
 from lapis.data.sources import Listing, list_inputs
 from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
-from lapis.data.workers import run_tasks, worker_count
+from lapis.data.workers import Room, run_tasks, worker_count
 from lapis.errors import NotFoundError
 from lapis.home import Home
 from lapis.log import Progress, silent
@@ -58,9 +58,10 @@ def prepare(
     began = time.perf_counter()
     listing = list_inputs(data, progress)
     listing.step.seconds = time.perf_counter() - began
-    count = worker_count(workers)
+    room = Room.within(data.memory_bytes, worker_count(workers))
+    count = room.workers
     made = _annotated(data, listing, home.data, count, progress)
-    split = _split(data, made, home.data, count, progress)
+    split = _split(data, made, home.data, room, progress)
     vocabulary = _tokenizer(tokenizer, made.documents, split, home.data, progress)
     tokens = _encode(made.documents, split, vocabulary, home.data, count, progress)
     return Dataset.open(tokens.folder)
@@ -220,13 +221,13 @@ def _attributes_stage(annotator: Annotator, documents: Stage) -> Stage:
     return Stage.of(documents.root, annotator.name, annotator.version, facts)
 
 
-def _split(data: DataConfig, made: Annotated, root: Path, workers: int, progress: Progress) -> Stage:
+def _split(data: DataConfig, made: Annotated, root: Path, room: Room, progress: Progress) -> Stage:
     stage = _split_stage(data, made, root)
     if stage.done:
         return stage
     with stage.making(progress), atomic_folder(stage.folder) as folder:
         progress(0, None, "applying rules, removing duplicates, holding documents out")
-        found = _decided(data, made, Means(workers, folder=folder))
+        found = _decided(data, made, Means(room, folder))
         np.save(folder / "train.npy", found.train)
         np.save(folder / "heldout.npy", found.heldout)
         found.verdicts.write(folder)
@@ -257,7 +258,9 @@ def _decided(data: DataConfig, made: Annotated, means: Means) -> Split:
 def _split_stage(data: DataConfig, made: Annotated, root: Path) -> Stage:
     facts = {
         "stages": [stage.digest for stage in made.stages],
-        "data": data.model_dump(mode="json", exclude={"sources", "document_chars", "boilerplate"}),
+        "data": data.model_dump(
+            mode="json", exclude={"sources", "document_chars", "boilerplate", "memory_bytes"}
+        ),
     }
     return Stage.of(root, "split", SPLIT_VERSION, facts)
 

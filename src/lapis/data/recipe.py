@@ -16,6 +16,9 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 Format = Literal["auto", "text", "jsonl", "parquet", "html", "warc"]
 
 
+LEAST_MEMORY = 500_000_000  # bytes: the directing process, one worker, and tables
+
+
 class SourceConfig(Section):
     """Where text comes from: one `[[data.sources]]` table."""
 
@@ -220,6 +223,8 @@ class DataConfig(Section):
     """The quality rules."""
     dedup: DedupConfig = DedupConfig()
     """Which duplicates are removed."""
+    memory_bytes: Count = 0
+    """Most memory of all processes together, above that of mapped files; at least 500 MB. 0 bounds nothing."""
     boilerplate: BoilerplateConfig = BoilerplateConfig()
     """Lines that many documents share."""
     heldout: HeldoutConfig = HeldoutConfig()
@@ -231,6 +236,8 @@ class DataConfig(Section):
     def _some(self) -> DataConfig:
         if not self.sources:
             raise ValueError("at least one [[data.sources]] is needed")
+        if 0 < self.memory_bytes < LEAST_MEMORY:
+            raise ValueError(f"memory_bytes = {self.memory_bytes} is too little: {LEAST_MEMORY:,} at least")
         return self
 
 

@@ -23,15 +23,17 @@ from lapis.data.dedup import HASHES, exact_duplicates, shingle_sets
 from lapis.data.documents import DocumentTable
 from lapis.data.recipe import DedupConfig, HeldoutConfig
 from lapis.data.report import EXAMPLES, Step
+from lapis.data.workers import Room
 from lapis.errors import InputError
+
+ALONE = Room(1)
 
 
 @dataclass(frozen=True)
 class Means:
-    """What deciding may use: processes, bytes of memory, and a folder for tables that are too large for it."""
+    """What deciding may use: processes, memory, and a folder for what is too large for it."""
 
-    workers: int = 1
-    memory: int = 1 << 30
+    room: Room = ALONE
     folder: Path | None = None
 
 
@@ -102,7 +104,12 @@ def _without_duplicates(
         if dedup.near:
             shingles = _Shingles(account.table.folder)
             stands_for = near_duplicates(
-                sketched.sketches, best, shingles, dedup.threshold, workers=means.workers, memory=means.memory
+                sketched.sketches,
+                best,
+                shingles,
+                dedup.threshold,
+                workers=means.room.workers,
+                memory=means.room.tables,
             )
             best = account.drop_copies("near-duplicate", best, best[stands_for])
         account.close(step, best)

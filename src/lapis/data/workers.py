@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 from lapis.errors import UnavailableError
@@ -22,6 +23,27 @@ Result = TypeVar("Result")
 def worker_count(wanted: int = 0) -> int:
     """How many workers to use: what is asked for, or the CPUs this process may run on."""
     return wanted or len(os.sched_getaffinity(0))
+
+
+MAIN_BYTES = 200_000_000  # what the process that directs the others takes, without its tables
+WORKER_BYTES = 250_000_000  # what one worker takes at most, with the models of its annotators
+IDLE_BYTES = 100_000_000  # what a worker takes before it has begun
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many processes there is memory for, and the bytes left for tables over all documents."""
+
+    workers: int
+    tables: int = 1 << 30
+
+    @staticmethod
+    def within(memory: int, workers: int) -> Room:
+        """Within a number of bytes of memory for all processes together; 0 bounds nothing."""
+        if not memory:
+            return Room(workers)
+        workers = max(1, min(workers, (memory - MAIN_BYTES) // WORKER_BYTES))
+        return Room(workers, max(1 << 24, memory - MAIN_BYTES - workers * IDLE_BYTES))
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
