@@ -38,6 +38,8 @@ from tests.parallel_worker import (
     Case,
 )
 
+TURN = 24  # every case makes groups of ranks, whose threads stay until the process ends
+
 
 @cache
 def one_process(config: ModelConfig, optimizer: str) -> dict[str, Any]:
@@ -96,9 +98,16 @@ def update(
 
 
 def launch(folder: Path, cases: tuple[Case, ...]) -> None:
-    """Train the cases in as many processes as their meshes have ranks: one launch for each size."""
-    for size in sorted({Mesh.parse(case.mesh).size for case in cases}):
-        names = [case.name for case in cases if Mesh.parse(case.mesh).size == size]
+    """Train the cases in as many processes as their meshes have ranks: one launch for each size, and for 24 cases."""
+    named: dict[int, list[str]] = {}
+    for case in cases:
+        named.setdefault(Mesh.parse(case.mesh).size, []).append(case.name)
+    turns = [
+        (size, named[size][at : at + TURN])
+        for size in sorted(named)
+        for at in range(0, len(named[size]), TURN)
+    ]
+    for size, names in turns:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         common = {
