@@ -35,6 +35,7 @@ from lapis.model.store import ModelStore
 from lapis.model.weights import read_model
 from lapis.train.base import Base
 from lapis.train.lora import attach, merged
+from lapis.train.objective import of_model
 from lapis.train.recipe import LoraSection, TrainSection
 from lapis.train.replica import Alone
 from lapis.train.sft import Supervised
@@ -112,7 +113,7 @@ def heldout_loss(folder: Path, adapter: Path, judge: Supervised) -> float:
     model = read_model(folder, dtype=torch.bfloat16).model
     model.load_state_dict(merged(model.state_dict(), read_adapter(adapter, model.config)))
     model.ops.weights_changed()
-    return judge.heldout(model)["loss"]
+    return judge.heldout(of_model(model))["loss"]
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def main() -> None:
         mine, model = lapis_side(stored.folder, section, samples, base.tokenizer)
         dtype = torch.bfloat16 if options.peer == "bf16" else torch.float32
         theirs, peer = peft_side(plain, section, samples, base.tokenizer.end_id, dtype)
-        before = judge.heldout(model)["loss"]
+        before = judge.heldout(of_model(model))["loss"]
         seconds: dict[str, list[float]] = {"lapis": [], "peft + transformers": []}
         losses: dict[str, list[float]] = {name: [] for name in seconds}
         tokens = []
@@ -156,7 +157,7 @@ def main() -> None:
                 seconds[name].append((time.perf_counter() - start) / tokens[-1])
         peer.save_pretrained(Path(place) / "theirs")
         found = {
-            "lapis": judge.heldout(model)["loss"],
+            "lapis": judge.heldout(of_model(model))["loss"],
             "peft + transformers": heldout_loss(stored.folder, Path(place) / "theirs", judge),
         }
     print(

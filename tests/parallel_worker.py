@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -209,9 +210,9 @@ def lone_step(config: ModelConfig, made: Parallel) -> dict[str, Tensor]:
 def main(folder: Path, names: list[str]) -> None:
     """Every case of the names on this rank."""
     torch.set_num_threads(1)
+    join = cache(lambda mesh: World.join(Mesh.parse(mesh), torch.device("cpu")))
     for name in names:
-        world = World.join(Mesh.parse(CASES[name].mesh), torch.device("cpu"))
-        torch.save(run(CASES[name], world), folder / f"{name}.{os.environ['RANK']}.pt")
+        torch.save(run(CASES[name], join(CASES[name].mesh)), folder / f"{name}.{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on several ranks: each has a whole copy, and all together learn what one process learns."""
+"""Fine-tuning by `lapis train` on several ranks: all together learn what one process learns."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lapis.cli.main import lapis
 from lapis.errors import ConfigError
 from lapis.home import Home
 from lapis.train.export import last_checkpoint
+from lapis.train.mesh import Mesh
 from lapis.train.run import Run
 
 from .test_finetuning_commands import place
@@ -41,25 +42,53 @@ def test_preferences_train_an_adapter_on_two_ranks(place: Path, home: Home) -> N
     assert_same(many, Run.list(home)[-1])
 
 
-def test_all_weights_are_tuned_on_two_ranks_and_then_by_one(place: Path, home: Home) -> None:
+def test_all_weights_are_tuned_in_two_layouts_and_then_by_one_process(place: Path, home: Home) -> None:
     path = place / "sft.toml"
     path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
-    sets = (*FP32, "train.steps=150", "train.lr=0.001")
-    many = stop(start(path, "dp=2", *sets), home)
-    stop(start(path, "dp=2", *sets), home)
+    sets = (*FP32, "train.steps=80", "train.lr=0.00002")
+    many = stop(start(path, "tp=2", *sets), home)
+    stop(start(path, "", *sets), home)
     alone(path, *sets)
     assert len(many.events.read("resume")) == 2
     alone(path, *sets, "name=alone")
     assert_same(many, Run.list(home)[-1])
 
 
-@pytest.mark.parametrize(("recipe", "what"), [("sft", "lora"), ("dpo", "lora"), ("dpo", "The objective dpo")])
-def test_other_meshes_are_refused_by_name(place: Path, home: Home, recipe: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "lora", "mesh", "said"),
+    [
+        ("sft", True, "fsdp=2", r"\[lora\] is not offered on the mesh fsdp=2: adapters are small"),
+        (
+            "dpo",
+            False,
+            "pp=2",
+            "The objective dpo is not offered on the mesh pp=2: held-out text is measured",
+        ),
+        ("sft", False, "tp=2,fsdp=4", "train.batch = 2 does not divide by dp·ep·fsdp = 4"),
+    ],
+)
+def test_other_meshes_are_refused_before_there_is_a_run(
+    place: Path, home: Home, recipe: str, lora: bool, mesh: str, said: str
+) -> None:
     path = place / f"{recipe}.toml"
-    if what != "lora":
+    if not lora:
         path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
-    arguments = ["train", str(path), "--ranks", "2", "--set", "train.mesh=fsdp=2"]
-    with pytest.raises(ConfigError, match=what) as caught:
+    ranks = str(Mesh.parse(mesh).size)
+    arguments = ["train", str(path), "--ranks", ranks, "--set", f"train.mesh={mesh}"]
+    with pytest.raises(ConfigError, match=said):
         CliRunner().invoke(lapis, arguments, catch_exceptions=False, standalone_mode=False)
-    assert 'train.mesh = "dp=2"' in str(caught.value)
+    assert not Run.list(home)
+
+
+def test_the_best_cannot_be_told_where_nothing_is_held_out(place: Path, home: Home) -> None:
+    arguments = [
+        "train",
+        str(place / "sft.toml"),
+        "--set",
+        "checkpoint.best=1",
+        "--set",
+        "examples.heldout=0",
+    ]
+    with pytest.raises(ConfigError, match="goes by the loss on what is held out, and nothing is"):
+        CliRunner().invoke(lapis, arguments, catch_exceptions=False, standalone_mode=False)
     assert not Run.list(home)

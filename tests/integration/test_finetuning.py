@@ -25,7 +25,7 @@ from lapis.model.families import Decoder, build
 from lapis.model.manifest import Source, copy_folder
 from lapis.model.weights import read_model, write_model
 from lapis.train.lora import attach, merged
-from lapis.train.objective import Objective
+from lapis.train.objective import Objective, of_model
 from lapis.train.preference import Preferences, judge
 from lapis.train.recipe import DpoSection, LoraSection, TrainSection
 from lapis.train.recompute import recompute_layers
@@ -285,13 +285,13 @@ def test_preferences_are_learnt_against_the_first_weights(adapters: bool) -> Non
     assert losses[-1] < 0.5
     assert objective.metrics()["accuracy"] == 1.0
     assert objective.metrics()["margin"] > 0.3
-    held = objective.heldout(made)
+    held = objective.heldout(of_model(made))
     assert held["loss"] < 0.6
     assert held["accuracy"] == 1.0
 
 
 def test_a_margin_of_nothing_costs_log_2() -> None:
-    judged = judge(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.5, 0.0]), 0.1, 0.0)
+    judged = judge(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.5, 0.0]), 0.1, 0.0, pairs=1)
     assert judged.losses_P.tolist() == pytest.approx([math.log(2)])
     assert judged.slope_S.tolist() == pytest.approx([-0.05, 0.05, 0.0])
 
@@ -305,4 +305,4 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens() -> None:
         logits = made(ids[:-1], packed([len(ids) - 1]))
         losses = F.cross_entropy(logits, ids[1:], reduction="none") * torch.from_numpy(text.trained[1:])
         total, count = total + losses.sum().item(), count + text.targets
-    assert objective.heldout(made)["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert objective.heldout(of_model(made))["loss"] == pytest.approx(total / count, rel=1e-5)

@@ -22,7 +22,7 @@ from lapis.model.families import Decoder, build
 from lapis.model.manifest import Manifest, Source
 from lapis.train.grpo import GroupRelative, advantages
 from lapis.train.lora import attach
-from lapis.train.objective import StepBatch
+from lapis.train.objective import StepBatch, of_model
 from lapis.train.recipe import GrpoSection, LoraSection, TrainSection
 from lapis.train.replica import Alone
 from lapis.train.reward import Reward
@@ -199,7 +199,7 @@ def test_the_reward_rises(adapters: bool) -> None:
         passed(goal, replica, step, 0.01 if adapters else 0.003)
         rewards.append(goal.metrics()["reward"])
     assert statistics.fmean(rewards[-3:]) > statistics.fmean(rewards[:3]) + 0.3
-    held = goal.heldout(made)
+    held = goal.heldout(of_model(made))
     assert held["reward"] > 0.4
 
 

@@ -28,13 +28,10 @@ from lapis.model.manifest import Source
 from lapis.model.weights import write_model
 from lapis.train.base import fine_tuning
 from lapis.train.export import last_checkpoint
-from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective, StepBatch
-from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import Trainer, train
-from lapis.train.world import World
 from tests import small_models
 
 RECIPE = """
@@ -322,9 +319,14 @@ def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(
         assert many["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
 
 
-def test_a_mesh_that_cuts_layers_or_adapters_is_refused(place: Path) -> None:
-    read, cpu = config.load(recipe(place), Recipe, ("train.mesh=fsdp=2",)), torch.device("cpu")
+def test_a_mesh_that_cuts_layers_or_adapters_is_refused(place: Path, home: Home) -> None:
+    read = config.load(recipe(place), Recipe, ("train.mesh=fsdp=2",))
     with pytest.raises(ConfigError, match=r"\[lora\] is not offered on the mesh fsdp=2"):
         read.mesh(2)
-    with pytest.raises(ConfigError, match="tp=2: answers are .* with dp and fsdp alone"):
-        parallelize(small_models.config(), World(Mesh.parse("tp=2"), 0, cpu), read.train)
+    path = recipe(place)
+    path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))
+    said = refused(ConfigError, "train", str(path), "--ranks", "2", "--set", "train.mesh=tp=2")
+    assert "The objective grpo is not offered on the mesh tp=2: each rank samples answers" in said
+    said = refused(ConfigError, "train", str(path), "--set", "train.micro_batch=3")
+    assert "prompts with 4 answers each cannot be shared by 1" in said
+    assert not Run.list(home)

@@ -157,6 +157,22 @@ def test_what_one_rank_sees_all_act_upon(texts: Path, dataset: Dataset, home: Ho
             ["--ranks", "3", "--set", "train.mesh=tp=3"],
             "tp=3 does not fit: heads = 1 does not divide by tp = 3",
         ),
+        (["--ranks", "2", "--set", "train.micro_batch=3"], "cannot be shared by 2 data-parallel ranks"),
+        (["--ranks", "2", "--set", "train.mesh=pp=2"], "1 micro-batches on each data-parallel rank"),
+        (["--ranks", "2", "--set", "train.compile=true"], "train.compile is not offered on the mesh fsdp=2"),
+        (
+            [
+                "--ranks",
+                "2",
+                "--set",
+                "train.mesh=pp=2",
+                "--set",
+                "train.micro_batch=1",
+                "--set",
+                "checkpoint.best=1",
+            ],
+            "checkpoint.best is not offered on the mesh pp=2: held-out text",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_there_is_a_run(

@@ -92,7 +92,7 @@ def test_a_release_of_a_run_keeps_its_full_id_evaluation_and_lineage(
     lineage = {"run": "laptop-20260101-000000-abcd", "step": 7, "licences": {"MIT": 3}}
 
     @contextmanager
-    def exported_run(home: Home, run_id: str, *, average: bool) -> Iterator[SimpleNamespace]:
+    def exported_run(home: Home, run_id: str, *, average: bool, best: bool) -> Iterator[SimpleNamespace]:
         assert run_id == "last"
         yield SimpleNamespace(folder=model, report=report, lineage=lineage)
 

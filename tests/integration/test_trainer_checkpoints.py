@@ -8,14 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
 
 from lapis import config
 from lapis.checkpoint.folder import listing
 from lapis.checkpoint.sharded import latest, load
+from lapis.cli.main import lapis
 from lapis.data.shards import Dataset
-from lapis.errors import IntegrityError
+from lapis.errors import IntegrityError, StorageError
 from lapis.home import Home
-from lapis.train.pretrain import Pretraining
+from lapis.kernels.batch import packed
+from lapis.model.families import build
+from lapis.model.weights import read_model
+from lapis.train.export import exported_run
+from lapis.train.objective import of_model
+from lapis.train.pretrain import HELDOUT_TOKENS, Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
 from lapis.train.trainer import Trainer
@@ -114,3 +123,89 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints_of_that_whil
     assert last is not None
     assert load(last).state["step"] == 18
     assert run.status() == "finished"
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(home: Home, texts: Path, dataset: Dataset) -> None:
+    """The last checkpoint has to succeed: without it the run is not finished, and goes on once there is room."""
+    recipe = tiny_recipe(texts, steps=10, checkpoint={"steps": 4, "keep": 9, "asynchronous": False})
+    whole, full = (Run.create(home, name, config.to_toml(recipe), "0" * 64) for name in ("whole", "full"))
+    loop(recipe, dataset, whole, nothing)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(step: int, stop: threading.Event) -> None:
+        if step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(StorageError, match="No space left"):
+            loop(recipe, dataset, full, fills)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [checkpoint.step for checkpoint in listing(full.checkpoints)[0]] == [4, 8]
+    assert full.status() == "stopped"
+    loop(recipe, dataset, full, nothing)
+    assert full.status() == "finished"
+    assert losses(full) == losses(whole)
+
+
+def test_the_best_checkpoint_stays_and_is_exported(home: Home, texts: Path, dataset: Dataset) -> None:
+    """Weights go wrong after half of the run: the best checkpoint is neither among the newest nor of an nth step."""
+    recipe = tiny_recipe(
+        texts,
+        steps=16,
+        warmup=1,
+        lr=0.01,
+        embed_lr=0.01,
+        clip=100.0,
+        checkpoint={"steps": 2, "keep": 1, "best": 1},
+    )
+    run = Run.create(home, "best", config.to_toml(recipe), "0" * 64)
+
+    def spoil(trainer: Trainer, step: int) -> None:
+        if step > 8:
+            with torch.no_grad():
+                trainer.replica.optimizer.flat.master.mul_(1.3)  # type: ignore[attr-defined]
+
+    trainer = Trainer(recipe, Pretraining(recipe.train, dataset), run)
+    with run.hold():
+        trainer.loop(lambda *_, **__: spoil(trainer, trainer.step), threading.Event())
+    measured = {event["step"]: event["loss"] for event in run.events.read("heldout")}
+    assert list(measured) == [0, *range(2, 17, 2)]
+    best = min(measured, key=lambda step: measured[step])
+    assert best == 8
+    found = {checkpoint.step: checkpoint for checkpoint in listing(run.checkpoints)[0]}
+    assert list(found) == [8, 16]
+    assert found[8].manifest.score == measured[8]
+    shown = CliRunner().invoke(lapis, ["runs", "show", run.id], catch_exceptions=False).output
+    assert f"held-out loss {measured[8]:.4f}, the best" in shown
+    assert shown.count("the best") == 1
+    with exported_run(home, run.id, best=True) as exported:
+        assert exported.lineage["step"] == 8
+        weights = read_model(exported.folder).model
+    expected = load(found[8]).groups["model"]
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.named_parameters())
+    again = Pretraining(recipe.train, dataset).heldout(of_model(weights))
+    assert again["loss"] == measured[8]
+    flip(found[8].folder / "model.safetensors")
+    with exported_run(home, run.id, best=True) as exported:
+        assert exported.lineage["step"] == 16  # the next best
+
+
+def test_the_held_out_loss_is_that_of_the_documents_alone(texts: Path, dataset: Dataset) -> None:
+    recipe = tiny_recipe(texts)
+    goal = Pretraining(recipe.train, dataset)
+    model = build(recipe.model.resolve(dataset.tokenizer.vocab_size), dtype=torch.float32)
+    model.init_weights(1)
+    nats = count = 0.0
+    for document in dataset.heldout():
+        ids = torch.tensor(
+            [goal.tokenizer.end_id, *goal.tokenizer.encode(document.text), goal.tokenizer.end_id]
+        )
+        for start in range(0, len(ids) - 1, 64):
+            part = ids[start : start + 65]
+            with torch.no_grad():
+                logits = model(part[:-1], packed([len(part) - 1]))
+            nats += float(F.cross_entropy(logits, part[1:], reduction="sum"))
+            count += len(part) - 1
+    assert count < HELDOUT_TOKENS
+    assert goal.heldout(of_model(model))["loss"] == pytest.approx(nats / count, rel=1e-5)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor
 
 from lapis import config
+from lapis.checkpoint.manifest import FORMAT
 from lapis.checkpoint.sharded import latest, load
 from lapis.cli.main import lapis
 from lapis.data.loader import TokenBatch
 from lapis.data.pipeline import prepare
 from lapis.data.shards import Dataset
 from lapis.errors import ConfigError, ConflictError, InputError, TrainingError
-from lapis.hashing import digest_json
+from lapis.hashing import digest_file, digest_json
 from lapis.home import Home
 from lapis.model.families import Decoder
 from lapis.model.manifest import Source
@@ -287,6 +290,50 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_document(texts: Path, d
         assert dataset.document_of(place).path in caught.value.message
     finally:
         del objective.dataset.read
+
+
+def test_a_run_that_meets_a_foreign_token_keeps_all_steps_before_it(
+    home: Home, texts: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    """The token is on the disk, under digests that vouch for it: only the model knows that it is none of its own."""
+    recipe = tiny_recipe(texts, steps=8)
+    foreign = shutil.copytree(dataset.folder, tmp_path / "foreign")
+    place = Pretraining(recipe.train, dataset).loader.samples_at(3 * 4, 4)[1] * 64 + 30
+    shard = foreign / "shard-00000.tokens"
+    ids = np.fromfile(shard, dtype="<u2")
+    ids[place] = 512
+    shard.write_bytes(ids.tobytes())
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"]["tokens"] = digest_file(shard)
+    del manifest["digest"]
+    (foreign / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_json(manifest)}))
+    run = begin(home, recipe)
+    with pytest.raises(InputError, match=f"Token {place:,} .* is 512, beyond the model's vocabulary of 512"):
+        train(recipe, Pretraining(recipe.train, Dataset.open(foreign)), run)
+    assert run.status() == "stopped"
+    checkpoint = latest(run.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.step == 3
+
+
+def test_a_checkpoint_of_a_newer_lapis_is_left_alone(home: Home, texts: Path, dataset: Dataset) -> None:
+    """To go on from an older one would lose steps, and to save would remove the newer one."""
+    recipe = tiny_recipe(texts, steps=12, checkpoint={"steps": 4})
+    run = begin(home, recipe)
+    stopped(recipe, Pretraining(recipe.train, dataset), run, 6)
+    newest = latest(run.checkpoints)
+    assert newest is not None
+    assert newest.step == 6
+    path = newest.folder / "manifest.json"
+    before, kept = path.read_text(), sorted(run.checkpoints.rglob("*"))
+    facts = {**json.loads(before), "format": FORMAT + 1}
+    del facts["digest"]
+    path.write_text(json.dumps({**facts, "digest": digest_json(facts)}))
+    with pytest.raises(InputError, match=f"has format {FORMAT + 1}; this Lapis reads formats 1 to {FORMAT}"):
+        train(recipe, Pretraining(recipe.train, dataset), run)
+    assert sorted(run.checkpoints.rglob("*")) == kept
+    path.write_text(before)
+    assert train(recipe, Pretraining(recipe.train, dataset), run).status() == "finished"
 
 
 def test_ranks_share_the_windows_of_a_step_in_order(texts: Path, dataset: Dataset) -> None:

@@ -27,8 +27,11 @@ YARDSTICK_TOKENS = 3_000_000  # what the 5-gram counts where it is not known wha
 @click.option(
     "--data", metavar="DATASET", help="A dataset's folder, or its name below the home's data folder."
 )
+@click.option(
+    "--best", is_flag=True, help="Of a run: its checkpoint of the lowest held-out loss, not the last."
+)
 @json_option
-def command(subject: str, data: str | None, as_json: bool) -> None:
+def command(subject: str, data: str | None, best: bool, as_json: bool) -> None:
     """Measure a run or a model on held-out text in bits per byte, beside yardsticks.
 
     A RUN (an id, the beginning of one, or `last`) is measured on the held-out documents of its own dataset,
@@ -40,9 +43,12 @@ def command(subject: str, data: str | None, as_json: bool) -> None:
 
     home = Home.default()
     run, release, folder = _find(home, subject)
+    if best and run is None:
+        raise click.UsageError("--best is for runs: name one.")
     with progress("evaluate") as shown:
         if run is not None:
-            report = measure_run(run, None if data is None else _ground_named(home, data), shown)
+            ground = None if data is None else _ground_named(home, data)
+            report = measure_run(run, ground, shown, best=best)
         else:
             report = _measure_folder(home, subject, folder, release, data, shown)
     kept = _keep(home, run, release, data, report)

@@ -91,8 +91,11 @@ def show(name: str, as_json: bool) -> None:
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="One GGUF file, its matrices stored so, for llama.cpp and its kin.",
 )
+@click.option(
+    "--best", is_flag=True, help="Of a run: its checkpoint of the lowest held-out loss, not the last."
+)
 @json_option
-def export(name: str, destination: Path, adapter: bool, gguf: str | None, as_json: bool) -> None:
+def export(name: str, destination: Path, adapter: bool, gguf: str | None, best: bool, as_json: bool) -> None:
     """Write a model, a release NAME:VERSION or a run as a plain Hugging Face folder, verified.
 
     A run's adapter is merged into its base model unless --adapter is given.
@@ -105,12 +108,12 @@ def export(name: str, destination: Path, adapter: bool, gguf: str | None, as_jso
     if adapter and gguf:
         raise click.UsageError("--adapter and --gguf exclude each other: a GGUF file holds a whole model.")
     if adapter:
-        _export_adapter(home, name, destination, as_json)
+        _export_adapter(home, name, destination, best, as_json)
         return
     if gguf:
-        _export_gguf(home, name, destination, gguf, as_json)
+        _export_gguf(home, name, destination, gguf, best, as_json)
         return
-    with progress("export") as report, _folder_of(home, name) as folder:
+    with progress("export") as report, _folder_of(home, name, best) as folder:
         manifest = copy_folder(folder, destination, sealed=False, progress=report)
     if as_json:
         print_json(
@@ -169,12 +172,12 @@ def facts(model: StoredModel) -> dict[str, Any]:
     }
 
 
-def _export_adapter(home: Home, name: str, destination: Path, as_json: bool) -> None:
+def _export_adapter(home: Home, name: str, destination: Path, best: bool, as_json: bool) -> None:
     from lapis.train.export import export_adapter
     from lapis.train.run import Run
 
     run = Run.find(home, name)
-    base = export_adapter(run, destination)
+    base = export_adapter(run, destination, best=best)
     if as_json:
         print_json({"name": run.id, "folder": str(destination), "base": base})
         return
@@ -182,11 +185,11 @@ def _export_adapter(home: Home, name: str, destination: Path, as_json: bool) -> 
     say(f"Next: lapis pull {destination} --name NAME   lapis serve")
 
 
-def _export_gguf(home: Home, name: str, destination: Path, kind: str, as_json: bool) -> None:
+def _export_gguf(home: Home, name: str, destination: Path, kind: str, best: bool, as_json: bool) -> None:
     from lapis.log import progress
     from lapis.model.gguf_export import export_gguf
 
-    with progress("export") as report, _folder_of(home, name) as folder:
+    with progress("export") as report, _folder_of(home, name, best) as folder:
         manifest = export_gguf(folder, destination, kind, report)
     size = destination.stat().st_size
     if as_json:
@@ -198,8 +201,11 @@ def _export_gguf(home: Home, name: str, destination: Path, kind: str, as_json: b
 
 
 @contextmanager
-def _folder_of(home: Home, name: str) -> Iterator[Path]:
-    """The folder of a model or a release, else that of a run, written for the while. Raises NotFoundError."""
+def _folder_of(home: Home, name: str, best: bool = False) -> Iterator[Path]:
+    """The folder of a model or a release, else that of a run, written for the while. Raises NotFoundError.
+
+    `best` is for runs alone: else it raises UsageError.
+    """
     from lapis.train.run import Run
 
     try:
@@ -208,11 +214,13 @@ def _folder_of(home: Home, name: str) -> Iterator[Path]:
         if not any(name == "last" or run.id.startswith(name) for run in Run.list(home)):
             raise missing
     else:
+        if best:
+            raise click.UsageError("--best is for runs: name one.")
         yield folder
         return
     from lapis.train.export import exported_run
 
-    with exported_run(home, name) as exported:
+    with exported_run(home, name, best=best) as exported:
         yield exported.folder
 
 

@@ -32,16 +32,21 @@ def group() -> None:
 @click.option(
     "--average", is_flag=True, help="The average of the run's weights (train.ema), not the last ones."
 )
+@click.option(
+    "--best", is_flag=True, help="The run's checkpoint of the lowest held-out loss, not the last one."
+)
 @json_option
-def create(name: str, run_id: str | None, model: str | None, average: bool, as_json: bool) -> None:
+def create(
+    name: str, run_id: str | None, model: str | None, average: bool, best: bool, as_json: bool
+) -> None:
     """Keep a model as the next version of NAME.
 
     Its files are copied and verified. A run brings its evaluation with it.
     """
     if (run_id is None) == (model is None):
         raise click.UsageError("Give either --run RUN or --model FOLDER_OR_NAME.")
-    if average and run_id is None:
-        raise click.UsageError("--average is for runs: give --run RUN.")
+    if (average or best) and run_id is None:
+        raise click.UsageError("--average and --best are for runs: give --run RUN.")
     from lapis.audit import os_user
     from lapis.home import Home
     from lapis.log import progress
@@ -53,7 +58,7 @@ def create(name: str, run_id: str | None, model: str | None, average: bool, as_j
             from lapis.train.export import exported_run
 
             with exported_run(
-                home, run_id, average=average
+                home, run_id, average=average, best=best
             ) as run:  # its id in full: what was typed may be `last`
                 known = run.lineage["run"]
                 made = registry.create(name, run.folder, known, run.report, os_user(), run.lineage, shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -133,6 +134,7 @@ def _facts(run: Run) -> dict[str, Any]:
     steps = run.steps()
     whole, damaged = listing(run.checkpoints)
     goodput = account(events)
+    best = min((item.manifest.score for item in whole if item.manifest.score is not None), default=math.nan)
     return {
         **asdict(run.summary()),
         "folder": str(run.folder),
@@ -144,7 +146,14 @@ def _facts(run: Run) -> dict[str, Any]:
         "bad_steps": [_without_mark(event) for event in events if event["event"] == "bad_step"],
         "goodput": {**asdict(goodput), "ratio": goodput.ratio} if goodput else None,
         "checkpoints": [
-            {"step": item.step, "bytes": item.bytes, "digest": item.digest, "folder": str(item.folder)}
+            {
+                "step": item.step,
+                "bytes": item.bytes,
+                "digest": item.digest,
+                "folder": str(item.folder),
+                "heldout_loss": item.manifest.score,
+                "best": item.manifest.score == best,
+            }
             for item in whole
         ],
         "damaged_checkpoints": [error.message for error in damaged],
@@ -216,7 +225,9 @@ def _say_ranks(facts: dict[str, Any]) -> None:
 def _say_checkpoints(facts: dict[str, Any]) -> None:
     for item in facts["checkpoints"]:
         size = f"{item['bytes'] / 1e6:,.1f} MB"
-        say(f"  {'checkpoint':<12} step {item['step']:,}, {size}, {item['digest'][:12]}")
+        told = _some(", held-out loss {:.4f}", item["heldout_loss"]) or ""
+        told += ", the best" if item["best"] else ""
+        say(f"  {'checkpoint':<12} step {item['step']:,}, {size}, {item['digest'][:12]}{told}")
     for message in facts["damaged_checkpoints"]:
         say(f"  {'damaged':<12} {message}")
 

@@ -68,7 +68,7 @@ def command(
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
     from lapis.train.segments import settle
-    from lapis.train.start import checked_shape, first_model, with_own_tokenizer
+    from lapis.train.start import check_best, checked_shape, first_model, with_own_tokenizer
     from lapis.train.supervisor import train_ranks
     from lapis.train.trainer import find_or_create, train
     from lapis.train.world import first_alone, is_first, started
@@ -89,6 +89,7 @@ def command(
     with first_alone():
         objective = _objective(resolved, home, workers)
         shape = checked_shape(resolved, objective.tokenizer, home, mesh)  # before there is a run
+        check_best(resolved, objective)
         if inspect:
             if resolved.grpo is None:
                 _inspect(objective, as_json)
@@ -138,7 +139,7 @@ def _dry_run(recipe: Recipe, home: Home, ranks: int | None, memory: float | None
     )
     mesh = recipe.mesh(ranks or 1)
     mesh.require(ranks)
-    layouts = layout.plan(config, mesh, recipe.train)
+    layouts = layout.plan(config, mesh, recipe.train, recipe.answers)
     if as_json:
         facts = [{**asdict(rank), "place": rank.place._asdict(), "total": rank.total} for rank in layouts]
         print_json({"mesh": str(mesh), "parameters": config.parameters, "ranks": facts})

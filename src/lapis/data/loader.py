@@ -43,6 +43,11 @@ class TokenBatch(NamedTuple):
             None if self.facts_NT is None else np.pad(self.facts_NT, ((0, 0), (0, missing))),
         )
 
+    def nothing(self) -> TokenBatch:
+        """A batch that costs next to nothing and counts nothing: for a rank that has fewer than another one."""
+        facts_NT = None if self.facts_NT is None else np.zeros_like(self.facts_NT[:, :1])
+        return TokenBatch(self.ids_T[:1], self.targets_T[:1], (1,), np.zeros(1, dtype=np.float32), facts_NT)
+
 
 class TokenLoader:
     """Gives the batch of any step; steps need no order, and nothing is remembered between them.

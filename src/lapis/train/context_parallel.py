@@ -35,7 +35,13 @@ class ContextParallelOps(OpsAround):
         super().__init__(inner)
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
 
-    def _own(self, x_T: Tensor) -> Tensor:
+    @property
+    def sharers(self) -> dist.ProcessGroup | None:
+        """All ranks of the group."""
+        return self.group
+
+    def own(self, x_T: Tensor) -> Tensor:
+        """The rows of this rank: an early piece and a late one."""
         pieces = x_T.chunk(2 * self.ranks)
         return torch.cat([pieces[self.rank], pieces[-1 - self.rank]])
 
@@ -46,8 +52,8 @@ class ContextParallelOps(OpsAround):
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The table's rows of this rank's ids: (R, H)."""
-        own = None if add is None else (self._own(add[0]), add[1])
-        return self.inner.embedding(self._own(ids_T), w_VH, own)
+        own = None if add is None else (self.own(add[0]), add[1])
+        return self.inner.embedding(self.own(ids_T), w_VH, own)
 
     def attention(
         self,
@@ -64,7 +70,7 @@ class ContextParallelOps(OpsAround):
         """This rank's queries over the keys and values of all rows: (R, heads·head_size)."""
         assert batch.caches is None, "gradients need the keys of whole sequences"
         qkv_RXD = qkv_TW.view(len(qkv_TW), heads + 2 * kv_heads, head_size)
-        rotated_RXD = stock.rotate(qkv_RXD[:, : heads + kv_heads], rope, self._own(batch.position_T))
+        rotated_RXD = stock.rotate(qkv_RXD[:, : heads + kv_heads], rope, self.own(batch.position_T))
         q_RXD, k_RXD = torch.split(rotated_RXD, [heads, kv_heads], dim=1)
         own_RXD = torch.cat([k_RXD, qkv_RXD[:, heads + kv_heads :]], dim=1)
         k_TXD, v_TXD = self._in_order(gathered(own_RXD, self.group)).chunk(2, dim=1)
@@ -82,8 +88,8 @@ class ContextParallelOps(OpsAround):
         self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
     ) -> Tensor:
         """The loss of this rank's rows: a part of the sum."""
-        weights = None if weights_T is None else self._own(weights_T)
-        return self.inner.linear_cross_entropy(x_TH, w_VH, self._own(targets_T), weights)
+        weights = None if weights_T is None else self.own(weights_T)
+        return self.inner.linear_cross_entropy(x_TH, w_VH, self.own(targets_T), weights)
 
 
 def around(inner: Ops, group: dist.ProcessGroup) -> Ops:

@@ -14,6 +14,7 @@ from lapis.checkpoint.piece import Box, Part, Sharded
 from lapis.data.loader import TokenBatch
 from lapis.model.families import Decoder
 from lapis.train.bad_step import Numbers
+from lapis.train.objective import Figures, shared
 from lapis.train.replica import Alone, Groups
 from lapis.train.world import World
 
@@ -57,6 +58,11 @@ class Copies:
     def drop_gradients(self) -> None:
         """Forget the gradients without a step."""
         self.own.drop_gradients()
+
+    def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
+        """Every rank measures its part of the micro-batches."""
+        found = self.own.measure(figures, shared(micros, *self.share))
+        return self.world.sum(torch.tensor(found, dtype=torch.float64, device=self.world.device)).tolist()
 
     def groups(self) -> Groups:
         """What a checkpoint keeps: the first rank saves it, all read it."""

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lapis import config
+from lapis.checkpoint.folder import listing, verify
 from lapis.checkpoint.sharded import Checkpoint, Loaded, latest, load
 from lapis.data.shards import Dataset
-from lapis.errors import ConflictError
+from lapis.errors import ConflictError, IntegrityError
 from lapis.home import Home
+from lapis.log import logger
 from lapis.model.adapters import Adapter, write_adapter
 from lapis.model.config import ModelConfig
 from lapis.model.manifest import Source
@@ -37,14 +39,14 @@ class Exported:
 
 
 @contextmanager
-def exported_run(home: Home, run_id: str, *, average: bool = False) -> Iterator[Exported]:
+def exported_run(home: Home, run_id: str, *, average: bool = False, best: bool = False) -> Iterator[Exported]:
     """Export the run's last good checkpoint to a temporary model folder, in the type that it was trained in.
 
-    `average` takes the average of the weights, which the run's evaluation did not measure. Raises NotFoundError,
-    and ConflictError for a run without a checkpoint or without an average.
+    `best` takes the one of the lowest loss on what was held out, `average` the average of the weights. The report is
+    there if it measured these weights. Raises NotFoundError, and ConflictError for a run without such a checkpoint.
     """
     run = Run.find(home, run_id)
-    checkpoint = last_checkpoint(run)
+    checkpoint = best_checkpoint(run) if best else last_checkpoint(run)
     loaded = load(checkpoint)
     if average and "ema" not in loaded.groups:
         raise ConflictError(f"The run {run.id} keeps no average of its weights.", hint="Set train.ema.")
@@ -73,15 +75,17 @@ def exported_run(home: Home, run_id: str, *, average: bool = False) -> Iterator[
             stop_ids=origin.stop_ids,
             dtype=weights.state["embed"].dtype,
         )
-        yield Exported(folder, None if average else run.evaluation(), lineage)
+        report = run.evaluation()
+        measured = report is not None and report["weights"] == checkpoint.digest and not average
+        yield Exported(folder, report if measured else None, lineage)
 
 
-def export_adapter(run: Run, folder: Path) -> str:
-    """Write the adapter of a run's last good checkpoint in PEFT's format; returns the base model's name.
+def export_adapter(run: Run, folder: Path, *, best: bool = False) -> str:
+    """Write the adapter of a run's last good checkpoint, or its best, in PEFT's format; returns the base's name.
 
     Raises ConflictError for a run without adapters or checkpoint, or if the folder holds something.
     """
-    weights = trained_weights(run, load(last_checkpoint(run)))
+    weights = trained_weights(run, load(best_checkpoint(run) if best else last_checkpoint(run)))
     if weights.adapter is None:
         raise ConflictError(
             f"The run {run.id} trained whole weights, not an adapter.", hint="Leave --adapter out."
@@ -136,6 +140,22 @@ def last_checkpoint(run: Run) -> Checkpoint:
             f"The run {run.id} has no checkpoint yet.", hint="`lapis train RECIPE.toml` goes on with it."
         )
     return checkpoint
+
+
+def best_checkpoint(run: Run) -> Checkpoint:
+    """The good checkpoint of the lowest loss on what was held out, the later one of equals. Raises ConflictError."""
+    scored = [one for one in listing(run.checkpoints)[0] if one.manifest.score is not None]
+    for checkpoint in sorted(scored, key=lambda one: (one.manifest.score, -one.step)):
+        try:
+            verify(checkpoint)
+        except IntegrityError as error:
+            logger.warning("checkpoint %s is skipped: %s", checkpoint.folder.name, error.message)
+        else:
+            return checkpoint
+    raise ConflictError(
+        f"The run {run.id} has no checkpoint that was measured on what was held out.",
+        hint="Train with checkpoint.best = 1, or take the last one: leave --best out.",
+    )
 
 
 def dataset_folder(run: Run) -> Path:

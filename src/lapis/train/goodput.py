@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Cause = Literal["start", "data", "step", "compile", "replay", "checkpoint"]
+Cause = Literal["start", "data", "step", "compile", "replay", "checkpoint", "heldout"]
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 # what is told of each cause; "step" is the productive one
@@ -23,6 +23,7 @@ NAMES = {
     "compile": "compile",
     "replay": "replayed and skipped steps",
     "checkpoint": "checkpoint stall",
+    "heldout": "held-out loss",
     "gap": "restart gap",
     "recomputed": "recomputed steps",
     "other": "other",
@@ -95,7 +96,7 @@ def account(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         if last is not None:
             wall += last["elapsed"]
             productive += last.get("step", 0.0)
-            for name in ("start", "data", "compile", "replay", "checkpoint"):
+            for name in ("start", "data", "compile", "replay", "checkpoint", "heldout"):
                 lost[name] += last.get(name, 0.0)
             lost["other"] += max(
                 0.0, last["elapsed"] - sum(value for key, value in last.items() if key != "elapsed")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,15 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from lapis.data.loader import TokenBatch
 from lapis.data.prompts import Asked, Prompts
 from lapis.data.samples import of_step
-from lapis.errors import ConfigError
 from lapis.kernels.ops import Ops
 from lapis.model.families import Decoder
 from lapis.model.manifest import Manifest
 from lapis.model.weights import DTYPES, LoadedModel
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.objective import StepBatch
-from lapis.train.preference import first_weights
+from lapis.train.objective import Measure, StepBatch
 from lapis.train.recipe import GrpoSection, TrainSection
+from lapis.train.reference import Reference, first_weights
 from lapis.train.reward import Reward
 from lapis.train.rollout import Answer, answers, gather, sampled_from, seed_of
 from lapis.train.sft import Rows, head_of, trained_rows
@@ -102,7 +101,7 @@ class GroupRelative:
             **self.origin,
         }
 
-    def begin(self, model: Decoder) -> None:
+    def begin(self, model: Decoder, reference: Callable[[], Reference] | None = None) -> None:
         """Answers come from this model. With `beta` its first weights are the reference."""
         whole = sampled_from(model, DTYPES[self.section.dtype])
         gather(whole, model)
@@ -113,14 +112,7 @@ class GroupRelative:
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """The rank's prompts of a step, answered and graded. Raises InputError if the reward fails, TrainingError."""
         section, group = self.section, self.grpo.group
-        share, rest = divmod(section.batch, ranks)
-        micro = section.micro_batch or share * group
-        if rest or share * group % micro:
-            raise ConfigError(
-                f"train.batch = {section.batch} prompts with {group} answers each cannot be shared by {ranks} "
-                f"data-parallel ranks in micro-batches of {micro} answers.",
-                param="train.micro_batch",
-            )
+        _, micro = section.shares(ranks, group)
         begun = time.monotonic()
         graded = self.graded(step, rank, ranks)
         seconds = time.monotonic() - begun
@@ -168,9 +160,8 @@ class GroupRelative:
         kl = {"kl": sum(divergences) / sum(counts)} if self._reference is not None else {}
         return {**self._told, "ratio_off": max(offs), **kl}
 
-    @torch.no_grad()
-    def heldout(self, model: Decoder) -> Mapping[str, float]:
-        """Mean reward and length over the held-out prompts, answered with the likeliest tokens."""
+    def heldout(self, measure: Measure) -> Mapping[str, float]:
+        """Mean reward and length over the held-out prompts, answered with the likeliest tokens by every rank."""
         found = self._answers([(asked, 0) for asked in self.prompts.heldout], 0.0)
         if not found:
             return {}

@@ -44,12 +44,23 @@ class RankLayout:
         return self.master + self.moments + self.gradients + self.gathered + self.activations
 
 
-def plan(config: ModelConfig, mesh: Mesh, section: TrainSection) -> list[RankLayout]:
-    """The layout of every rank. Raises ConfigError for what the mesh cannot divide."""
+def check(config: ModelConfig, mesh: Mesh, section: TrainSection, answers: int = 1) -> Stages:
+    """The stages of a layout; a prompt has so many `answers`. Raises ConfigError for what the mesh cannot divide."""
     mesh.check(config, sequence=section.sequence, batch=section.batch)
+    if section.objective in (
+        "pretrain",
+        "grpo",
+    ):  # the others pack examples into micro-batches by their tokens
+        section.shares(mesh.data_ranks, answers)
     stages = Stages.cut(config, mesh.pp, section.pipeline, section.sequence)
     if mesh.pp > 1:
         stages.check(section.micros(mesh.data_ranks))
+    return stages
+
+
+def plan(config: ModelConfig, mesh: Mesh, section: TrainSection, answers: int = 1) -> list[RankLayout]:
+    """The layout of every rank. Raises as `check`."""
+    stages = check(config, mesh, section, answers)
     placed = placements(config)
     return [_rank(config, mesh, section, stages, placed, rank) for rank in range(mesh.size)]
 

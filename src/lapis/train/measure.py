@@ -16,7 +16,7 @@ from lapis.evaluate.evaluation import evaluate
 from lapis.evaluate.report import EvalReport
 from lapis.log import Progress, silent
 from lapis.model.families import build
-from lapis.train.export import dataset_folder, last_checkpoint, trained_weights
+from lapis.train.export import best_checkpoint, dataset_folder, last_checkpoint, trained_weights
 from lapis.train.pretrain import trained_tokens
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
@@ -39,12 +39,14 @@ def ground_of_run(run: Run, steps: int) -> Ground:
     return Ground(dataset, trained_tokens(section, dataset, steps, segments_of_run(run)))
 
 
-def measure_run(run: Run, ground: Ground | None = None, progress: Progress = silent) -> EvalReport:
-    """Measure a run's last good checkpoint, on its own dataset unless `ground` names another.
+def measure_run(
+    run: Run, ground: Ground | None = None, progress: Progress = silent, *, best: bool = False
+) -> EvalReport:
+    """Measure a run's last good checkpoint, or its best, on its own dataset unless `ground` names another.
 
     Raises ConflictError for a run without a checkpoint.
     """
-    checkpoint = last_checkpoint(run)
+    checkpoint = best_checkpoint(run) if best else last_checkpoint(run)
     loaded = load(checkpoint)
     weights = trained_weights(run, loaded)
     model = build(weights.config, dtype=weights.state["embed"].dtype)

@@ -5,14 +5,21 @@ Dims: T tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lapis.data.loader import TokenBatch
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
+from lapis.train.reference import Reference
+
+# what a model finds in a micro-batch: some numbers, this rank's part of a sum
+Figures = Callable[[Decoder, TokenBatch], Tensor]
+# the sums of such numbers over micro-batches, which all ranks name alike and share, without a gradient
+Measure = Callable[[Figures, Sequence[TokenBatch]], list[float]]
 
 
 class StepBatch(NamedTuple):
@@ -38,8 +45,11 @@ class Objective(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """What the start event tells of the data, in plain JSON."""
 
-    def begin(self, model: Decoder) -> None:
-        """Called once with the weights that the run starts from, before a checkpoint replaces them."""
+    def begin(self, model: Decoder, reference: Callable[[], Reference] | None = None) -> None:
+        """Called once with the weights that the run starts from, before a checkpoint replaces them.
+
+        `reference` makes what stays as the model is now, where ranks hold parts of it.
+        """
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """This data-parallel rank's share of a step (from 0 on); every rank has as many micro-batches."""
@@ -50,5 +60,23 @@ class Objective(Protocol):
     def metrics(self) -> Mapping[str, float]:
         """What else the step event tells of the last step."""
 
-    def heldout(self, model: Decoder) -> Mapping[str, float]:
-        """How the model does on held-out examples; empty where there are none, or where others measure them."""
+    def heldout(self, measure: Measure) -> Mapping[str, float]:
+        """How the model does on held-out examples, with a `loss` where it has one; empty where there are none."""
+
+
+def shared(micros: Sequence[TokenBatch], rank: int, ranks: int) -> list[TokenBatch]:
+    """A rank's part of micro-batches; every rank has as many."""
+    own = list(micros[rank::ranks])
+    return own + [micros[0].nothing()] * (-(-len(micros) // ranks) - len(own))
+
+
+def of_model(model: Decoder) -> Measure:
+    """Measure by a model that this process has all of."""
+
+    @torch.no_grad()
+    def measure(figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
+        found = [figures(model, micro).double() for micro in micros]
+        total: list[float] = torch.stack(found).sum(0).tolist()
+        return total
+
+    return measure

@@ -21,7 +21,6 @@ from torch.distributed.tensor import Shard
 
 from lapis.checkpoint.piece import Sharded
 from lapis.data.loader import TokenBatch
-from lapis.errors import ConfigError
 from lapis.kernels.ops import Ops, select
 from lapis.model.config import ModelConfig
 from lapis.model.families import Decoder, initial_weights, skeleton
@@ -29,12 +28,14 @@ from lapis.model.weights import DTYPES
 from lapis.train import context_parallel, expert_parallel, float8, tensor_parallel
 from lapis.train.average import lerp_weight
 from lapis.train.bad_step import Numbers
+from lapis.train.objective import Figures, shared
 from lapis.train.pipeline import Loss, Pipeline
 from lapis.train.placement import Placement, local_config, placements
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
+from lapis.train.reference import Reference
 from lapis.train.replica import Groups
-from lapis.train.sharded_optimizer import ShardedOptimizer, inside, outside
+from lapis.train.sharded_optimizer import ShardedOptimizer, inside, local, outside
 from lapis.train.stages import Stages
 from lapis.train.world import World
 
@@ -62,6 +63,14 @@ class Whole(nn.Module):
     def finish(self) -> None:
         """Nothing: FSDP reduces the gradients of a layer when they are there."""
 
+    @torch.no_grad()
+    def find(self, function: Callable[[Decoder], Tensor]) -> Tensor:
+        """What a function finds with the model, without a gradient; all ranks together."""
+        found: Tensor = self(function)
+        assert isinstance(self, FSDPModule), "it is sharded before it is used"
+        self.reshard()  # without a backward pass the outer weights would stay whole, and grow old
+        return found
+
 
 class Passes(Protocol):
     """How micro-batches go through a model that many ranks hold: `Whole` or `Pipeline`."""
@@ -81,9 +90,15 @@ class Parallel:
     """This rank's part of a model and its optimizer: a `Replica` over many processes."""
 
     def __init__(
-        self, passes: Passes, optimizer: ShardedOptimizer, dtype: torch.dtype, ema: float | None
+        self,
+        passes: Passes,
+        another: Callable[[], Whole],
+        optimizer: ShardedOptimizer,
+        dtype: torch.dtype,
+        ema: float | None,
     ) -> None:
         self.passes, self.optimizer, self.dtype, self.ema = passes, optimizer, dtype, ema
+        self.another = another  # makes such a model again, its weights not set yet
         self.mean = {} if ema is None else {name: x.clone() for name, x in optimizer.master.items()}
 
     @property
@@ -107,6 +122,34 @@ class Parallel:
         if self.world.mesh.pp > 1:  # stages exchange micro-batches of one length
             step *= -(-max(len(micro.ids_T) for micro in micros) // step)
         return self.passes.backward(loss, [micro.padded(step) for micro in micros])
+
+    def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
+        """Every data rank measures its part of the micro-batches."""
+        passes, step = self._whole(), self.world.mesh.row_step
+
+        def found(micro: TokenBatch) -> Tensor:
+            return passes.find(lambda model: figures(model, micro)).double()
+
+        parts = [found(micro.padded(step)) for micro in shared(micros, *self.share)]
+        total: list[float] = self.world.sum(torch.stack(parts).sum(0)).tolist()
+        return total
+
+    def reference(self) -> Reference:
+        """The model as it is now, frozen, in shards beside those that learn."""
+        own, copy = self._whole(), self.another()
+        copy.requires_grad_(False)
+        with torch.no_grad():
+            for mine, theirs in zip(own.parameters(), copy.parameters(), strict=True):
+                local(theirs).copy_(local(mine))
+
+        def wanted(here: bool) -> bool:
+            return bool(self.world.max(torch.tensor(float(here), device=self.world.device)))
+
+        return Reference(copy.find, wanted)
+
+    def _whole(self) -> Whole:
+        assert isinstance(self.passes, Whole), "the recipe does not offer it with stages"
+        return self.passes
 
     @property
     def share(self) -> tuple[int, int]:
@@ -170,21 +213,12 @@ class Parallel:
 def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Parallel:
     """The model of a configuration on the mesh of a world, with the first weights of the section's seed.
 
-    Weights are kept in fp32 and computed with in the section's type, gradients are summed in fp32. Raises
-    ConfigError for what is not offered on several ranks.
+    Weights are kept in fp32 and computed with in the section's type, gradients are summed in fp32.
     """
-    if section.objective == "grpo" and world.mesh.dp * world.mesh.fsdp < world.size:
-        raise ConfigError(
-            f"train.mesh = {world.mesh}: answers are sampled from whole layers; on several ranks the objective grpo is "
-            "offered with dp and fsdp alone.",
-            param="train.mesh",
-        )
-    if section.compile:
-        raise ConfigError("train.compile is not offered on several ranks yet.", param="train.compile")
     own, dtype = local_config(config, world.mesh), DTYPES[section.dtype]
     widths = (own.width, own.ffn, *((own.expert_ffn,) if own.experts else ()))
-    local = select(own.head_size, widths=widths, dtype=dtype)
-    ops = _ops_around(float8.around(local) if section.fp8 else local, world)
+    alone = select(own.head_size, widths=widths, dtype=dtype)
+    ops = _ops_around(float8.around(alone) if section.fp8 else alone, world)
     placed = placements(config)
 
     def on_meta(kind: torch.dtype) -> Decoder:
@@ -192,6 +226,12 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         _own_experts(model, placed, world)
         recompute_layers(model, section.recompute)
         return model
+
+    def sharded(kind: torch.dtype) -> Whole:
+        whole = Whole(on_meta(kind))
+        _shard(whole, placed, world, dtype)
+        whole.to_empty(device=world.device)
+        return whole
 
     passes: Passes
     if world.mesh.pp > 1:
@@ -201,9 +241,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         passes = Pipeline(models, dtype, stages, placed, world)
         named = passes.weights.kept
     else:
-        passes = Whole(on_meta(torch.float32))
-        _shard(passes, placed, world, dtype)
-        passes.to_empty(device=world.device)
+        passes = sharded(torch.float32)
         named = dict(passes.model.named_parameters())
     optimizer = ShardedOptimizer(
         named,
@@ -214,7 +252,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         weight_decay=section.weight_decay,
         betas=section.betas,
     )
-    made = Parallel(passes, optimizer, dtype, section.ema)
+    made = Parallel(passes, lambda: sharded(dtype), optimizer, dtype, section.ema)
     made.fill((name, value.to(dtype)) for name, value in initial_weights(config, section.seed))
     return made
 

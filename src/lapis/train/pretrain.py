@@ -5,7 +5,8 @@ Dims: T tokens of a micro-batch, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,17 @@ from torch import Tensor
 from lapis.data.loader import TokenBatch, TokenLoader
 from lapis.data.mixture import Segment, segments_of
 from lapis.data.recipe import MixtureConfig
+from lapis.data.samples import Tokens, packed_batches
 from lapis.data.shards import Dataset
-from lapis.errors import ConfigError, InputError
+from lapis.errors import InputError
 from lapis.kernels.batch import packed
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.objective import StepBatch
+from lapis.train.objective import Measure, StepBatch
 from lapis.train.recipe import TrainSection
+from lapis.train.reference import Reference
+
+HELDOUT_TOKENS = 1 << 15  # that are measured at a checkpoint: enough to tell checkpoints apart, soon done
 
 
 class Pretraining:
@@ -56,6 +61,7 @@ class Pretraining:
             "tokens": self.dataset.tokens,
             "dataset_digest": self.dataset.digest,
             "dataset": str(self.dataset.folder),
+            "heldout_documents": self.dataset.manifest["heldout"]["documents"],
         }
         mixed = self.loader.mixed
         return (
@@ -64,22 +70,14 @@ class Pretraining:
             else {**facts, "windows": dict(zip(mixed.names, mixed.windows, strict=True))}
         )
 
-    def begin(self, model: Decoder) -> None:
+    def begin(self, model: Decoder, reference: Callable[[], Reference] | None = None) -> None:
         """Token ids must lie below the model's vocabulary from now on."""
         self.vocabulary = model.config.vocab_size
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
         """The rank's adjacent part of the step's windows. Raises ConfigError if the ranks cannot share them evenly."""
         section = self.section
-        share, rest = divmod(section.batch, ranks)
-        micro = section.micro_batch or share
-        if rest or share % micro:
-            raise ConfigError(
-                f"train.batch = {section.batch} windows cannot be shared by {ranks} data-parallel ranks in "
-                f"micro-batches of {micro}.",
-                hint="Make train.batch a multiple of ranks × train.micro_batch.",
-                param="train.batch",
-            )
+        share, micro = section.shares(ranks)
         first = step * section.batch + rank * share
         samples = self.loader.samples_at(first, share)
         micros = tuple(
@@ -113,9 +111,31 @@ class Pretraining:
         """Nothing but the loss."""
         return {}
 
-    def heldout(self, model: Decoder) -> Mapping[str, float]:
-        """Nothing: `lapis evaluate` measures held-out text."""
-        return {}
+    def heldout(self, measure: Measure) -> Mapping[str, float]:
+        """Mean loss in nats per token of the first held-out documents; all of them are for `lapis evaluate`."""
+        micros, tokens = self._heldout
+        if not micros:
+            return {}
+        (total,) = measure(lambda model, micro: token_loss(model, micro, 1.0).reshape(1), micros)
+        return {"loss": total / tokens}
+
+    @cached_property
+    def _heldout(self) -> tuple[list[TokenBatch], int]:
+        """Held-out text as micro-batches, each document cut to windows, and how many tokens it has."""
+        section, end = self.section, self.tokenizer.end_id
+        texts = [document.text for document in self.dataset.heldout() if document.text]
+        windows: list[Tokens] = []
+        left = HELDOUT_TOKENS
+        for text in texts:
+            ids = np.array([end, *self.tokenizer.encode(text), end], dtype=np.int64)[: left + 1]
+            for start in range(0, len(ids) - 1, section.sequence):
+                piece = ids[start : start + section.sequence + 1]
+                windows.append(Tokens(piece, np.ones(len(piece), dtype=np.bool_)))
+            left -= len(ids) - 1
+            if left <= 0:
+                break
+        longest = section.sequence * (section.micro_batch or section.batch)
+        return list(packed_batches([(window,) for window in windows], longest)), HELDOUT_TOKENS - left
 
 
 def token_loss(model: Decoder, micro: TokenBatch, weight: float) -> Tensor:

@@ -132,6 +132,25 @@ class TrainSection(Section):
         share = self.batch // ranks
         return max(1, share // (self.micro_batch or share))
 
+    def shares(self, ranks: int, each: int = 1) -> tuple[int, int]:
+        """Sequences that a data-parallel rank has in a step, and in a micro-batch; a prompt has `each` answers.
+
+        Raises ConfigError where they do not divide.
+        """
+        share, rest = divmod(self.batch, ranks)
+        micro = self.micro_batch or share * each
+        if rest or share * each % micro:
+            what = "windows" if each == 1 else f"prompts with {each} answers each"
+            raise ConfigError(
+                f"train.batch = {self.batch} {what} cannot be shared by {ranks} data-parallel ranks in micro-batches "
+                f"of {micro}.",
+                hint="Make train.batch a multiple of ranks × train.micro_batch."
+                if each == 1
+                else "Make train.batch a multiple of the ranks, and answers of train.micro_batch.",
+                param="train.batch",
+            )
+        return share * each, micro
+
     @model_validator(mode="before")
     @classmethod
     def _rates(cls, values: Any) -> Any:
@@ -230,7 +249,7 @@ class CheckpointSection(Section):
     every: Positive | None = None
     """Those whose step is a multiple of this are kept too."""
     best: Annotated[int, Field(ge=0)] = 0
-    """So many of the lowest smoothed training loss are kept too."""
+    """So many of the lowest loss on held-out text or examples are kept too; pretraining then measures it."""
     asynchronous: bool = True
     """Save beside the training; takes memory for one more copy of weights and optimizer state."""
 
@@ -314,9 +333,9 @@ class Recipe(Section):
         return self
 
     @property
-    def in_copies(self) -> bool:
-        """Whether each of several ranks needs a whole model, because of adapters or of what its objective measures."""
-        return self.lora is not None or self.train.objective in ("sft", "dpo")
+    def answers(self) -> int:
+        """How many sequences a sample of a step becomes: the answers to a prompt, else one."""
+        return self.grpo.group if self.grpo is not None else 1
 
     def mesh(self, ranks: int) -> Mesh:
         """The mesh of so many ranks: the recipe's, else all share the weights (fsdp), or have copies of them (dp).
@@ -324,17 +343,30 @@ class Recipe(Section):
         Raises ConfigError for one that this training is not offered on.
         """
         if not self.train.mesh:
-            return Mesh(dp=ranks) if self.in_copies else Mesh(fsdp=ranks)
-        mesh = Mesh.parse(self.train.mesh)
-        if self.in_copies and mesh.dp < mesh.size:
-            what = "[lora]" if self.lora is not None else f"The objective {self.train.objective}"
-            raise ConfigError(
-                f"{what} is not offered on the mesh {mesh}: each rank trains a whole copy.",
-                hint=f'Offered is train.mesh = "dp={mesh.size}", or none. All axes are offered for pretraining without '
-                "adapters.",
-                param="train.mesh",
-            )
+            mesh = Mesh(dp=ranks) if self.lora is not None else Mesh(fsdp=ranks)
+        else:
+            mesh = Mesh.parse(self.train.mesh)
+        if refused := self._not_offered(mesh):
+            raise ConfigError(f"{refused[0]} is not offered on the mesh {mesh}: {refused[1]}", hint=refused[2],
+                              param="train.mesh")  # fmt: skip
         return mesh
+
+    def _not_offered(self, mesh: Mesh) -> tuple[str, str, str] | None:
+        """What of this recipe a mesh does not take, why, and what to do."""
+        objective, copies, shards = f"The objective {self.train.objective}", mesh.dp, mesh.dp * mesh.fsdp
+        if self.lora is not None and copies < mesh.size:
+            why = "adapters are small, so each rank trains them beside a whole copy of the model."
+            return "[lora]", why, f'Use train.mesh = "dp={mesh.size}", or none.'
+        if self.train.objective == "grpo" and shards < mesh.size:
+            why = "each rank samples answers from a copy of the weights, which is gathered from shards of whole layers."
+            return objective, why, f'Use train.mesh = "fsdp={mesh.size}", or dp and fsdp.'
+        if mesh.pp > 1 and (self.train.objective != "pretrain" or self.checkpoint.best):
+            what = objective if self.train.objective != "pretrain" else "checkpoint.best"
+            why = "held-out text is measured by passes forward alone, which the schedules of a pipeline do not have."
+            return what, why, "Use the other axes: fsdp, tp, cp, ep."
+        if self.train.compile and mesh.size > 1:
+            return "train.compile", "it compiles whole layers of one process.", "Set train.compile=false."
+        return None
 
     def digest(self) -> str:
         """The digest of what makes a run: not of the mesh, nor of the mixture, which may change on the way."""

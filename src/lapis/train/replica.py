@@ -15,6 +15,7 @@ from lapis.model.families import Decoder
 from lapis.train.average import Average
 from lapis.train.bad_step import Numbers
 from lapis.train.flat import FlatParameters
+from lapis.train.objective import Figures, of_model
 from lapis.train.optimizer import Optimizer
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
@@ -51,6 +52,9 @@ class Replica(Protocol):
 
     def drop_gradients(self) -> None:
         """Forget the gradients without a step."""
+
+    def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
+        """Sums of what the model finds in micro-batches, without a gradient; on all ranks together (see `Measure`)."""
 
     def groups(self) -> Groups:
         """What a checkpoint keeps of it: the groups model and optimizer, and ema if an average is kept."""
@@ -119,6 +123,10 @@ class Alone:
     def drop_gradients(self) -> None:
         """Zero them."""
         self.gathered().zero_()
+
+    def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
+        """One micro-batch after the other."""
+        return of_model(self.model)(figures, micros)
 
     def groups(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The trained weights, the optimizer's state and the average, as views."""

@@ -5,7 +5,7 @@ Dims: T tokens of a micro-batch, R of them trained on, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,10 @@ from lapis.kernels.batch import packed
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.lora import bare
-from lapis.train.objective import StepBatch
+from lapis.train.objective import Measure, StepBatch
+from lapis.train.ops_around import own_rows, row_by_row
 from lapis.train.recipe import TrainSection
+from lapis.train.reference import Reference
 
 
 class Supervised:
@@ -45,7 +47,7 @@ class Supervised:
         """How many examples there are, and for which model."""
         return {**facts_of(self.samples), **self.origin}
 
-    def begin(self, model: Decoder) -> None:
+    def begin(self, model: Decoder, reference: Callable[[], Reference] | None = None) -> None:
         """Nothing is needed of the first weights."""
 
     def step(self, step: int, rank: int, ranks: int) -> StepBatch:
@@ -54,27 +56,25 @@ class Supervised:
 
     def loss(self, model: Decoder, micro: TokenBatch, weight: float) -> Tensor:
         """Sum of the trained tokens' cross-entropies in nats over `weight`, logits of those tokens only."""
-        rows = trained_rows(model, micro)
-        head = head_of(model)
-        return model.ops.linear_cross_entropy(rows.x_RH, head, rows.targets_R, rows.weights_R) / weight
+        rows, ops = trained_rows(model, micro), row_by_row(model.ops)
+        return ops.linear_cross_entropy(rows.x_RH, head_of(model), rows.targets_R, rows.weights_R) / weight
 
     def metrics(self) -> Mapping[str, float]:
         """Nothing but the loss."""
         return {}
 
-    @torch.no_grad()
-    def heldout(self, model: Decoder) -> Mapping[str, float]:
+    def heldout(self, measure: Measure) -> Mapping[str, float]:
         """Mean loss in nats per trained token of the held-out examples."""
         section, held = self.section, self.samples.heldout
         if not held:
             return {}
-        micros = packed_batches(held, section.sequence * (section.micro_batch or 1))
-        total = sum(float(self.loss(model, micro, 1.0)) for micro in micros)
+        micros = list(packed_batches(held, section.sequence * (section.micro_batch or 1)))
+        (total,) = measure(lambda model, micro: self.loss(model, micro, 1.0).reshape(1), micros)
         return {"loss": total / sum(map(_trained_tokens, held))}
 
 
 class Rows(NamedTuple):
-    """The rows of a micro-batch that are trained on. At least one, of weight 0 where there is none."""
+    """The rows of a micro-batch that this rank trains on. At least one, of weight 0 where there is none."""
 
     x_RH: Tensor  # final hidden rows
     targets_R: Tensor
@@ -84,19 +84,20 @@ class Rows(NamedTuple):
 
 
 def trained_rows(model: Decoder, micro: TokenBatch, *, adapted: bool = True) -> Rows:
-    """Run the model over a micro-batch and pick the rows whose next token is trained on.
+    """Run the model over a micro-batch and pick the rows whose next token is trained on, of those that this rank has.
 
     `adapted` says whether adapters in training take part.
     """
     assert micro.weights_T is not None, "examples say what is trained on"
     batch = packed(micro.lengths)
     x_TH = model.hidden(torch.from_numpy(micro.ids_T), batch if adapted else bare(batch, model.config.layers))
-    chosen = np.flatnonzero(micro.weights_T)
+    own = own_rows(model.ops, torch.arange(len(micro.ids_T))).numpy()
+    chosen = np.flatnonzero(micro.weights_T[own])
     chosen = chosen if len(chosen) else np.zeros(1, dtype=np.int64)
-    sequence_T = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
-    arrays = (chosen, micro.targets_T[chosen], micro.weights_T[chosen], sequence_T[chosen])
-    place_R, targets_R, weights_R, sequence_R = (torch.from_numpy(array).to(x_TH.device) for array in arrays)
-    return Rows(model.ops.embedding(place_R, x_TH), targets_R, weights_R, sequence_R, place_R)
+    place, sequence_T = own[chosen], np.repeat(np.arange(len(micro.lengths)), micro.lengths)
+    arrays = (chosen, micro.targets_T[place], micro.weights_T[place], sequence_T[place], place)
+    chosen_R, *facts = (torch.from_numpy(array).to(x_TH.device) for array in arrays)
+    return Rows(row_by_row(model.ops).embedding(chosen_R, x_TH), *facts)
 
 
 def share_of_step(
@@ -117,7 +118,7 @@ def share_of_step(
         tuple(packed_batches([samples[n] for n in chosen[other::ranks]], longest)) for other in range(ranks)
     ]
     most = max(map(len, shares))
-    micros = shares[rank] + (_nothing(shares[rank][0]),) * (most - len(shares[rank]))
+    micros = shares[rank] + (shares[rank][0].nothing(),) * (most - len(shares[rank]))
     return StepBatch(micros, float(sum(weigh(samples[n]) for n in chosen)), chosen[rank::ranks])
 
 
@@ -130,11 +131,6 @@ def facts_of(samples: Samples) -> dict[str, Any]:
         "heldout_examples": len(samples.heldout),
         "dropped_examples": samples.dropped,
     }
-
-
-def _nothing(micro: TokenBatch) -> TokenBatch:
-    """A micro-batch that costs next to nothing and counts nothing: for a rank with fewer than another one."""
-    return TokenBatch(micro.ids_T[:1], micro.targets_T[:1], (1,), np.zeros(1, dtype=np.float32))
 
 
 def _trained_tokens(sample: Sample) -> int:

@@ -12,6 +12,7 @@ from lapis.tokenizer.bpe import Tokenizer
 from lapis.train import float8
 from lapis.train.base import Base, model_folder
 from lapis.train.copies import Copies
+from lapis.train.layout import check as layout_check
 from lapis.train.lora import attach
 from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective
@@ -46,8 +47,19 @@ def checked_shape(recipe: Recipe, tokenizer: Tokenizer, home: Home, mesh: Mesh) 
                 hint=f"Shorter windows: --set train.sequence={config.context}",
                 param="train.sequence",
             )
-    mesh.check(config, sequence=section.sequence, batch=section.batch)
+    layout_check(config, mesh, section, recipe.answers)
     return config
+
+
+def check_best(recipe: Recipe, objective: Objective) -> None:
+    """Raise ConfigError if the best checkpoints are to be kept and nothing is held out to tell them by."""
+    facts = objective.facts()
+    if recipe.checkpoint.best and not facts.get("heldout_documents", facts.get("heldout_examples")):
+        raise ConfigError(
+            "checkpoint.best goes by the loss on what is held out, and nothing is.",
+            hint="Hold out a part (data.heldout, examples.heldout), or leave checkpoint.best out.",
+            param="checkpoint.best",
+        )
 
 
 def first_model(recipe: Recipe, config: ModelConfig, home: Home) -> Decoder:
@@ -78,7 +90,7 @@ def first_replica(
         model = first_model(recipe, config, home)
         objective.begin(model)
         return Alone(model, section), config
-    if recipe.in_copies:
+    if recipe.lora is not None:
         model = first_model(recipe, config, home)
         objective.begin(model)
         return Copies(Alone(model, section), world), config
@@ -86,7 +98,7 @@ def first_replica(
     if recipe.model.source is not None:
         model = first_model(recipe, config, home)
         replica.fill((name, parameter.detach()) for name, parameter in model.named_parameters())
-    objective.begin(replica.model)
+    objective.begin(replica.model, replica.reference)
     return replica, config
 
 

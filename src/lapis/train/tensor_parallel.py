@@ -29,13 +29,19 @@ class TensorParallelOps(OpsAround):
         super().__init__(inner)
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
 
-    def _own(self, x_T: Tensor) -> Tensor:
+    @property
+    def sharers(self) -> dist.ProcessGroup | None:
+        """All ranks of the group."""
+        return self.group
+
+    def own(self, x_T: Tensor) -> Tensor:
+        """The rows of this rank: the R-th part."""
         return x_T.chunk(self.ranks)[self.rank].contiguous()
 
     def embedding(self, ids_T: Tensor, w_VH: Tensor, add: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The table's rows of this rank's ids: (R, H)."""
-        own = None if add is None else (self._own(add[0]), add[1])
-        return self.inner.embedding(self._own(ids_T), w_VH, own)
+        own = None if add is None else (self.own(add[0]), add[1])
+        return self.inner.embedding(self.own(ids_T), w_VH, own)
 
     def linear(
         self,
@@ -100,8 +106,8 @@ class TensorParallelOps(OpsAround):
         self, x_TH: Tensor, w_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
     ) -> Tensor:
         """The loss of this rank's rows: a part of the sum."""
-        weights = None if weights_T is None else self._own(weights_T)
-        return self.inner.linear_cross_entropy(x_TH, w_VH, self._own(targets_T), weights)
+        weights = None if weights_T is None else self.own(weights_T)
+        return self.inner.linear_cross_entropy(x_TH, w_VH, self.own(targets_T), weights)
 
 
 def around(inner: Ops, group: dist.ProcessGroup) -> Ops:

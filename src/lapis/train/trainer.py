@@ -41,7 +41,6 @@ from lapis.train.world import World, is_first, lost_peers, started
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
 SPEED_OVER = 20  # steps over which the shown speed is taken
 PROOF_WITHIN_S = 5.0  # a run that is stopped computes the next step's loss too if a step takes less
-SMOOTH = 0.02  # weight of a step's loss in the smooth one, by which checkpoints are compared
 MOST_SKIPPED = 5  # bad steps in a row, after which skipping does not help
 
 
@@ -102,7 +101,6 @@ class Trainer:
         self.tokens = 0  # seen in them
         self.trained_s = 0.0
         self.loss: float | None = None  # of the last step
-        self.smooth: float | None = None  # loss over many steps
         self.skipped = 0  # bad steps in a row
         self.good: deque[Numbers] = deque(maxlen=bad_step.WINDOW)  # the last good steps
         self.plan = self._first_plan()
@@ -118,9 +116,9 @@ class Trainer:
             self._begin()
             self._steps(progress, stop)
             with self.heartbeat.busy():
-                self.checkpoints.finish(self._snapshot())
-                if self.plan.done(self.step):
-                    self._measure()
+                self.checkpoints.finish(
+                    self._snapshot(self._measure() if self.plan.done(self.step) else None)
+                )
             self._end("finished" if self.plan.done(self.step) else "stopped")
 
     def _steps(self, progress: Progress, stop: threading.Event) -> None:
@@ -143,18 +141,16 @@ class Trainer:
             self.checkpoints.poll()
             if self.checkpoints.due(self.step) and not self.plan.done(self.step):
                 with self.heartbeat.busy():
-                    self.checkpoints.begin(self._snapshot())
-                    self._measure()
+                    self.checkpoints.begin(self._snapshot(self._measure()))
                 last = time.monotonic()  # saving is not training time
 
-    def _snapshot(self) -> Snapshot:
-        """The present state, as a checkpoint keeps it."""
+    def _snapshot(self, score: float | None = None) -> Snapshot:
+        """The present state, as a checkpoint keeps it; its score is the loss on held-out text, if that was measured."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "trained_s": self.trained_s,
             "loss": self.loss,
-            "smooth": self.smooth,
             "plan": asdict(self.plan),
             "optimizer_steps": self.replica.updates,
             "good": list(self.good),
@@ -165,7 +161,7 @@ class Trainer:
             **segments_before(self.segments, self.step),
         }
         groups = {**self.replica.groups(), "random": {"torch": self._first_ranks(torch.get_rng_state())}}
-        return Snapshot(self.step, groups, state, self.smooth)
+        return Snapshot(self.step, groups, state, score)
 
     def _first_ranks(self, whole: Tensor) -> Sharded[Tensor]:
         """A tensor that the first rank saves and all read."""
@@ -190,9 +186,6 @@ class Trainer:
                     numbers.norm, lr=self.section.lr * scale, embed_lr=self.section.embed_lr * scale
                 )
             self.loss = numbers.loss
-            self.smooth = (
-                self.loss if self.smooth is None else self.smooth + SMOOTH * (self.loss - self.smooth)
-            )
             if self.section.outlier is not None:
                 self.good.append(numbers)
         self.step += 1
@@ -319,17 +312,23 @@ class Trainer:
         self.replica.resumed(state["optimizer_steps"])
         torch.set_rng_state(random)
         self.step, self.trained_s, self.loss = state["step"], state["trained_s"], state["loss"]
-        self.tokens, self.skipped, self.smooth = state["tokens"], state["skipped"], state["smooth"]
+        self.tokens, self.skipped = state["tokens"], state["skipped"]
         self.good.extend(Numbers(*numbers) for numbers in state["good"])
         self.plan = schedule.Plan(**state["plan"])
         self.run.events.write(
             "resume", step=self.step, checkpoint=checkpoint.folder.name, seconds=self.trained_s
         )
 
-    def _measure(self) -> None:
-        measured = self.objective.heldout(self.model)
+    def _measure(self) -> float | None:
+        """Tell how the model does on held-out examples, and on held-out text if that is asked for; the loss there."""
+        if self.recipe.data is not None and not self.recipe.checkpoint.best:
+            return None
+        with self.spent.on("heldout"):
+            measured = self.objective.heldout(self.replica.measure)
         if measured:
             self.run.events.write("heldout", step=self.step, **measured)
+        loss = measured.get("loss", math.nan)
+        return loss if math.isfinite(loss) else None
 
     def _end(self, reason: str) -> None:
         slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
