@@ -77,12 +77,12 @@ def muon_step(
     coefficients: tuple[float, float, float],
     iterations: int,
 ) -> None:
-    """One Muon step of one matrix of the flat weight, gradient, master weight and momentum."""
+    """One Muon step of one matrix of the flat weight, gradient, master weight and momentum, in the weight's type."""
     with torch.no_grad():
         weight, grad, master, momentum = (at.of(buffer) for buffer in buffers)
         update = grad.float()
         momentum.lerp_(update, 1 - beta)
-        step = orthogonal(update.lerp_(momentum, beta).bfloat16(), coefficients, iterations).float()
+        step = orthogonal(update.lerp_(momentum, beta).to(weight.dtype), coefficients, iterations).float()
         master.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * max(1.0, at.rows / at.columns) ** 0.5)
         weight.copy_(master)
         grad.zero_()

@@ -247,6 +247,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         named,
         placed,
         world,
+        dtype,
         muon=section.optimizer == "muon",
         clip=section.clip,
         weight_decay=section.weight_decay,

@@ -31,6 +31,7 @@ class ShardedOptimizer:
         named: Mapping[str, nn.Parameter],
         placements: Mapping[str, Placement],
         world: World,
+        dtype: torch.dtype,
         *,
         muon: bool,
         clip: float,
@@ -38,6 +39,7 @@ class ShardedOptimizer:
         betas: tuple[float, float],
     ) -> None:
         self.named, self.placements, self.world = dict(named), placements, world
+        self.dtype = dtype  # that is computed with: Muon's matrices are made orthogonal in it
         self.muon, self.clip, self.weight_decay, self.betas = muon, clip, weight_decay, betas
         self.steps = 0
         self.master = {name: local(parameter.detach()) for name, parameter in self.named.items()}
@@ -144,7 +146,7 @@ class ShardedOptimizer:
         updates = {}
         for name in names:
             self.first[name].lerp_(grads[name], 1 - MOMENTUM)
-            updates[name] = grads[name].lerp(self.first[name], MOMENTUM).bfloat16()
+            updates[name] = grads[name].lerp(self.first[name], MOMENTUM).to(self.dtype)
         for batch, holders in self._turns(names):
             steps = self._orthogonal(batch, holders, updates)
             for name, step in steps.items():
@@ -242,7 +244,7 @@ def block_rows(placement: Placement, piece: Piece) -> int:
 
 
 def orthogonal(whole: Tensor, placement: Placement) -> Tensor:
-    """The orthogonal updates of all matrices that are joined in a weight, or in some experts of it, in bf16."""
+    """The orthogonal updates of all matrices that are joined in a weight, or in some experts of it."""
     dim = len(placement.shape) - 2
     sizes = placement.parts if placement.tp_dim == dim else (placement.shape[dim],)
     matrices = whole.view(-1, *placement.shape[-2:])
