@@ -6,13 +6,16 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lapis.errors import ConflictError, InputError, StorageError
+from lapis.errors import ConflictError, InputError, StorageError, UnavailableError, nearest
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -99,16 +102,162 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def open_url(url: str, mode: str = "rb") -> IO[Any]:
-    """Open a local path or an fsspec URL (`s3://`, `az://`, …). Raises InputError if its driver is missing."""
-    if "://" not in url:
-        return open(url, mode)
-    import fsspec
+DRIVERS = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+    "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub", "sftp": "paramiko", "oss": "ossfs",
+}  # fmt: skip
+CHECKSUMS = ("md5Hash", "content_md5", "ETag", "etag")
+BLOCK = 8 << 20
 
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file behind a URL. `name` is its path below what was listed; `checksum` the store's own, if it keeps one."""
+
+    url: str
+    name: str
+    size: int
+    checksum: str
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in path
+
+
+def list_url(url: str) -> list[StoredFile]:
+    """The files that a URL means: one, all below a folder, or those that a pattern with `*` matches.
+
+    Raises InputError if there are none, UnavailableError if its driver is missing or the store does not answer.
+    """
+    files, place = _filesystem(url)
+    root = place[: place.index("*")].rpartition("/")[0] if "*" in place else place.rstrip("/")
+    with _remote_errors(url):
+        try:
+            found = _found(files, place, as_folder=url.endswith("/"))
+        except FileNotFoundError:
+            found = {}
+    if not found:
+        raise InputError(
+            f"There is nothing at {url}.", hint="A folder's URL ends in /; `*` stands for any name."
+        )
+    return [_stored(files, path, facts, root) for path, facts in sorted(found.items())]
+
+
+def state_of(path: str) -> str:
+    """What changes when a file is written again: time and size, or the checksum that a store keeps of it."""
+    if not is_url(path):
+        facts = os.stat(path)
+        return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    files, place = _filesystem(path)
+    with _remote_errors(path):
+        facts = files.info(place)
+    return (
+        f"{facts.get('size')} {_checksum(facts) or facts.get('Last-Modified') or facts.get('created') or ''}"
+    )
+
+
+def open_url(url: str) -> IO[bytes]:
+    """Open a local path or an fsspec URL (`s3://`, `az://`, …) for reading, at any place.
+
+    Raises UnavailableError if its driver is missing or the store does not answer.
+    """
+    if not is_url(url):
+        return open(url, "rb")
+    files, place = _filesystem(url)
+    with _remote_errors(url):
+        file = files.open(place, "rb", block_size=BLOCK)
+        if file.seekable() and _answers_ranges(file):
+            return file  # type: ignore[no-any-return]
+    return _copied(files, place, url)
+
+
+def _copied(files: Any, place: str, url: str) -> IO[bytes]:
+    """A nameless local copy of what can only be read from the beginning."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    room = storage_errors(Path(tempfile.gettempdir()))
+    with _remote_errors(url), files.open(place, "rb", block_size=0) as file, room:
+        shutil.copyfileobj(file, copy, BLOCK)
+    copy.seek(0)
+    return copy
+
+
+def _answers_ranges(file: Any) -> bool:
+    """Whether a store gives the middle of a file: some HTTP servers only give the whole."""
+    if not (file.size or 0) > 1 or "http" not in type(file).__module__:
+        return True
     try:
-        return fsspec.open(url, mode).open()  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url} cannot be opened: {error}.") from error
+        file.seek(file.size - 1)
+        file.read(1)
+        file.seek(0)
+    except ValueError:
+        file.close()
+        return False
+    return True
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The driver of a URL, and the place as the driver calls it."""
+    import fsspec.core
+
+    scheme = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except ImportError as error:
+        package = DRIVERS.get(scheme, "")
+        hint = f"pip install {package}" if package else str(error)
+        raise UnavailableError(f"{url} needs a driver that is not installed.", hint=hint) from error
+    except ValueError as error:
+        raise InputError(f"{url} cannot be opened: {error}.", hint=nearest(scheme, DRIVERS)) from error
+
+
+def _found(files: Any, place: str, *, as_folder: bool) -> dict[str, dict[str, Any]]:
+    if "*" in place:
+        return {
+            path: facts for path, facts in files.glob(place, detail=True).items() if facts["type"] == "file"
+        }
+    if not as_folder:
+        facts = files.info(place)
+        if facts["type"] == "file":
+            return {place: facts}
+    return dict(files.find(place, detail=True))
+
+
+def _stored(files: Any, path: str, facts: dict[str, Any], root: str) -> StoredFile:
+    url = files.unstrip_protocol(path)
+    if facts.get("size") is None:
+        with _remote_errors(url):
+            facts = files.info(path)
+    name = path.partition("?")[0]
+    name = (
+        name[len(root) :].lstrip("/") if name != root and name.startswith(root) else name.rpartition("/")[2]
+    )
+    return StoredFile(url, name, int(facts.get("size") or 0), _checksum(facts))
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    """A store's own checksum or strong version mark; a weak one says nothing of the bytes."""
+    found = (str(facts[key]) for key in CHECKSUMS if facts.get(key))
+    return next((mark for mark in found if not mark.startswith("W/")), "")
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What reading a file raises, local or behind a URL, when it or its store fails."""
+    from asyncio import TimeoutError as Timeout
+
+    client = sys.modules.get("aiohttp")  # its errors are no OSError
+    return (OSError, Timeout, client.ClientError) if client else (OSError, Timeout)
+
+
+@contextmanager
+def _remote_errors(url: str) -> Iterator[None]:
+    """Turn a store that does not answer into UnavailableError; a missing file stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except failures() as error:
+        raise UnavailableError(f"{url} could not be read: {error}.", hint="Try again later.") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_recipe_needs_a_path_and_little_else(home: Home, tmp_path: Path) -> No
         ({"sources": []}, "at least one"),
         ({"sources": [{}]}, "needs a path"),
         ({"sources": [{"kind": "environment", "path": "x"}]}, "takes no path"),
-        ({"sources": [{"path": "x", "format": "pdf"}]}, "'parquet'"),
+        ({"sources": [{"path": "x", "format": "docx"}]}, "'parquet'"),
         ({"sources": [{"path": "x"}], "heldout": {"max_bytes": 9}}, "min_bytes = 10000 is more than"),
         ({"sources": [{"path": "x"}], "dedup": {"treshold": 0.5}}, "Did you mean 'threshold'"),
     ],

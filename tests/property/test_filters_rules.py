@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lapis.data.document import Document
 from lapis.data.filters import repair
+from lapis.data.formats.part import cut
 from lapis.data.judge import judge
-from lapis.data.readers import cut
 from lapis.data.recipe import FilterConfig
 
 ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=300)

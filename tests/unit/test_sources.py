@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,35 +13,19 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from lapis.data import extract
 from lapis.data.document import Document
 from lapis.data.environment import environment_files
-from lapis.data.readers import Note, Skip, plan_parts, read_part
+from lapis.data.formats.part import Note, Skip
+from lapis.data.readers import plan_parts, read_part
 from lapis.data.recipe import DataConfig, SourceConfig
 from lapis.data.sources import list_inputs
 from lapis.errors import InputError, UnavailableError
+from tests.sources import documents, read, skips, source
 from tests.texts import prose, write_corpus
 
-Found = list[Document | Skip | Note]
-
-
-def read(config: DataConfig) -> Found:
-    parts = plan_parts(list_inputs(config).inputs)
-    return [found for part in parts for found in read_part(part, config.document_chars)]
-
-
-def documents(*sources: SourceConfig, **settings: int) -> list[Document]:
-    return [found for found in read(DataConfig(sources=sources, **settings)) if isinstance(found, Document)]
-
-
-def skips(*sources: SourceConfig) -> list[tuple[str, str]]:
-    found = read(DataConfig(sources=sources))
-    return [(one.reason, one.path) for one in found if isinstance(one, Skip)]
-
-
-def source(path: Path, **settings: str) -> SourceConfig:
-    return SourceConfig.model_validate({"path": str(path), **settings})
-
+needs_html = pytest.mark.skipif(
+    find_spec("resiliparse") is None or find_spec("fastwarc") is None, reason="lapis[html] is not installed"
+)
 
 RECORDS = [{"text": prose(n, 30), "lic": f"L{n % 2}", "kind": "code" if n == 3 else "x"} for n in range(6)]
 
@@ -74,14 +59,14 @@ def test_spans_of_a_big_file_give_each_line_once(tmp_path: Path, monkeypatch: py
     path = tmp_path / "rows.jsonl"
     path.write_bytes(write_jsonl(path))
     for size in (1, 7, 100, 333):
-        monkeypatch.setattr("lapis.data.readers.SPAN_BYTES", size)
+        monkeypatch.setattr("lapis.data.formats.part.SPAN_BYTES", size)
         assert [one.text for one in documents(source(path))] == [record["text"] for record in RECORDS]
 
 
 def test_parquet_is_cut_into_spans_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=4)
-    monkeypatch.setattr("lapis.data.readers.SPAN_BYTES", 200)
+    monkeypatch.setattr("lapis.data.formats.part.SPAN_BYTES", 200)
     parts = plan_parts(list_inputs(DataConfig(sources=(source(path),))).inputs)
     assert len(parts) > 2
     assert [one.path for one in documents(source(path))] == [f"rows.parquet#{n}" for n in range(6)]
@@ -109,7 +94,7 @@ def test_broken_records_are_counted_one_by_one(tmp_path: Path) -> None:
 def test_a_record_that_is_too_long_is_skipped_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lapis.data.readers.MAX_RECORD", 1000)
+    monkeypatch.setattr("lapis.data.formats.part.MAX_RECORD", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "short"}) + "\n")
     assert [one.text for one in documents(source(path))] == ["short"]
@@ -177,7 +162,7 @@ def test_a_compressed_text_keeps_the_kind_of_its_name(tmp_path: Path) -> None:
     found = read(DataConfig(sources=(source(tmp_path),)))
     assert [(one.path, one.kind) for one in found if isinstance(one, Document)] == [("a.py.gz", "code")]
     assert {one.path: one.reason for one in found if isinstance(one, Skip)} == {
-        "b.txt.gz": "broken archive", "c.bin.gz": "binary",
+        "b.txt.gz#0": "broken archive", "c.bin.gz": "binary",
     }  # fmt: skip
 
 
@@ -206,7 +191,7 @@ def test_long_texts_are_cut_at_borders(tmp_path: Path) -> None:
     assert [one.path for one in found[:3]] == ["book.txt", "book.txt#2", "book.txt#3"]
 
 
-@pytest.mark.skipif(not extract.available(), reason="the packages of lapis[html] are not installed")
+@needs_html
 def test_html_gives_its_main_text(tmp_path: Path) -> None:
     article = "<p>".join(prose(n, 60) for n in range(4))
     head, body = "<title>T</title><script>bad()</script>", f"<nav>Menu</nav><main><p>{article}</main>"
@@ -216,7 +201,7 @@ def test_html_gives_its_main_text(tmp_path: Path) -> None:
     assert "bad()" not in one.text
 
 
-@pytest.mark.skipif(not extract.available(), reason="the packages of lapis[html] are not installed")
+@needs_html
 def test_warc_gives_its_html_responses(tmp_path: Path) -> None:
     body = (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><body><p>"
@@ -230,7 +215,7 @@ def test_warc_gives_its_html_responses(tmp_path: Path) -> None:
     )
     (tmp_path / "a.warc.gz").write_bytes(gzip.compress(head + body + b"\r\n\r\n"))
     (one,) = documents(source(tmp_path, licence="CC0-1.0"))
-    assert one.path == "a.warc.gz#http://example.org/a"
+    assert one.path == "a.warc.gz#0:http://example.org/a"
     assert one.licence == "CC0-1.0"
     assert prose(1).split()[0] in one.text
 
@@ -238,7 +223,7 @@ def test_warc_gives_its_html_responses(tmp_path: Path) -> None:
 def test_html_without_its_packages_is_counted_or_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extract, "available", lambda: False)
+    monkeypatch.setattr("lapis.data.readers._version", lambda package: "missing")
     (tmp_path / "a.html").write_text("<p>text")
     assert skips(source(tmp_path)) == [("HTML needs pip install 'lapis[html]'", "a.html")]
     with pytest.raises(UnavailableError, match="resiliparse") as caught:

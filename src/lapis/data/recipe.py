@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Limit = Annotated[float, Field(ge=0)]
 Part = Annotated[float, Field(gt=0, lt=1)]
-Format = Literal["auto", "text", "jsonl", "parquet", "html", "warc"]
+Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "html", "warc", "pdf"]
 
 
 LEAST_MEMORY = 500_000_000  # bytes: the directing process, one worker, and tables
@@ -23,9 +23,10 @@ class SourceConfig(Section):
     """Where text comes from: one `[[data.sources]]` table."""
 
     path: str = ""
-    """A file or a folder; not needed when kind is "environment"."""
-    kind: Literal["files", "environment"] = "files"
-    """"files" reads path; "environment" the Python sources and texts installed with this interpreter."""
+    """A file, a folder or a pattern with `*`, local or a URL (s3://, az://, gs://, https://, …)."""
+    kind: Literal["files", "code", "environment"] = "files"
+    """"files" reads path; "code" too, without vendored, minified and generated files and with the licences of the
+    tree; "environment" the Python sources and texts installed with this interpreter."""
     format: Format = "auto"
     """How files are read; "auto" goes by their ending, and reads whatever is text."""
     name: str = ""
@@ -38,6 +39,8 @@ class SourceConfig(Section):
     """The column or key that holds a document's licence."""
     kind_column: str = ""
     """The column or key that holds a document's kind: "code", or anything else for prose."""
+    extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"
+    """What finds the main text of HTML: resiliparse is quick, trafilatura more precise and slow."""
     text_kind: Literal["auto", "prose", "code"] = "auto"
     """Which quality rules apply; "auto" goes by the file's ending."""
     priority: int = 0
@@ -45,7 +48,7 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _place(self) -> SourceConfig:
-        if self.kind == "files" and not self.path:
+        if self.kind != "environment" and not self.path:
             raise ValueError("a source of files needs a path")
         if self.kind == "environment" and self.path:
             raise ValueError("the environment source takes no path")

@@ -7,54 +7,22 @@ them, and a limit on bytes takes a fair sample.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from lapis.data.environment import environment_files
+from lapis.data.input import Input, Reader
+from lapis.data.places import Place, local_places, remote_places
+from lapis.data.readers import READERS, packages_of
 from lapis.data.recipe import DataConfig, SourceConfig
 from lapis.data.report import Step
-from lapis.errors import InputError, nearest
+from lapis.data.saved_datasets import SavedDatasets, saved_datasets
+from lapis.data.source_tree import LICENCE_BYTES, is_licence_file, left_out, licence_of_file, licence_of_text
+from lapis.data.text_files import COMPRESSIONS, SNIFFED, ending, inner_ending, looks_binary, unreadable_pack
+from lapis.errors import InputError, UnavailableError
 from lapis.log import Progress, silent
-
-Reader = Literal["text", "jsonl", "parquet", "html", "warc"]
-
-READERS: dict[str, Reader] = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
-    ".warc": "warc",
-}
-COMPRESSIONS = frozenset({".gz", ".zst"})
-SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
-SNIFFED = 8192
-BOMS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16; UTF-32 little-endian begins like the first
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One file to read. `name` is its path inside the source; `digest` the SHA-256 of its bytes."""
-
-    source: SourceConfig
-    name: str
-    path: str
-    size: int
-    digest: str
-    reader: Reader
-    licence: str
-
-    @property
-    def identity(self) -> list[Any]:
-        """What the documents read from this file depend on."""
-        settings = self.source
-        columns = [settings.text_column, settings.licence_column, settings.kind_column]
-        kind = [settings.text_kind, settings.priority]
-        return [settings.name, self.name, self.digest, self.reader, self.licence, columns, kind]
+from lapis.storage import failures, is_url, open_url, state_of
 
 
 @dataclass
@@ -65,26 +33,39 @@ class Listing:
     step: Step = field(default_factory=lambda: Step("list"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Candidate:
+    """A file of a source, before anybody has looked into it."""
+
     source: SourceConfig
-    name: str
-    path: Path
-    licence: str
+    place: Place
+    reader: Reader
+    licence: str = ""
+    licences: dict[str, set[str]] | None = None  # of the folders, if the source is a tree of code
+    reason: str = ""  # why it is left out
 
     @property
     def order(self) -> tuple[bytes, str, str]:
-        key = f"{self.source.name}\0{self.name}"
-        return hashlib.sha256(key.encode()).digest(), key, str(self.path)
+        key = f"{self.source.name}\0{self.place.name}"
+        return hashlib.sha256(key.encode()).digest(), key, self.place.path
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.name}: {self.place.name}"
+
+    @property
+    def alone(self) -> bool:
+        """Whether the recipe names this very file."""
+        return self.place.alone
 
 
 def list_inputs(config: DataConfig, progress: Progress = silent) -> Listing:
     """All inputs of a recipe. Raises InputError if a source is not there or has no text at all."""
     sources = [named(source) for source in config.sources]
     _check_names(sources)
-    candidates = [found for source in sources for found in _candidates(source)]
-    candidates.sort(key=lambda candidate: candidate.order)
     listing = Listing()
+    candidates = [found for source in sources for found in _candidates(source, listing.step)]
+    candidates.sort(key=lambda candidate: candidate.order)
     taken = 0
     for n, candidate in enumerate(candidates):
         if config.max_bytes and taken >= config.max_bytes:
@@ -99,7 +80,7 @@ def list_inputs(config: DataConfig, progress: Progress = silent) -> Listing:
         where = ", ".join(source.path or source.kind for source in config.sources)
         raise InputError(
             f"There is no text in {where}: {listing.step.top_reasons()}.",
-            hint="Point a source at text, source code, JSON lines, parquet, HTML or WARC files.",
+            hint="Point a source at text, source code, JSON lines, parquet, Arrow, HTML, WARC or PDF files.",
         )
     return listing
 
@@ -108,28 +89,11 @@ def named(source: SourceConfig) -> SourceConfig:
     """The same source with its name filled in."""
     if source.name:
         return source
-    name = source.kind if source.kind == "environment" else Path(source.path).expanduser().absolute().name
+    if is_url(source.path):
+        name = source.path.partition("?")[0].rstrip("/").rpartition("/")[2]
+    else:
+        name = Path(source.path).expanduser().absolute().name if source.path else str(source.kind)
     return source.model_copy(update={"name": name or "root"})
-
-
-def inner_ending(name: str) -> str:
-    """A file's ending without that of a compression: `.jsonl` for `a.jsonl.zst`."""
-    path = PurePosixPath(name)
-    return (
-        PurePosixPath(path.stem).suffix.lower()
-        if path.suffix.lower() in COMPRESSIONS
-        else path.suffix.lower()
-    )
-
-
-def looks_binary(block: bytes) -> bool:
-    """Whether a file that begins so is no text."""
-    if block.startswith(BOMS):
-        return False
-    if b"\0" in block:
-        return True
-    text = block.decode("utf-8", errors="replace")
-    return text.count("\ufffd") > 0.3 * len(text)
 
 
 def _check_names(sources: list[SourceConfig]) -> None:
@@ -142,82 +106,95 @@ def _check_names(sources: list[SourceConfig]) -> None:
             )
 
 
-def _candidates(source: SourceConfig) -> Iterator[_Candidate]:
+def _candidates(source: SourceConfig, step: Step) -> Iterator[_Candidate]:
     if source.kind == "environment":
         for name, path, licence in environment_files():
-            yield _Candidate(source, name, path, source.licence or licence)
+            yield _Candidate(source, Place(name, str(path)), "text", source.licence or licence)
         return
-    root = Path(source.path).expanduser()
-    if not root.exists():
-        siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise InputError(f"There is no file or folder {source.path}.", hint=nearest(root.name, siblings))
-    if not root.is_dir():
-        yield _Candidate(source, root.name, root, source.licence)
-        return
-    found = False
-    for path in _walk(root, top=True):
-        found = True
-        name = os.fsencode(path.relative_to(root)).decode("utf-8", errors="replace")
-        yield _Candidate(source, name, path, source.licence)
-    if not found:
-        raise InputError(
-            f"The folder {source.path} holds no files.",
-            hint="Hidden files and folders, __pycache__ and node_modules are not entered.",
-        )
-
-
-def _walk(folder: Path, top: bool = False) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        if top:
-            raise InputError(f"The folder {folder} cannot be read: {error.strerror}.") from error
-        yield folder  # shows up as unreadable
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+    places = list(
+        remote_places(source.path, step) if is_url(source.path) else local_places(source.path, step)
+    )
+    paths = {place.name: place.path for place in places}
+    saved = SavedDatasets()
+    if source.format == "auto":
+        saved = saved_datasets(paths, lambda name: _beginning(paths[name], -1))
+    licences = _licences(places) if source.kind == "code" else None
+    for place in places:
+        if place.name in saved.metadata:
+            step.note("files about a dataset, not read")
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
-        else:
-            yield Path(entry.path)
+        reason = saved.left_out.get(place.name, "")
+        yield _Candidate(source, place, _reader(source, place.name), source.licence, licences, reason)
+
+
+def _reader(source: SourceConfig, name: str) -> Reader:
+    return source.format if source.format != "auto" else READERS.get(inner_ending(name), "text")
+
+
+def _licences(places: list[Place]) -> dict[str, set[str]]:
+    """The licences that each folder of a tree has files of; an unknown one is empty."""
+    found: dict[str, set[str]] = {}
+    for place in places:
+        if is_licence_file(place.name):
+            folder = place.name.rpartition("/")[0] or "."
+            text = _beginning(place.path, LICENCE_BYTES).decode("utf-8", errors="replace")
+            found.setdefault(folder, set()).add(licence_of_text(text))
+    return found
+
+
+def _beginning(path: str, size: int) -> bytes:
+    with open_url(path) as file:
+        return file.read(size)
 
 
 def _inspect(candidate: _Candidate, step: Step) -> Input | None:
+    """The input of a candidate, or None if it cannot be read, which is counted."""
     step.documents_in += 1
-    label = f"{candidate.source.name}: {candidate.name}"
-    reader = _reader(candidate)
-    path = candidate.path
+    place = candidate.place
+    pack = unreadable_pack(place.name) if candidate.source.format == "auto" else ""
+    if pack and candidate.alone:
+        raise InputError(
+            f"{place.path} is not opened: {pack}.",
+            hint="Unpack it, or pack it again as .gz or .zst, and point the source at what comes out.",
+        )
     try:
-        if not path.is_file():
-            step.drop("unreadable", label)
-            return None
-        with path.open("rb") as file:
-            begin = file.read(SNIFFED)
-            size = os.fstat(file.fileno()).st_size
-            step.bytes_in += size
-            if not begin:
-                step.drop("empty", label)
-                return None
-            packed = path.suffix.lower() in COMPRESSIONS
-            if reader == "text" and not packed and looks_binary(begin):
-                step.drop("binary", label)
-                return None
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        step.drop("unreadable", label)
+        found = candidate.reason or pack or place.reason or _seen(candidate, step)
+    except failures() as error:
+        if is_url(place.path):
+            raise UnavailableError(
+                f"{place.path} could not be read: {error}.", hint="Try again later."
+            ) from error
+        found = "unreadable"
+    if isinstance(found, str):
+        step.drop(found, candidate.label)
         return None
-    if reader == "parquet" and begin[:4] != b"PAR1":
-        if path == Path(candidate.source.path).expanduser():
-            raise InputError(f"{path} is no parquet file: it does not begin with PAR1.")
-        step.drop("no parquet", label)
-        return None
-    step.keep(size)
-    return Input(candidate.source, candidate.name, str(path), size, digest, reader, candidate.licence)
+    step.keep(found.size)
+    return found
 
 
-def _reader(candidate: _Candidate) -> Reader:
-    if candidate.source.format != "auto":
-        return candidate.source.format
-    return READERS.get(inner_ending(candidate.name), "text")
+def _seen(candidate: _Candidate, step: Step) -> Input | str:
+    """The input of a file, or why there is none."""
+    place, source, reader = candidate.place, candidate.source, candidate.reader
+    state = state_of(place.path)
+    with open_url(place.path) as file:
+        begin = file.read(SNIFFED)
+        size = place.size if place.size >= 0 else file.seek(0, 2)
+        step.bytes_in += size
+        if not begin:
+            return "empty"
+        plain = ending(place.name) not in COMPRESSIONS
+        if reader == "text" and plain and looks_binary(begin):
+            return "binary"
+        if reader == "parquet" and begin[:4] != b"PAR1":
+            if candidate.alone:
+                raise InputError(f"{place.path} is no parquet file: it does not begin with PAR1.")
+            return "no parquet"
+        licence = candidate.licence
+        if candidate.licences is not None:
+            if reason := left_out(place.name, begin if plain else b""):
+                return reason
+            licence = licence or licence_of_file(place.name, begin if plain else b"", candidate.licences)
+        file.seek(0)
+        digest = place.digest or hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    found = Input(source, place.name, place.path, size, digest, reader, licence, state)
+    return replace(found, packages=packages_of(reader, source))
