@@ -36,7 +36,16 @@ UNITS = (
     "cpu_fp32_attention.c",
 )
 # as in kernels/variants.py: all text that goes into a library, in this order
-SOURCES = (*UNITS, "cpu_vector.h", "cpu_team.h", "cpu_product.h", "cpu_attention.h", "cpu_fp32.h")
+SOURCES = (
+    *UNITS,
+    "cpu_vector.h",
+    "cpu_team.h",
+    "cpu_product.h",
+    "cpu_amx.h",
+    "cpu_transpose.h",
+    "cpu_attention.h",
+    "cpu_fp32.h",
+)
 TOKENIZER = Path("src/lapis/tokenizer")
 # as in tokenizer/compiled.py: all text that goes into its library, in this order
 TOKENIZER_SOURCES = ("bpe_split.c", "bpe_merge.c", "bpe_encode.c", "bpe_train.c", "bpe.h", "bpe_merge.h")
@@ -46,6 +55,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": ("-march=x86-64-v3",),
         "avx512": ("-march=x86-64-v4",),
         "avx512bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     }
 # sums must keep the order in which the contract writes them: no contraction, no fast math
 FLAGS = (
@@ -105,8 +115,14 @@ class BuildKernels(build_ext):
         return self.built
 
     def _compile_all(self, compiler: list[str], folder: Path, scratch: Path) -> None:
-        define = f'-DLAPIS_SOURCE="{source_digest(PACKAGE, SOURCES)}"'
-        jobs = [(variant, unit) for variant in VARIANTS for unit in UNITS]
+        digest = source_digest(PACKAGE, SOURCES)
+        define = f'-DLAPIS_SOURCE="{digest}"'
+        made = [folder / f"cpu-{variant}.so" for variant in VARIANTS]
+        self.built += [str(path) for path in made if path.exists() and digest.encode() in path.read_bytes()]
+        variants = [
+            variant for variant, path in zip(VARIANTS, made, strict=True) if str(path) not in self.built
+        ]
+        jobs = [(variant, unit) for variant in variants for unit in UNITS]
 
         def compile_unit(job: tuple[str, str]) -> tuple[str, bool]:
             variant, unit = job
@@ -120,7 +136,7 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = dict(zip(jobs, pool.map(compile_unit, jobs), strict=True))
-        for variant in VARIANTS:
+        for variant in variants:
             errors = [results[variant, unit][0] for unit in UNITS if results[variant, unit][0]]
             threads = all(results[variant, unit][1] for unit in UNITS)
             self._link(compiler, folder / f"cpu-{variant}.so", scratch, variant, errors, threads)

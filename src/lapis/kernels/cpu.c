@@ -1,35 +1,85 @@
 // The forward operations of the numerical contract (contract.md), for rows of bf16 with fp32 sums.
 // Every output row is a function of its own inputs only: rows never share a sum, threads never split one.
-#include "cpu_vector.h"
+#include "cpu_amx.h"
 
 EXPORT const char *lapis_source(void) { return LAPIS_SOURCE; }
 EXPORT const char *lapis_compiler(void) { return __VERSION__; }
 
-// Does this CPU's dot product add as the contract says? 0 if so. Ordinary numbers and near-subnormal ones.
-EXPORT int lapis_check(void) {
-    uint64_t mode = flush_subnormals(), state = 88172645463325252u;
-    int differing = 0;
-    for (int round = 0; round < 4096; round++) {
-        uint32_t w[LANES], a = 0, exponents = round % 2 ? 0x3f803f80u : 0x20002000u;
-        float start[LANES];
-        for (int i = 0; i <= LANES; i++) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            uint32_t word = ((uint32_t)state & 0x87ff87ffu) + exponents;
-            if (i == LANES) a = word;
-            else {
-                w[i] = word;
-                uint32_t bits = ((uint32_t)(state >> 32) & 0x87ffffffu) + (round % 2 ? 0x3f800000u : 0x00800000u);
-                memcpy(&start[i], &bits, 4);
-            }
-        }
-        for (int i = 0; i < LANES; i += WIDE) {
-            const wide sum = load_wide(start + i), fast = dp(sum, a, load_wide_pairs(w + i));
-            const wide slow = dp_plain(sum, a, load_wide_pairs(w + i));
-            differing += memcmp(&fast, &slow, sizeof fast) != 0;
-        }
+static uint64_t next_random(uint64_t *state) {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    return *state ^= *state << 17;
+}
+// Numbers around 1, or near-subnormal ones: a pair of bf16, and an fp32.
+static uint32_t random_pair(uint64_t *state, int ordinary) {
+    return ((uint32_t)next_random(state) & 0x87ff87ffu) + (ordinary ? 0x3f803f80u : 0x20002000u);
+}
+static float random_sum(uint64_t *state, int ordinary) {
+    const uint32_t bits = ((uint32_t)next_random(state) & 0x87ffffffu) + (ordinary ? 0x3f800000u : 0x00800000u);
+    float sum;
+    memcpy(&sum, &bits, 4);
+    return sum;
+}
+
+static int dot_differs(uint64_t *state, int ordinary) {
+    uint32_t w[LANES];
+    float start[LANES];
+    const uint32_t a = random_pair(state, ordinary);
+    for (int i = 0; i < LANES; i++) {
+        w[i] = random_pair(state, ordinary);
+        start[i] = random_sum(state, ordinary);
     }
+    int differing = 0;
+    for (int i = 0; i < LANES; i += WIDE) {
+        const wide sum = load_wide(start + i), fast = dp(sum, a, load_wide_pairs(w + i));
+        const wide slow = dp_plain(sum, a, load_wide_pairs(w + i));
+        differing |= memcmp(&fast, &slow, sizeof fast) != 0;
+    }
+    return differing;
+}
+
+#if defined(__AMX_BF16__)
+// Leave to use tiles, which Linux gives a process that asks. 0 if it is given.
+static int ask_for_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+
+static int tile_differs(uint64_t *state, int ordinary) {
+    uint32_t x[TILE][TILE], w[TILE][COLUMNS];
+    float sum[TILE * COLUMNS];
+    for (int row = 0; row < TILE; row++)
+        for (int i = 0; i < TILE; i++) x[row][i] = random_pair(state, ordinary);
+    for (int pair = 0; pair < TILE; pair++)
+        for (int i = 0; i < COLUMNS; i++) w[pair][i] = random_pair(state, ordinary);
+    __asm__ volatile("" ::: "memory");  // as in add_rest
+    begin_tiles();
+    tile_product(1, (const bf16 *)x, TILE, BLOCK, (const bf16 *)w, sum);
+    end_tiles();
+    int differing = 0;
+    for (int row = 0; row < TILE; row++)
+        for (int i = 0; i < COLUMNS; i += WIDE) {
+            wide even = {0}, odd = {0};
+            for (int pair = 0; pair < TILE; pair++) {
+                const wide_pairs a = x[row][pair] - (wide_pairs){0}, b = load_wide_pairs(&w[pair][i]);
+                even = fused(even, (wide)(a << 16), (wide)(b << 16));
+                odd = fused(odd, (wide)(a & 0xffff0000u), (wide)(b & 0xffff0000u));
+            }
+            const wide slow = (wide){0} + (even + odd), fast = load_wide(sum + row * COLUMNS + i);
+            differing |= memcmp(&fast, &slow, sizeof fast) != 0;
+        }
+    return differing;
+}
+#else
+static int ask_for_tiles(void) { return 0; }
+static int tile_differs(uint64_t *state, int ordinary) { return (void)state, (void)ordinary, 0; }
+#endif
+
+// Do this CPU's dot product and tile product add as the contract says? 0 if so.
+EXPORT int lapis_check(void) {
+    if (ask_for_tiles()) return -1;
+    const uint64_t mode = flush_subnormals();
+    uint64_t state = 88172645463325252u;
+    int differing = 0;
+    for (int round = 0; round < 4096; round++) differing += dot_differs(&state, round % 2);
+    for (int round = 0; round < 16; round++) differing += tile_differs(&state, round % 2);
     restore_mode(mode);
     return differing;
 }

@@ -1,11 +1,18 @@
 // Products with weights: y = x w^T under the numerical contract (contract.md), and their gradients.
 // Rows never share a sum and threads never split one, so tiles, blocks and threads cannot be seen in the bits.
-#include "cpu_product.h"
+#include "cpu_amx.h"
+#include "cpu_transpose.h"
 
 #define PACK_PAIRS 64            // pairs of rows that are packed at a time
 #define PACK_PANELS 8             // panels that are packed at a time
+#define PANEL_ROWS 12             // as in cpu_library.py: sizes the work of the weight gradient
 #define BIAS_COLUMNS 128          // whose sums over the rows are made at a time
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define TILE_ROWS 32
+#define WIDE_ROWS 0
+#define FETCH_ROWS 64  // never
+#define FEW_ROWS 32
+#elif defined(__AVX512F__)
 #define TILE_ROWS 12  // 24 sums of 16 lanes in 32 registers
 #define WIDE_ROWS 4   // so few rows take two weight tiles at once, to have enough sums under way
 #define FETCH_ROWS 5  // from so many to FEW_ROWS, a pass over a tile asks for the next one
@@ -42,6 +49,26 @@ EXPORT void lapis_pack(const bf16 *w, bf16 *packed, int64_t N, int64_t K) {
             for (int64_t n = 0; n < columns; n++) out[k * COLUMNS + n] = first[n * pairs + k];
     }
 }
+
+#if defined(__AMX_BF16__)
+__thread int64_t tiles_rows;
+
+static __attribute__((noinline)) void rows_of_tile(int64_t rows, const struct linear *op, int64_t row, int64_t tile,
+                                                   struct fetch fetch) {
+    float sum[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
+    const bf16 *x = op->x + row * op->K, *w = op->packed + tile * COLUMNS * op->K;
+    (void)fetch;
+    claim_output((int)rows, &op->out, row, tile);
+    if (rows > TILE) tile_product(2, x, rows, op->K, w, sum);
+    else tile_product(1, x, rows, op->K, w, sum);
+    for (int64_t r = 0; r < rows; r++)
+        for (int c = 0; c < COLUMNS; c += LANES) finish(&op->out, row + r, tile * COLUMNS + c, load(sum + r * COLUMNS + c));
+}
+INLINE int64_t next_rows(int64_t left) { return left < TILE_ROWS ? left : TILE_ROWS; }
+static void linear_few_rows(const struct linear *op, int64_t tiles) { (void)op, (void)tiles; }
+#else
+INLINE void begin_tiles(void) {}
+INLINE void end_tiles(void) {}
 
 // The odd elements of pairs (shift 0) or the even ones (16) as fp32.
 INLINE wide widen_half(wide_pairs pairs, const int shift) { return (wide)((pairs << shift) & 0xffff0000u); }
@@ -139,6 +166,10 @@ static const tile_function tiles_by_rows[] = {
 #endif
 };
 
+INLINE void rows_of_tile(int64_t rows, const struct linear *op, int64_t row, int64_t tile, struct fetch fetch) {
+    tiles_by_rows[rows](op, row, tile, fetch);
+}
+
 static void linear_few_rows(const struct linear *op, int64_t tiles) {
     const int64_t pairs_of_tiles = (tiles + 1) / 2;
 #pragma omp for schedule(static) nowait
@@ -148,6 +179,7 @@ static void linear_few_rows(const struct linear *op, int64_t tiles) {
     }
     team_barrier();
 }
+#endif
 
 // Some rows: they wait for the weights, so the last of them ask for the next tile.
 static void linear_some_rows(const struct linear *op, int64_t tiles) {
@@ -157,7 +189,7 @@ static void linear_some_rows(const struct linear *op, int64_t tiles) {
             n = tile_rows(op->rows - row, TILE_ROWS);
             const int64_t bytes = op->K * COLUMNS * 2;
             const char *next = (const char *)op->packed + (tile + 1) * bytes;
-            tiles_by_rows[n](op, row, tile, fetch_part(next, bytes, op->K / 2, row > 0, op->rows > TILE_ROWS ? 2 : 1));
+            rows_of_tile(n, op, row, tile, fetch_part(next, bytes, op->K / 2, row > 0, op->rows > TILE_ROWS ? 2 : 1));
         }
     team_barrier();
 }
@@ -177,7 +209,7 @@ static void linear_blocks(const struct linear *op, int64_t tiles) {
             const int64_t end = start + block_rows < op->rows ? start + block_rows : op->rows;
             for (int64_t row = start; row < end;) {
                 const int64_t n = next_rows(end - row);
-                tiles_by_rows[n](op, row, tile, fetch_nothing(op->packed));
+                rows_of_tile(n, op, row, tile, fetch_nothing(op->packed));
                 row += n;
             }
         }
@@ -188,9 +220,11 @@ EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16
                               const bf16 *bias, const bf16 *residual, void *y, int fp32) {
     const struct linear op = {x, packed, rows, K, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
     const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
+    begin_tiles();
     if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
     else if (rows <= FEW_ROWS) linear_some_rows(&op, tiles);
     else linear_blocks(&op, tiles);
+    end_tiles();
 }
 
 EXPORT void lapis_linear(const bf16 *x, int64_t rows, int64_t K, const bf16 *packed, int64_t N, const bf16 *bias,
@@ -255,7 +289,7 @@ static void grouped_tile(const struct grouped *op, const struct output *out, int
     const int64_t tile = (w->N + COLUMNS - 1) / COLUMNS - (s->end - item);
     for (int64_t row = 0, n; row < s->rows; row += n) {
         n = tile_rows(s->rows - row, TILE_ROWS);
-        tiles_by_rows[n](&one, row, tile, fetch_nothing(w->packed));
+        rows_of_tile(n, &one, row, tile, fetch_nothing(w->packed));
     }
 }
 
@@ -281,6 +315,7 @@ EXPORT void lapis_linear_grouped_team(const bf16 *x, int64_t rows, int64_t share
     }
     team_barrier();
     const struct output out = {.y = y, .residual = residual, .fp32 = fp32, .stride = N};
+    begin_tiles();
     if (rows <= TILE_ROWS) {
 #pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
@@ -290,6 +325,7 @@ EXPORT void lapis_linear_grouped_team(const bf16 *x, int64_t rows, int64_t share
         for (int64_t item = 0; item < items; item++) grouped_tile(&op, &out, item);
         team_barrier();
     }
+    end_tiles();
 }
 
 EXPORT void lapis_linear_grouped(const bf16 *x, int64_t rows, int64_t shared, int64_t K, const int32_t *group,
@@ -331,6 +367,53 @@ EXPORT void lapis_pack_rows(const bf16 *x, bf16 *packed, int64_t rows, int64_t w
         }
 }
 
+#if defined(__AMX_BF16__)
+// 32 rows from `row` on and 16 columns of g[rows][N] as 16 words of pairs for each column; zeros beyond the matrix.
+INLINE void turn_part(const bf16 *g, int64_t rows, int64_t N, int64_t row, int64_t first, u32x16 *words) {
+    const bf16 *from = g + row * N + first;
+    if (row + 2 * LANES <= rows && first + LANES <= N) {
+#pragma GCC unroll 16
+        for (int64_t pair = 0; pair < LANES; pair++)
+            words[pair] = ((u32x16)load_bf16(from + 2 * pair * N) >> 16) | (u32x16)load_bf16(from + (2 * pair + 1) * N);
+    } else {
+        const int64_t columns = N - first < LANES ? N - first : LANES;
+        for (int64_t pair = 0; pair < LANES; pair++) {
+            bf16 part[2][LANES] = {{0}};
+            for (int64_t i = 0; i < 2; i++)
+                if (row + 2 * pair + i < rows) memcpy(part[i], from + (2 * pair + i) * N, (size_t)columns * 2);
+            interleave(part[0], part[1], (bf16 *)&words[pair]);
+        }
+    }
+    transpose_words(words);
+}
+
+// g[rows][N] transposed: [N][inner], inner even, padded with zeros.
+static void turn_rows(const bf16 *g, bf16 *turned, int64_t rows, int64_t N, int64_t inner) {
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < N; first += LANES)
+        for (int64_t row = 0; row < inner; row += 2 * LANES) {
+            u32x16 words[LANES];
+            turn_part(g, rows, N, row, first, words);
+            const size_t bytes = inner - row < 2 * LANES ? (size_t)(inner - row) * 2 : 64;
+            bf16 *out = turned + first * inner + row;
+            for (int64_t i = 0; i < LANES && first + i < N; i++) memcpy(out + i * inner, &words[i], bytes);
+        }
+}
+
+static void product_of_turned(const bf16 *g, bf16 *dw, bf16 *work, const bf16 *packed, int64_t rows, int64_t N, int64_t K,
+                              int64_t inner) {
+    const struct linear op = {work, packed, N, inner, {.y = dw, .residual = dw, .N = K}};
+    turn_rows(g, work, rows, N, inner);
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+        begin_tiles();
+        linear_blocks(&op, (K + COLUMNS - 1) / COLUMNS);
+        end_tiles();
+        restore_mode(mode);
+    }
+}
+#else
 // g[rows][N] transposed into panels [ceil(N/TILE_ROWS)][ceil(rows/2)][TILE_ROWS][2], padded with zeros.
 static void pack_panels(const bf16 *g, bf16 *panels, int64_t rows, int64_t N) {
     const int64_t pairs = (rows + 1) / 2, count = (N + TILE_ROWS - 1) / TILE_ROWS;
@@ -365,15 +448,21 @@ static void linear_panels(const struct linear *op) {
     }
 }
 
+static void product_of_turned(const bf16 *g, bf16 *dw, bf16 *work, const bf16 *packed, int64_t rows, int64_t N, int64_t K,
+                              int64_t inner) {
+    const struct linear op = {work, packed, N, inner, {.y = dw, .residual = dw, .N = K}};
+    pack_panels(g, work, rows, N);
+    linear_panels(&op);
+}
+#endif
+
 // dw[N][K] += g[rows][N]^T x[rows][K]. work: bf16 [2 * ceil(rows/2)][N + 12 + K + 32].
 EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw, bf16 *work, int64_t rows, int64_t N,
                                          int64_t K) {
     const int64_t inner = (rows + 1) / 2 * 2;
-    bf16 *packed = work + (N + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * inner;
-    const struct linear op = {work, packed, N, inner, {.y = dw, .residual = dw, .N = K}};
-    pack_panels(g, work, rows, N);
+    bf16 *packed = work + (N + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS * inner;
     lapis_pack_rows(x, packed, rows, K);
-    linear_panels(&op);
+    product_of_turned(g, dw, work, packed, rows, N, K, inner);
 }
 
 // db[N] += the sum of the rows of g[rows][N], each column one fp32 chain.

@@ -5,7 +5,7 @@
 // 32 columns: [columns/32][rows/2][32][2], that is, words of two neighbouring rows. It is the layout of both operands
 // of a product over the rows. X is kept twice: `pairs` is the pair form of X, `turned` that of its transpose.
 // A symmetric matrix needs one form only, and only its blocks on and below the diagonal are computed.
-#include "cpu_vector.h"
+#include "cpu_transpose.h"
 
 #define SIDE 32               // a block is SIDE x SIDE elements
 #define WORDS (SIDE * SIDE / 2)  // of a block
@@ -44,27 +44,6 @@ INLINE void store_rows(uint32_t *words, f32x16 even, f32x16 odd) {
 // ---- the transpose of a block in pair form
 
 #if defined(__AVX512F__)
-#define LANE(d, l) ((l) & d ? 16 + ((l) ^ d) : (l))
-#define LANE_BACK(d, l) ((l) & d ? 16 + (l) : ((l) ^ d))
-#define SHUFFLE(x, y, f, d)                                                                                     \
-    __builtin_shufflevector(x, y, f(d, 0), f(d, 1), f(d, 2), f(d, 3), f(d, 4), f(d, 5), f(d, 6), f(d, 7), f(d, 8), \
-                            f(d, 9), f(d, 10), f(d, 11), f(d, 12), f(d, 13), f(d, 14), f(d, 15))
-#define EVERY_OTHER(first, l) (2 * (l) + first)
-#define ZIP(first, l) ((first + (l)) / 2 + ((l) & 1 ? 16 : 0))
-#define SWAP(v, d)                                                    \
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & d)) { \
-        const u32x16 upper = v[i], lower = v[i + d];                  \
-        v[i] = SHUFFLE(upper, lower, LANE, d);                        \
-        v[i + d] = SHUFFLE(upper, lower, LANE_BACK, d);               \
-    }
-
-INLINE void transpose_words(u32x16 *v) {
-    SWAP(v, 8)
-    SWAP(v, 4)
-    SWAP(v, 2)
-    SWAP(v, 1)
-}
-
 static void turn(const uint32_t *in, uint32_t *out) {
     u32x16 even[16], odd[16];
     for (int q = 0; q < 16; q++) {

@@ -18,6 +18,7 @@ from lapis.kernels.ops import Rope
 
 Array = npt.NDArray[np.float32]
 LANES = 16
+TILE_K = 32  # elements of K in a tile product
 
 
 def linear(
@@ -27,18 +28,39 @@ def linear(
     *,
     bias_N: Tensor | None = None,
     fp32: bool = False,
+    tiles: bool = False,
 ) -> Tensor:
-    """One chain over K from +0; in each pair the odd element first; then + bias, then + residual; one rounding."""
+    """The chain of K, or its tiles; then + bias, then + residual; one rounding."""
     x, w = _array(x_TK), _array(w_NK)
-    sums = np.zeros((x.shape[0], w.shape[0]), np.float32)
-    for k in range(0, x.shape[1], 2):
-        sums = sums + x[:, k + 1, None] * w[None, :, k + 1]
-        sums = sums + x[:, k, None] * w[None, :, k]
+    sums = _in_tiles(x, w) if tiles else _chain(x, w)
     if bias_N is not None:
         sums = sums + _array(bias_N)
     if residual_TN is not None:
         sums = sums + _array(residual_TN)
     return torch.from_numpy(sums) if fp32 else _bf16(sums)
+
+
+def _chain(x_TK: Array, w_NK: Array) -> Array:
+    """One chain over K from +0; in each pair the odd element first."""
+    sums_TN: Array = np.zeros((len(x_TK), len(w_NK)), np.float32)
+    for k in range(0, x_TK.shape[1], 2):
+        sums_TN = sums_TN + x_TK[:, k + 1, None] * w_NK[None, :, k + 1]
+        sums_TN = sums_TN + x_TK[:, k, None] * w_NK[None, :, k]
+    return sums_TN
+
+
+def _in_tiles(x_TK: Array, w_NK: Array) -> Array:
+    """Blocks of 32 of K in order; in each the chain of its even elements + that of its odd ones."""
+    sums_TN: Array = np.zeros((len(x_TK), len(w_NK)), np.float32)
+    for block in range(0, x_TK.shape[1], TILE_K):
+        chains = []
+        for first in (block, block + 1):
+            chain_TN: Array = np.zeros_like(sums_TN)
+            for k in range(first, min(block + TILE_K, x_TK.shape[1]), 2):
+                chain_TN = chain_TN + x_TK[:, k, None] * w_NK[None, :, k]
+            chains.append(chain_TN)
+        sums_TN = sums_TN + (chains[0] + chains[1])
+    return sums_TN
 
 
 def rms_norm(x_TH: Tensor, w_H: Tensor, eps: float) -> Tensor:

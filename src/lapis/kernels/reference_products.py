@@ -99,32 +99,36 @@ def experts(
     gate_up_ENH: Tensor | Quantized,
     down_EHF: Tensor | Quantized,
     residual_TH: Tensor,
+    tiles: bool = False,
 ) -> Tensor:
     """From +0 in the order of A: + weight · (fp32 chain of down); then the residual, then one rounding."""
     rows = []
     for t in range(len(x_TH)):
         sum_H: Array = np.zeros(x_TH.shape[1], np.float32)
         for e, weight in zip(expert_TA[t].tolist(), weight_TA[t].tolist(), strict=True):
-            h = silu_mul(_linear_of(gate_up_ENH, e, x_TH[t : t + 1], fp32=False))
-            z_H: Array = _linear_of(down_EHF, e, h, fp32=True)[0].numpy()
+            h = silu_mul(_linear_of(gate_up_ENH, e, x_TH[t : t + 1], tiles, fp32=False))
+            z_H: Array = _linear_of(down_EHF, e, h, tiles, fp32=True)[0].numpy()
             sum_H = sum_H + z_H * np.float32(weight)
         rows.append(sum_H + _array(residual_TH[t]))
     return _bf16(np.stack(rows))
 
 
-def _linear_of(w_ENK: Tensor | Quantized, e: int, x_TK: Tensor, *, fp32: bool) -> Tensor:
+def _linear_of(w_ENK: Tensor | Quantized, e: int, x_TK: Tensor, tiles: bool, *, fp32: bool) -> Tensor:
     if isinstance(w_ENK, Quantized):
         return linear_quantized(x_TK, w_ENK.part(e), fp32=fp32)
-    return linear(x_TK, w_ENK[e], fp32=fp32)
+    return linear(x_TK, w_ENK[e], fp32=fp32, tiles=tiles)
 
 
-def lora(y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor) -> Tensor:
+def lora(
+    y_TN: Tensor, x_TK: Tensor, pairs: Sequence[AdapterPair], adapter_T: Tensor, tiles: bool = False
+) -> Tensor:
     """Two linears with a rounding between; y is the residual of the second."""
     out_TN = y_TN.clone()
     for t, adapter in enumerate(adapter_T.tolist()):
         pair = pairs[adapter] if adapter >= 0 else None
         if pair is not None:
-            out_TN[t] = linear(linear(x_TK[t : t + 1], pair[0]), pair[1], y_TN[t : t + 1])[0]
+            inner_1R = linear(x_TK[t : t + 1], pair[0], tiles=tiles)
+            out_TN[t] = linear(inner_1R, pair[1], y_TN[t : t + 1], tiles=tiles)[0]
     return out_TN
 
 

@@ -32,6 +32,8 @@ SOURCES = (
     "cpu_vector.h",
     "cpu_team.h",
     "cpu_product.h",
+    "cpu_amx.h",
+    "cpu_transpose.h",
     "cpu_attention.h",
     "cpu_fp32.h",
 )
@@ -49,11 +51,15 @@ _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # fastest first: name -> CPU flags it needs, as Linux names them
 VARIANTS: dict[str, frozenset[str]] = {
+    "amx": _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
     "avx512bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
     "avx512": _V4,
     "avx2": _V3,
     "portable": frozenset(),
 }
+
+
+IN_TILES = frozenset({"amx"})  # variants whose linear adds in the contract's second order
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def library(variant: str) -> ctypes.CDLL:
     if found.lapis_source().decode() != source_digest():
         raise UnavailableError(f"the {variant} kernels were built from other sources", hint=REBUILD)
     if found.lapis_check() != 0:
-        raise UnavailableError("this CPU's bf16 dot product adds in another order than the contract")
+        raise UnavailableError(f"this CPU does not add as the contract says, or gives no leave for {variant}")
     return found
 
 
