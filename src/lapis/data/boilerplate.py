@@ -28,9 +28,9 @@ from lapis.data.columns import part_facts, part_file, part_writer
 from lapis.data.dedup import content_digest, normal_digest
 from lapis.data.document import Document
 from lapis.data.documents import SCHEMA, PartFacts, documents_of
+from lapis.data.input import Input
 from lapis.data.recipe import BoilerplateConfig
 from lapis.data.report import Step
-from lapis.data.sources import Input
 from lapis.data.workers import run_tasks
 from lapis.storage import atomic_file
 
