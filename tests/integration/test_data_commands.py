@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from lapis.cli import data, tokenizer
 from lapis.data.shards import Dataset
 from lapis.errors import ConfigError, InputError, NotFoundError
+from lapis.home import Home
 from lapis.tokenizer.bpe import Tokenizer
-from tests.texts import prose, write_corpus
+from tests.texts import changed, prose, write_corpus
 
 
 @pytest.fixture
@@ -51,6 +52,39 @@ def test_prepare_as_json_and_with_settings(recipe: Path) -> None:
         run(data.group, "prepare", str(recipe), "--set", "tokenizer.vocabsize=300")
     with pytest.raises(InputError, match="no file or folder"):
         run(data.group, "prepare", str(recipe), "--set", 'data.sources=[{path="/nowhere/at/all"}]')
+
+
+def test_rules_shows_what_each_costs_and_what_other_thresholds_would_without_making_anything(
+    recipe: Path, home: Home
+) -> None:
+    with pytest.raises(NotFoundError, match="Not there yet: documents"):
+        run(data.group, "rules", str(recipe))
+    text = recipe.parent / "text"
+    (text / "short.txt").write_text("Three words only.")
+    (text / "near.txt").write_text(changed(prose(9), 1, 0.06))
+    facts = json.loads(run(data.group, "prepare", str(recipe), "--json"))
+    before = sorted(home.data.iterdir())
+    found = json.loads(run(data.group, "rules", str(recipe), "--set", "data.dedup.threshold=0.95", "--json"))
+    assert before == sorted(home.data.iterdir())
+    kept = found["present"]["kept"]
+    assert kept["documents"] == facts["statistics"]["documents"]
+    assert kept["tokens"] == pytest.approx(facts["statistics"]["tokens"], rel=0.001)
+    present, other = ({row["reason"]: row for row in found[key]["reasons"]} for key in ("present", "changed"))
+    short = present["too few words"]
+    assert (short["documents"], short["alone_documents"], short["bytes"]) == (1, 1, 17)
+    assert present["near-duplicate"]["documents"] == 1
+    assert other["near-duplicate"]["documents"] == 0
+    assert found["changed"]["kept"]["documents"] != kept["documents"]
+    shown = run(data.group, "rules", str(recipe), "--set", "data.dedup.threshold=0.95")
+    assert "near-duplicate" in shown and "trained on" in shown and "as in the prepared dataset" in shown
+    with pytest.raises(NotFoundError, match="change what is measured"):
+        run(data.group, "rules", str(recipe), "--set", "data.document_chars=1000")
+
+
+def test_preview_prints_what_it_predicts_and_leaves_nothing(recipe: Path, home: Home) -> None:
+    shown = run(data.group, "preview", str(recipe), "--workers", "1")
+    assert "training tokens" in shown and "documents kept" in shown
+    assert [path.name for path in home.data.iterdir()] == []
 
 
 def test_inspect_shows_licences_statistics_and_documents(recipe: Path) -> None:

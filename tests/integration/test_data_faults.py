@@ -101,7 +101,7 @@ def files(dataset: Dataset) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in dataset.folder.iterdir() if path.name != "report.json"}
 
 
-def made(home: Path) -> Dataset:
+def made_dataset(home: Path) -> Dataset:
     """The one dataset of a home."""
     (folder,) = home.glob("data/tokens-*")
     return Dataset.open(folder)
@@ -111,12 +111,13 @@ def half_written(home: Path) -> list[Path]:
     return [path for path in home.rglob("*") if path.name.endswith((".part", ".work"))]
 
 
-def test_killed_at_a_dozen_moments_it_gives_the_same_bytes(
-    recipe: Path, whole: Dataset, tmp_path: Path
+@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_gives_the_same_bytes(
+    recipe: Path, whole: Dataset, tmp_path: Path, kills: int
 ) -> None:
     home = tmp_path / "home"
     groups, interrupted = [], 0
-    for moment in random.Random(7).choices(range(20, 160), k=12):  # hundredths of a second
+    for moment in random.Random(7).choices(range(20, 160), k=kills):  # hundredths of a second
         process = start(recipe, home, "--workers", "2")
         groups.append(process.pid)
         try:
@@ -126,13 +127,31 @@ def test_killed_at_a_dozen_moments_it_gives_the_same_bytes(
         process.kill()  # only the parent: its workers must notice
         process.communicate()
         if process.returncode == 0:  # it came through: check it, and be killed at the beginning again
-            assert files(made(home)) == files(whole)
+            assert files(made_dataset(home)) == files(whole)
             shutil.rmtree(home)
-    assert interrupted >= 6
+    assert interrupted >= kills // 2
     assert finish(start(recipe, home))[0] == 0
-    assert files(made(home)) == files(whole)
+    assert files(made_dataset(home)) == files(whole)
     assert half_written(home) == []
     wait_for_end(groups)
+
+
+def test_killed_while_it_annotates_it_goes_on_where_it_was(
+    recipe: Path, whole: Dataset, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    process = start(recipe, home, "--workers", "1")
+    while not (done := list(home.glob("data/.quality-*.work/part-*.json"))):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert not list(home.glob("data/quality-*")), "it was killed inside the stage"
+    parts = {path.name: path.stat().st_ino for path in done}
+    assert finish(start(recipe, home, "--workers", "2"))[0] == 0
+    (stage,) = home.glob("data/quality-*")
+    assert {name: (stage / name).stat().st_ino for name in parts} == parts, "not made again"
+    assert files(made_dataset(home)) == files(whole)
 
 
 def test_a_full_disk_is_an_error_and_the_next_run_finishes(
@@ -147,7 +166,7 @@ def test_a_full_disk_is_an_error_and_the_next_run_finishes(
         assert not [path for path in home.rglob("*.part") if path.is_file()]
     assert finish(start(recipe, home))[0] == 0
     assert half_written(home) == []
-    assert files(made(home)) == files(whole)
+    assert files(made_dataset(home)) == files(whole)
 
 
 def at_work(process: subprocess.Popen[bytes]) -> None:

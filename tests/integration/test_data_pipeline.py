@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from lapis.config import parse
 from lapis.data.pipeline import find, prepare
 from lapis.data.recipe import DataConfig, DedupConfig, HeldoutConfig, SourceConfig, TokenizerConfig
 from lapis.data.shards import Dataset
+from lapis.data.verdicts import Decided
 from lapis.data.workers import run_tasks
 from lapis.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from lapis.home import Home
@@ -96,6 +102,75 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(home: Home, tmp_path
     (folder / "0000.txt").write_text(prose(500))
     changed_input = prepare(data, SMALL, home, workers=1)
     assert changed_input.digest != first.digest
+
+
+def stages(home: Home) -> Counter[str]:
+    return Counter(path.name.rpartition("-")[0] for path in home.data.iterdir() if path.name != ".locks")
+
+
+@pytest.mark.parametrize(
+    ("change", "remade"),
+    [
+        ({"dedup": {"threshold": 0.6}}, "split tokenizer tokens"),
+        ({"heldout": {"min_bytes": 3000}}, "split tokenizer tokens"),
+        ({"max_bytes": 60_000}, "split tokenizer tokens"),
+        ({"filters": {"enabled": False}}, "split tokenizer tokens"),
+        ({"document_chars": 1000}, "documents quality sketch split tokenizer tokens"),
+    ],
+)
+def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(
+    home: Home, tmp_path: Path, change: dict[str, object], remade: str
+) -> None:
+    folder = source(write_corpus(tmp_path / "a", 40))
+    prepare(config(folder), SMALL, home, workers=1)
+    before = stages(home)
+    prepare(config(folder, **change), SMALL, home, workers=1)
+    assert sorted(stages(home) - before) == remade.split()
+
+
+def test_any_partition_of_the_same_documents_gives_the_same_tokens(tmp_path: Path) -> None:
+    texts = [prose(n, 100 + n) for n in range(60)] + [prose(3, 103), changed(prose(50, 150), 1, 0.05)]
+    files_of(tmp_path / "files", texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "all.parquet")
+    (tmp_path / "lines").mkdir()
+    for n in range(5):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[n::5])
+        packed = zstandard.compress(lines.encode())
+        (tmp_path / "lines" / f"{n}.jsonl.zst").write_bytes(packed)
+    found = []
+    for name in ("files", "all.parquet", "lines"):
+        dataset = prepare(config(source(tmp_path / name)), SMALL, Home(tmp_path / f"home-{name}"), workers=1)
+        assert step(dataset, "dedup") == {"exact duplicate": 1, "near-duplicate": 1}
+        streams = {key: value for key, value in files(dataset).items() if not key.endswith(("jsonl", "json"))}
+        held = [(document.id, document.text) for document in dataset.heldout()]
+        found.append((streams, dataset.tokenizer.digest, held))
+    assert found[0] == found[1] == found[2]
+
+
+def files_of(folder: Path, texts: list[str]) -> None:
+    folder.mkdir()
+    for n, text in enumerate(texts):
+        (folder / f"{n}.txt").write_text(text, encoding="utf-8")
+
+
+def test_every_document_has_a_verdict_and_every_duplicate_its_survivor(home: Home, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "a", 40)
+    copies = {"copy.txt": prose(5), "near.txt": changed(prose(6), 1, 0.05), "short.txt": "too short"}
+    for name, text in copies.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    dataset = prepare(config(source(folder)), SMALL, home, workers=1)
+    (split,) = home.data.glob("split-*")
+    found = Decided(split)
+    assert sum(map(len, found.rows.values())) == len(found.documents) == 43
+    assert len(found.rows["", ""]) == dataset.manifest["documents"]
+    (short,) = found.rows["quality", "too few words"]
+    assert found.document(short).path == "short.txt"
+    clusters = [{found.document(row).path for row in rows} for rows in found.clusters]
+    assert sorted(map(sorted, clusters)) == [["0005.txt", "copy.txt"], ["0006.txt", "near.txt"]]
+    gone = found.rows["dedup", "exact duplicate"] + found.rows["dedup", "near-duplicate"]
+    assert sorted(gone) == sorted(row for rows in found.clusters for row in rows[1:])
+    held = {document.path for document in dataset.heldout()}
+    assert {found.document(row).path for row in found.rows["split", "held out"]} == held
 
 
 def test_a_given_tokenizer_is_used(home: Home, tmp_path: Path) -> None:

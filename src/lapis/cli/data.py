@@ -49,6 +49,44 @@ def prepare(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
 
 
 @group.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "sets", multiple=True, metavar="a.b=c", help="Override one setting; repeatable.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes; 0 is one per core.")
+@json_option
+def preview(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) -> None:
+    """Measure 1 % of RECIPE's input and predict what the full run keeps, takes and writes."""
+    from lapis.data.preview import preview as preview_data
+    from lapis.home import Home
+    from lapis.log import progress
+
+    loaded = _recipe(recipe, sets)
+    with progress("preview") as report:
+        found = preview_data(
+            loaded.sources, loaded.tokenizer, Home.default(), workers=workers, progress=report
+        )
+    if as_json:
+        totals = {"total_seconds": found.total_seconds, "total_disk": found.total_disk}
+        print_json({**asdict(found), **totals})
+        return
+    say(f"measured {found.sample_documents:,} documents, {found.sample_bytes / 1e6:,.1f} MB of text")
+    facts = [
+        ("documents read", f"{found.documents:,}"),
+        ("text read", f"{found.bytes / 1e6:,.1f} MB"),
+        ("documents kept", f"{found.kept_documents:,}"),
+        ("text kept", f"{found.kept_bytes / 1e6:,.1f} MB"),
+        ("duplicates among what rules keep", f"{found.duplicates:.1%}"),
+        ("training tokens", f"{found.tokens:,}"),
+        (f"time with {found.workers} workers", f"{found.total_seconds:,.0f} s"),
+        ("disk", f"{found.total_disk / 1e6:,.0f} MB"),
+    ]
+    print_table(("predicted for the full run", ""), facts)
+    say()
+    print_table(("step", "seconds"), [(step, round(spent, 1)) for step, spent in found.seconds.items()])
+    say()
+    print_table(("stage", "MB"), [(stage, size / 1e6) for stage, size in found.disk.items()])
+
+
+@group.command()
 @click.argument("dataset", type=click.Path(path_type=Path), metavar="DATASET|RECIPE")
 @click.option("--documents", type=click.IntRange(min=0), default=3, help="How many documents to show.")
 @json_option
@@ -71,6 +109,74 @@ def inspect(dataset: Path, documents: int, as_json: bool) -> None:
         licence = shown["licence"] or "licence unknown"
         say(f"\n--- {shown['source']}: {shown['path']} ({licence}, {shown['tokens']:,} tokens)")
         say(str(shown["text"]))
+
+
+@group.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "sets", multiple=True, metavar="a.b=c", help="Show another threshold beside; repeatable."
+)
+@json_option
+def rules(recipe: Path, sets: tuple[str, ...], as_json: bool) -> None:
+    """Show what each rule of RECIPE costs, from what is known about its documents: nothing is computed again.
+
+    FIRST counts documents that no rule before it drops, ALONE all that it would drop by itself. With --set the
+    recipe's own thresholds stand beside the changed ones.
+    """
+    from lapis.data.costs import BYTES_PER_TOKEN, bytes_per_token, reason_costs
+    from lapis.data.sources import list_inputs
+    from lapis.home import Home
+
+    loaded, home = _recipe(recipe, ()), Home.default()
+    listing = list_inputs(loaded.sources)
+    known = bytes_per_token(loaded.sources, loaded.tokenizer, listing, home)
+    ratio = known or BYTES_PER_TOKEN
+    found = {"present": reason_costs(loaded.sources, loaded.tokenizer, listing, home).plain(ratio)}
+    if sets:
+        changed = _recipe(recipe, sets)
+        listing = list_inputs(changed.sources)
+        found["changed"] = reason_costs(changed.sources, changed.tokenizer, listing, home).plain(ratio)
+    if as_json:
+        print_json({"bytes_per_token": ratio, "measured": known is not None, **found})
+        return
+    _print_costs(**found)
+    source = "as in the prepared dataset" if known else "assumed: the recipe has no dataset yet"
+    say(f"\nTokens are estimated at {ratio:.2f} bytes each ({source}).")
+
+
+def _print_costs(present: dict[str, Any], changed: dict[str, Any] | None = None) -> None:
+    """One row a reason; with changed thresholds, what it costs then and how many tokens more."""
+    columns = ["step", "reason", "documents", "MB", "tokens", "alone documents", "alone MB", "alone tokens"]
+    shown = [_cost_row(row) for row in present["reasons"]]
+    kept = [_kept_row(present)]
+    if changed is not None:
+        columns += ["changed documents", "changed MB", "changed tokens", "tokens more"]
+        after = {(row["step"], row["reason"]): row for row in changed["reasons"]}
+        before = {(row["step"], row["reason"]): row for row in present["reasons"]}
+        none = {"documents": 0, "bytes": 0, "tokens": 0}
+        shown = []
+        for key in dict.fromkeys([*before, *after]):
+            old, new = before.get(key, none), after.get(key, none)
+            shown.append([*_cost_row({"step": key[0], "reason": key[1], **old}), *_changed(old, new)])
+        kept[0] += _changed(present["kept"], changed["kept"])
+    print_table(columns, [*(row for row in shown if any(row[2:])), *kept])
+
+
+def _cost_row(row: dict[str, Any]) -> list[object]:
+    alone = row.get("alone_bytes")
+    return [
+        *(row["step"], row["reason"], row["documents"], row["bytes"] / 1e6, row["tokens"]),
+        *(row.get("alone_documents"), None if alone is None else alone / 1e6, row.get("alone_tokens")),
+    ]
+
+
+def _kept_row(costs: dict[str, Any]) -> list[object]:
+    kept = costs["kept"]
+    return ["trained on", "", kept["documents"], kept["bytes"] / 1e6, kept["tokens"], None, None, None]
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[object]:
+    return [new["documents"], new["bytes"] / 1e6, new["tokens"], new["tokens"] - old["tokens"]]
 
 
 def _recipe(path: Path, sets: tuple[str, ...]) -> Recipe:

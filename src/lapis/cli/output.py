@@ -30,13 +30,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     """Rows under column names, aligned: numbers to the right, text to the left."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
     for line in [list(columns), *cells]:
         text = "  ".join(
             value.rjust(width) if to_right else value.ljust(width)
             for value, width, to_right in zip(line, widths, right, strict=True)
         )
         say(_bold(text.rstrip()) if line == list(columns) else text.rstrip())
+
+
+def _numeric(values: list[object]) -> bool:
+    known = [value for value in values if value is not None]
+    return bool(known) and all(isinstance(value, int | float) for value in known)
 
 
 def _cell(value: object) -> str:

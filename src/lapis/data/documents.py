@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from lapis.data.columns import Columns, Rows, part_facts, part_file, part_writer
@@ -45,6 +46,32 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A part of the input: which parts of it are read, and which of their documents are kept, as fractions.
+
+    Both are chosen by digests of names, so the choice depends on no order, and a smaller sample lies within a
+    larger one.
+    """
+
+    parts: float = 1.0
+    rows: float = 1.0
+
+    def takes_part(self, part: Part) -> bool:
+        """Whether a part is read."""
+        first = part.inputs[0]
+        return _share(first.source.name, first.name, part.start, part.row_group) < self.parts
+
+    def takes(self, document: Document) -> bool:
+        """Whether a document of a part that is read is kept."""
+        return _share(document.source, document.path) < self.rows
+
+
+def _share(*names: object) -> float:
+    """A number from 0 to 1 that a name stands at."""
+    return xxhash.xxh3_64_intdigest("\0".join(map(str, names)).encode()) / 2**64
+
+
+@dataclass(frozen=True)
 class ReadTask:
     """Part `number` of the documents stage, and where its files go."""
 
@@ -52,6 +79,7 @@ class ReadTask:
     part: Part
     folder: Path
     document_chars: int
+    sample: Sample | None = None
 
 
 class Lost(NamedTuple):
@@ -143,6 +171,8 @@ class _Reading:
                 size = len(found.text.encode())
                 self.raw_bytes += size
                 self.read.keep(size)
+                if self.task.sample is not None and not self.task.sample.takes(found):
+                    continue
                 self.repair.documents_in += 1
                 self.repair.bytes_in += size
                 yield _Row(found, self.priorities[found.source], self.raw_bytes)

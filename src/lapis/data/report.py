@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from lapis.storage import write_text
 
 EXAMPLES = 5  # how many dropped documents are named for each reason
 
@@ -79,3 +83,14 @@ def merged(steps: Iterable[Step]) -> list[Step]:
     for step in steps:
         result.setdefault(step.step, Step(step.step)).add(step)
     return list(result.values())
+
+
+def write_report(folder: Path, steps: Sequence[Step]) -> None:
+    """Write the rows of a stage's report, and of those before it, into its folder."""
+    rows = [step.plain() for step in steps]
+    write_text(folder / "report.json", json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def read_report(folder: Path) -> list[Step]:
+    """The rows that `write_report` wrote."""
+    return [Step.of(row) for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))]

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.data.document import Document
-from lapis.data.report import Step
+from lapis.data.report import Step, read_report
 from lapis.errors import InputError, IntegrityError
 from lapis.hashing import digest_file, digest_json
 from lapis.storage import atomic_file, write_text
@@ -221,7 +221,7 @@ class Dataset:
     @cached_property
     def report(self) -> list[Step]:
         """What each step took in, let through and dropped."""
-        return [Step.of(row) for row in json.loads((self.folder / "report.json").read_text(encoding="utf-8"))]
+        return read_report(self.folder)
 
 
 def _again(folder: Path) -> str:

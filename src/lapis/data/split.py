@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from lapis.data.clusters import Sketches, close_to, near_duplicates, opened
 from lapis.data.columns import Columns, Rows
-from lapis.data.decide import Attributes, Cost, Rule, Verdicts, decide
+from lapis.data.decide import Attributes, Cost, Rule, decide
 from lapis.data.dedup import HASHES, exact_duplicates, shingle_sets
 from lapis.data.documents import DocumentTable
 from lapis.data.recipe import DedupConfig, HeldoutConfig
 from lapis.data.report import EXAMPLES, Step
+from lapis.data.verdicts import Verdicts
 from lapis.data.workers import Room
 from lapis.errors import InputError
 
@@ -46,6 +47,7 @@ class Split:
     steps: list[Step]
     costs: list[Cost]
     verdicts: Verdicts
+    sizes: NDArray[np.int64]  # bytes of all documents
 
 
 def split_documents(
@@ -64,6 +66,9 @@ def split_documents(
     table = attributes["documents"]
     assert isinstance(table, DocumentTable)
     account = _Account(table, list(steps))
+    if len(rows) < len(table):
+        others = np.setdiff1d(np.arange(len(table)), rows)
+        account.verdicts.drop("read", "beyond max_bytes", others)
     left, costs = _by_rules(attributes, rows, rules, account)
     if not len(left):
         reasons = [f"{step.step}: {step.top_reasons()}" for step in account.steps if step.reasons]
@@ -76,7 +81,7 @@ def split_documents(
     best, sketched = _without_duplicates(left, account, attributes["sketch"], dedup, means)
     train, held = _held_out(best, account, sketched, dedup.heldout_threshold, heldout)
     sketched.remove()
-    return Split(train, held, account.steps, costs, account.verdicts)
+    return Split(train, held, account.steps, costs, account.verdicts, account.sizes)
 
 
 def _by_rules(
@@ -114,6 +119,16 @@ def _without_duplicates(
             best = account.drop_copies("near-duplicate", best, best[stands_for])
         account.close(step, best)
     return best, sketched
+
+
+def duplicates(attributes: Attributes, rows: Rows, dedup: DedupConfig) -> Rows:
+    """For each of some rows the one that stands for it among them: itself if it is no duplicate."""
+    table = attributes["documents"]
+    assert isinstance(table, DocumentTable)
+    account = _Account(table, [])
+    _without_duplicates(rows, account, attributes["sketch"], dedup, Means())
+    survivor = account.verdicts.survivor[rows]
+    return np.where(survivor < 0, rows, survivor)
 
 
 @dataclass(frozen=True)
