@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.cli.trace import remove, trace
 
 if TYPE_CHECKING:
     from lapis.data.report import Step
@@ -20,7 +21,11 @@ SHOWN_CHARS = 300
 
 @click.group()
 def group() -> None:
-    """Prepare and inspect datasets."""
+    """Prepare and inspect datasets, trace their tokens, remove documents."""
+
+
+group.add_command(trace)
+group.add_command(remove)
 
 
 @group.command()

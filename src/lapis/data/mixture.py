@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -118,11 +118,11 @@ class _Leg:
     before: Counts
     key: int
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.weights)
 
-    @property
+    @cached_property
     def block(self) -> int:
         return -(-self.total // min(weight for weight in self.weights if weight))
 
@@ -150,6 +150,7 @@ class MixedOrder:
             check_sources(segment, windows)
         self.end: int | None = None  # the place at which every source has come as often as it may
         self._legs: list[_Leg] = []
+        self._firsts: list[int] = []  # their first places
         self._layout = lru_cache(maxsize=8)(self._laid_out)
         self._lay()
 
@@ -179,15 +180,19 @@ class MixedOrder:
         return dict(zip(self.names, counts, strict=True))
 
     def first_use(self, source: str, windows: Iterable[int]) -> int | None:
-        """The first place at which one of a source's windows stands; None if none ever does."""
+        """The first place at which one of a source's windows stands; None if none ever does.
+
+        What is left at the end of a stream is no whole window: it is never drawn.
+        """
         n = self.names.index(source)
         size, key = self.windows[n], self._keys[n]
-        ordinal = min((index_of(window, 0, size, key) for window in windows), default=None)
+        ordinals = (index_of(window, 0, size, key) for window in windows if window < size)
+        ordinal = min(ordinals, default=None)
         return None if ordinal is None else self._place(n, ordinal)
 
     def _find(self, place: int) -> tuple[int, int, int]:
         """Leg, block of the leg, and place in the block."""
-        number = bisect_right(self._legs, place, key=lambda leg: leg.first) - 1
+        number = bisect_right(self._firsts, place) - 1
         assert number >= 0, "a place before the first segment"
         leg = self._legs[number]
         return number, *divmod(place - leg.first, leg.block)
@@ -254,6 +259,7 @@ class MixedOrder:
                     self.end = place
                     return
                 self._legs.append(_Leg(place, weights, before, _key(self.seed, "blocks", place)))
+                self._firsts.append(place)
                 stop = self._runs_out(caps)
                 place = end if stop is None or (end is not None and end < stop) else stop
                 if place is not None:

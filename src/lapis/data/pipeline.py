@@ -24,6 +24,7 @@ from lapis.data.attributes import Annotated, Reading, annotate, within
 from lapis.data.columns import Rows
 from lapis.data.documents import DocumentTable
 from lapis.data.recipe import DataConfig, TokenizerConfig
+from lapis.data.remove import RemovalList
 from lapis.data.report import Step, read_report, write_report
 from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shard
 from lapis.data.sources import Listing, list_inputs
@@ -67,8 +68,12 @@ def prepare_listed(
     made = annotate(reading, room.workers, progress)
     split = _split(data, made, root, room, progress)
     vocabulary = _tokenizer(tokenizer, made.documents, split, root, progress)
+    removed = RemovalList(root)
+    standing = removed.stands_for(_tokens_stage(split, vocabulary, root).folder.name)
+    if standing is not None:
+        return standing
     tokens = _encode(made.documents, split, vocabulary, root, room.workers, progress)
-    return Dataset.open(tokens.folder)
+    return removed.apply(Dataset.open(tokens.folder))
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,15 @@ class Stages:
 def find(data: DataConfig, tokenizer: TokenizerConfig, home: Home) -> Dataset:
     """The dataset of a recipe if it is there. Raises NotFoundError if it was not prepared yet."""
     tokens = Stages.of(data, tokenizer, list_inputs(data), home.data).tokens
+    removed = RemovalList(home.data)
+    standing = removed.stands_for(tokens.folder.name)
+    if standing is not None:
+        return standing
     if not tokens.done:
         raise NotFoundError(
             "The dataset of this recipe is not prepared.", hint="lapis data prepare RECIPE.toml"
         )
-    return Dataset.open(tokens.folder)
+    return removed.apply(Dataset.open(tokens.folder))
 
 
 def _split(data: DataConfig, made: Annotated, root: Path, room: Room, progress: Progress) -> Stage:

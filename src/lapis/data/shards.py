@@ -6,6 +6,7 @@ A dataset folder (format 1) holds
     shard-NNNNN.starts           int64: where each document starts in the shard
     shard-NNNNN.documents.jsonl  one line a document: id, source, path, licence, kind, bytes, tokens
     heldout.jsonl                the held-out documents with their text
+    removed.jsonl                one line a document that was removed from the dataset that this one was made of, if any
     tokenizer.json               the tokenizer
     report.json                  the steps, with times: not part of the digest
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,16 +75,31 @@ def write_shard(
                 tokens += entry.tokens
                 size += entry.bytes
                 ids_file.write(np.array([tokenizer.end_id, *ids], dtype=width).tobytes())
-                line = {key: value for key, value in asdict(entry).items() if key != "start"}
-                entries_file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                _count(table, entry)
+                entries_file.write(entry_line(entry))
+                count_entry(table, entry)
     with atomic_file(folder / f"{name}.starts") as file:
         file.write(np.array(starts, dtype="<i8").tobytes())
-    files = {
-        ending: digest_file(folder / f"{name}.{ending}") for ending in ("tokens", "starts", "documents.jsonl")
-    }
     counts = {"documents": len(starts), "tokens": tokens, "bytes": size}
-    return {"name": name, **counts, "sha256": files, "licences": table}
+    return {"name": name, **counts, "sha256": shard_digests(folder, name), "licences": table}
+
+
+def shard_digests(folder: Path, name: str) -> dict[str, str]:
+    """The SHA-256 of each file of a shard."""
+    return {ending: digest_file(folder / f"{name}.{ending}") for ending in SHARD_FILES}
+
+
+def entry_line(entry: DocumentEntry) -> bytes:
+    """A document's line in the table of its shard."""
+    line = {key: value for key, value in asdict(entry).items() if key != "start"}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def count_entry(table: dict[str, list[int]], entry: DocumentEntry) -> None:
+    """Count a document in a shard's table of sources and licences."""
+    counts = table.setdefault(json.dumps([entry.source, entry.licence]), [0, 0, 0])
+    counts[0] += 1
+    counts[1] += entry.bytes
+    counts[2] += entry.tokens
 
 
 def write_heldout(folder: Path, documents: Iterable[Document]) -> dict[str, Any]:
@@ -99,11 +115,19 @@ def write_heldout(folder: Path, documents: Iterable[Document]) -> dict[str, Any]
 
 
 def write_manifest(
-    folder: Path, tokenizer: Tokenizer, shards: Sequence[dict[str, Any]], heldout: dict[str, Any]
+    folder: Path,
+    tokenizer: Tokenizer,
+    shards: Sequence[dict[str, Any]],
+    heldout: dict[str, Any],
+    lineage: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tokenizer.json and manifest.json of a dataset whose other files are there."""
+    """Write tokenizer.json and manifest.json of a dataset whose other files are there.
+
+    `lineage` names the dataset that it was made from by leaving something out, and what that was.
+    """
     tokenizer.save(folder / "tokenizer.json")
-    manifest = {
+    manifest: dict[str, Any] = {
+        **(lineage or {}),
         "format": FORMAT,
         "token_type": token_type(tokenizer.vocab_size),
         "tokens": sum(shard["tokens"] for shard in shards),
@@ -213,6 +237,14 @@ class Dataset:
             line = next(line for n, line in enumerate(lines) if n == place)
         return DocumentEntry(**json.loads(line), start=first + int(starts[place]))
 
+    def documents_of(self, shard: int) -> Iterator[DocumentEntry]:
+        """The documents of one shard, in their order."""
+        first, name = int(self._firsts[shard]), self.manifest["shards"][shard]["name"]
+        starts = np.fromfile(self.folder / f"{name}.starts", dtype="<i8").tolist()
+        with (self.folder / f"{name}.documents.jsonl").open(encoding="utf-8") as lines:
+            for start, line in zip(starts, lines, strict=True):
+                yield DocumentEntry(**json.loads(line), start=first + start)
+
     def heldout(self) -> list[Document]:
         """The held-out documents, with their text."""
         with (self.folder / "heldout.jsonl").open(encoding="utf-8") as lines:
@@ -248,13 +280,6 @@ def _entry(document: Document, tokens: int) -> DocumentEntry:
     )
 
 
-def _count(table: dict[str, list[int]], entry: DocumentEntry) -> None:
-    counts = table.setdefault(json.dumps([entry.source, entry.licence]), [0, 0, 0])
-    counts[0] += 1
-    counts[1] += entry.bytes
-    counts[2] += entry.tokens
-
-
 def _digest(manifest: dict[str, Any]) -> str:
     return digest_json({key: value for key, value in manifest.items() if key != "digest"})
 
@@ -275,6 +300,8 @@ def _files(manifest: dict[str, Any]) -> dict[str, str]:
         "tokenizer.json": manifest["tokenizer"]["sha256"],
         "heldout.jsonl": manifest["heldout"]["sha256"],
     }
+    if "removed" in manifest:
+        files["removed.jsonl"] = manifest["removed"]["sha256"]
     for shard in manifest["shards"]:
         files |= {f"{shard['name']}.{ending}": digest for ending, digest in shard["sha256"].items()}
     return files

@@ -5,6 +5,7 @@ A run's order is a function of its dataset, its recipe and these; a change leave
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,15 +39,18 @@ def recipe_of(run: Run) -> Recipe:
 def mixture_of(run: Run) -> MixtureConfig | None:
     """The mixture that a run goes on with."""
     changes = _changes(run)
-    return changes[-1][1] if changes else recipe_of(run).mixture
+    return changes[-1][1] if changes else _first_mixture(run)
 
 
 def segments_of_run(run: Run) -> tuple[Segment, ...]:
     """All segments of a run, past and planned; none for one without a mixture."""
-    recipe = recipe_of(run)
-    segments = planned(recipe.mixture, recipe.train)
-    for step, mixture in _changes(run):
-        segments = changed(segments, planned(mixture, recipe.train), step)
+    first, changes = _first_mixture(run), _changes(run)
+    if first is None and not changes:
+        return ()
+    section = recipe_of(run).train
+    segments = planned(first, section)
+    for step, mixture in changes:
+        segments = changed(segments, planned(mixture, section), step)
     return segments
 
 
@@ -119,6 +123,12 @@ def shares(run: Run) -> list[Share]:
         Share(name, count * section.sequence, count / total, count / max(1, windows[-1][name]))
         for name, count in seen.items()
     ]
+
+
+def _first_mixture(run: Run) -> MixtureConfig | None:
+    """What the run began with. Of another version's recipe without a mixture nothing else needs to be understood."""
+    values = tomllib.loads(run.recipe_text).get("data", {})
+    return recipe_of(run).mixture if "mixture" in values else None
 
 
 def _changes(run: Run) -> list[tuple[int, MixtureConfig]]:
