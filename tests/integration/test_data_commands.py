@@ -36,8 +36,8 @@ def run(command: Any, *arguments: str, text: str | None = None) -> str:
 
 def test_prepare_prints_a_row_a_step_and_where_the_dataset_lies(recipe: Path) -> None:
     lines = run(data.group, "prepare", str(recipe), "--workers", "1").splitlines()
-    assert [line.split()[0] for line in lines[:10]] == [
-        "step", "list", "read", "repair", "sketch", "quality", "dedup", "split", "tokenizer", "encode",
+    assert [line.split()[0] for line in lines[:11]] == [
+        "step", "list", "read", "repair", "sketch", "quality", "pii", "dedup", "split", "tokenizer", "encode",
     ]  # fmt: skip
     folder = lines[-1].removeprefix("The dataset lies in ")
     assert Dataset.open(Path(folder)).manifest["documents"] > 50

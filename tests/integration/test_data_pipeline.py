@@ -97,7 +97,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(home: Home, tmp_path
     prepare(data, TokenizerConfig(vocab_size=300), home, workers=1)
     stages = sorted(path.name.split("-")[0] for path in home.data.iterdir() if path.name != ".locks")
     assert stages == [
-        "documents", "quality", "sketch", "split", "tokenizer", "tokenizer", "tokens", "tokens",
+        "documents", "pii", "quality", "sketch", "split", "tokenizer", "tokenizer", "tokens", "tokens",
     ]  # fmt: skip
     (folder / "0000.txt").write_text(prose(500))
     changed_input = prepare(data, SMALL, home, workers=1)

@@ -103,7 +103,7 @@ def inspect(dataset: Path, documents: int, as_json: bool) -> None:
         return
     _print_report(found)
     say("\nLicences of the training documents")
-    columns = ("source", "licence", "documents", "bytes", "tokens")
+    columns = ("source", "licence", "family", "documents", "bytes", "tokens")
     table = sorted(found.manifest["licences"], key=lambda row: -row["tokens"])
     rows = [[row[name] or "unknown" for name in columns] for row in table]
     print_table(columns, rows)

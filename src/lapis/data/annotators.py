@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from lapis.data.annotate import Annotator
 from lapis.data.decide import Rule
+from lapis.data.decontaminate import OverlapAnnotator, overlap_rules
 from lapis.data.judge import QualityAnnotator, quality_rules
+from lapis.data.licences import licence_rules
+from lapis.data.masking import PiiAnnotator, pii_rules
 from lapis.data.recipe import DataConfig
 from lapis.data.sketch import SketchAnnotator
 
@@ -18,9 +21,18 @@ def annotators(data: DataConfig) -> tuple[Annotator, ...]:
     found: list[Annotator] = [SketchAnnotator()]
     if data.filters.enabled:
         found.append(QualityAnnotator(data.filters))
+    if data.pii.enabled:
+        found.append(PiiAnnotator())
+    if data.decontamination.sets:
+        found.append(OverlapAnnotator(data.decontamination))
     return tuple(found)
 
 
 def rules(data: DataConfig) -> tuple[Rule, ...]:
     """The rules of a recipe; the first that hits a document is the reason it is dropped for."""
-    return (*quality_rules(data.filters),)
+    return (
+        *licence_rules(data.licences),
+        *quality_rules(data.filters),
+        *overlap_rules(data.decontamination),
+        *pii_rules(data.pii),
+    )

@@ -20,6 +20,7 @@ from lapis.data.boilerplate import boilerplate_sources, remove_boilerplate
 from lapis.data.columns import Columns, Rows
 from lapis.data.documents import DocumentTable, Lost, PartFacts, ReadTask, Sample
 from lapis.data.formats.part import Part
+from lapis.data.masking import TrainingTexts
 from lapis.data.readers import plan_parts
 from lapis.data.recipe import DataConfig
 from lapis.data.report import merged, read_report, write_report
@@ -85,6 +86,11 @@ class Annotated:
     def stages(self) -> list[Stage]:
         """All of them, in the one order in which everybody takes them."""
         return [self.documents, *sorted((stage for _, stage in self.attributes), key=lambda one: one.name)]
+
+    def training_texts(self, data: DataConfig) -> TrainingTexts:
+        """The documents with placeholders for what the recipe masks."""
+        spans = {one.name: stage.folder for one, stage in self.attributes}.get("pii")
+        return TrainingTexts(self.documents.folder, spans, data.pii.kinds("mask"))
 
     def columns(self) -> dict[str, Columns]:
         """What is known about every document: a table for "documents" and for each annotator's name."""

@@ -23,6 +23,8 @@ from lapis.data.annotators import rules
 from lapis.data.attributes import Annotated, Reading, annotate, within
 from lapis.data.columns import Rows
 from lapis.data.documents import DocumentTable
+from lapis.data.masking import TrainingTexts
+from lapis.data.policy import note_gate, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.remove import RemovalList
 from lapis.data.report import Step, read_report, write_report
@@ -38,7 +40,7 @@ from lapis.storage import atomic_folder, storage_errors, write_text
 from lapis.tokenizer.bpe import Tokenizer
 
 # One number a stage: raise it when the stage's code gives other bytes for the same input.
-SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 3, 1, 1
+SPLIT_VERSION, TOKENIZER_VERSION, TOKENS_VERSION = 4, 1, 2
 
 SHARD_BYTES = (1 << 20, 256 << 20)  # least and most text of a shard
 SHARDS = 16
@@ -67,12 +69,13 @@ def prepare_listed(
     data, root = reading.data, reading.root
     made = annotate(reading, room.workers, progress)
     split = _split(data, made, root, room, progress)
-    vocabulary = _tokenizer(tokenizer, made.documents, split, root, progress)
+    texts = made.training_texts(data)
+    vocabulary = _tokenizer(tokenizer, texts, split, root, progress)
     removed = RemovalList(root)
     standing = removed.stands_for(_tokens_stage(split, vocabulary, root).folder.name)
     if standing is not None:
         return standing
-    tokens = _encode(made.documents, split, vocabulary, root, room.workers, progress)
+    tokens = _encode(texts, split, vocabulary, root, room.workers, progress)
     return removed.apply(Dataset.open(tokens.folder))
 
 
@@ -114,10 +117,13 @@ def _split(data: DataConfig, made: Annotated, root: Path, room: Room, progress: 
         return stage
     with stage.making(progress), atomic_folder(stage.folder) as folder:
         progress(0, None, "applying rules, removing duplicates, holding documents out")
+        policy = policy_of(data, DocumentTable(made.documents.folder), [one for one, _ in made.attributes])
         found = decided(data, made, Means(room, folder))
         np.save(folder / "train.npy", found.train)
         np.save(folder / "heldout.npy", found.heldout)
         found.verdicts.write(folder, [one.folder.name for one in made.stages])
+        write_text(folder / "policy.json", json.dumps(policy))
+        note_gate(found.steps, policy)
         write_report(folder, found.steps)
     return stage
 
@@ -153,7 +159,7 @@ def _split_stage(data: DataConfig, made: Annotated, root: Path) -> Stage:
 
 
 def _tokenizer(
-    config: TokenizerConfig, documents: Stage, split: Stage, root: Path, progress: Progress
+    config: TokenizerConfig, texts: TrainingTexts, split: Stage, root: Path, progress: Progress
 ) -> Stage:
     given = _given(config)
     stage = _tokenizer_stage(config, given, split, root)
@@ -164,7 +170,7 @@ def _tokenizer(
         step = Step("tokenizer")
         if given is None:
             progress(0, None, f"training a tokenizer of {config.vocab_size:,} entries")
-            given = Tokenizer.train(_sample(documents, split, config.sample_bytes, step), config.vocab_size)
+            given = Tokenizer.train(_sample(texts, split, config.sample_bytes, step), config.vocab_size)
         given.save(folder / "tokenizer.json")
         step.note("entries", given.vocab_size)
         step.documents_out, step.bytes_out = step.documents_in, step.bytes_in
@@ -184,13 +190,12 @@ def _tokenizer_stage(config: TokenizerConfig, given: Tokenizer | None, split: St
     return Stage.of(root, "tokenizer", TOKENIZER_VERSION, facts)
 
 
-def _sample(documents: Stage, split: Stage, limit: int, step: Step) -> Iterator[str]:
+def _sample(texts: TrainingTexts, split: Stage, limit: int, step: Step) -> Iterator[str]:
     """Training documents in the order of their digests, up to `limit` bytes: a reproducible sample."""
-    table = DocumentTable(documents.folder)
     for row in np.load(split.folder / "train.npy").tolist():
         if step.bytes_in >= limit:
             return
-        text = table.document(row).text
+        text = texts.document(row).text
         step.documents_in += 1
         step.bytes_in += len(text.encode())
         yield text
@@ -199,7 +204,7 @@ def _sample(documents: Stage, split: Stage, limit: int, step: Step) -> Iterator[
 @dataclass(frozen=True)
 class _EncodeTask:
     number: int
-    documents: Path
+    texts: TrainingTexts
     tokenizer: Path
     rows: tuple[int, ...]
     folder: Path
@@ -210,7 +215,7 @@ class _EncodeTask:
 
 
 def _encode(
-    documents: Stage, split: Stage, vocabulary: Stage, root: Path, workers: int, progress: Progress
+    texts: TrainingTexts, split: Stage, vocabulary: Stage, root: Path, workers: int, progress: Progress
 ) -> Stage:
     stage = _tokens_stage(split, vocabulary, root)
     if stage.done:
@@ -220,11 +225,11 @@ def _encode(
             return stage
         with storage_errors(stage.work):
             stage.work.mkdir(exist_ok=True)
-        step, shards = _encode_shards(documents, split, vocabulary, stage.work, workers, progress)
-        table = DocumentTable(documents.folder)
-        held = [table.document(row) for row in np.load(split.folder / "heldout.npy").tolist()]
+        step, shards = _encode_shards(texts, split, vocabulary, stage.work, workers, progress)
+        held = [texts.document(row) for row in np.load(split.folder / "heldout.npy").tolist()]
         tokenizer = Tokenizer.load(vocabulary.folder / "tokenizer.json")
-        write_manifest(stage.work, tokenizer, shards, write_heldout(stage.work, held))
+        policy = json.loads((split.folder / "policy.json").read_text())
+        write_manifest(stage.work, tokenizer, shards, write_heldout(stage.work, held), policy)
         write_report(stage.work, [*read_report(split.folder), *read_report(vocabulary.folder), step])
         for facts in stage.work.glob("shard-*.json"):
             facts.unlink()
@@ -233,13 +238,13 @@ def _encode(
 
 
 def _encode_shards(
-    documents: Stage, split: Stage, vocabulary: Stage, folder: Path, workers: int, progress: Progress
+    texts: TrainingTexts, split: Stage, vocabulary: Stage, folder: Path, workers: int, progress: Progress
 ) -> tuple[Step, list[dict[str, Any]]]:
     train: Rows = np.load(split.folder / "train.npy")
-    sizes = DocumentTable(documents.folder).sizes()[train]
+    sizes = texts.sizes()[train]
     path = vocabulary.folder / "tokenizer.json"
     tasks = [
-        _EncodeTask(n, documents.folder, path, tuple(train[low:high].tolist()), folder)
+        _EncodeTask(n, texts, path, tuple(train[low:high].tolist()), folder)
         for n, (low, high) in enumerate(shard_cuts(sizes))
     ]
     total = int(sizes.sum())
@@ -272,8 +277,7 @@ def _encode_shard(task: _EncodeTask) -> dict[str, Any]:
     if task.facts.exists():
         return dict(json.loads(task.facts.read_text()))
     began = time.thread_time()
-    table = DocumentTable(task.documents)
-    documents = map(table.document, task.rows)
+    documents = map(task.texts.document, task.rows)
     shard = write_shard(task.folder, task.number, documents, _loaded(task.tokenizer))
     shard["seconds"] = time.thread_time() - began
     write_text(task.facts, json.dumps(shard))

@@ -41,7 +41,7 @@ READ_PART, READ_BYTES = 0.1, 512 << 20  # what is read to take both from
 PACKED = 4  # text is so many times larger than its compressed file, roughly
 FEW_BYTES = 64 << 20  # less text than this is not worth worker processes
 STEADY = 0.5  # the least sampling rate at which the exact estimate of duplicates is steady
-CHEAP = ("sketch", "quality")  # annotators that the larger sample can pay for
+CHEAP = ("sketch", "quality", "licences")  # annotators and rules that the larger sample can pay for
 START_SECONDS = 1.0  # starting worker processes
 
 

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Limit = Annotated[float, Field(ge=0)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "html", "warc", "pdf"]
+PII_KINDS = ("email", "phone", "ip", "iban", "card", "national_id", "secret")
 
 
 LEAST_MEMORY = 500_000_000  # bytes: the directing process, one worker, and tables
@@ -136,6 +137,76 @@ class BoilerplateConfig(Section):
     """Shorter lines stay, since a short line may well occur often."""
 
 
+Action = Literal["mask", "drop", "keep"]
+
+
+class PiiConfig(Section):
+    """Personal data and secrets: "mask" puts a placeholder in their place, "drop" drops the document."""
+
+    enabled: bool = True
+    """Whether they are looked for."""
+    email: Action = "mask"
+    """E-mail addresses."""
+    phone: Action = "mask"
+    """Telephone numbers."""
+    ip: Action = "mask"
+    """Public IPv4 and IPv6 addresses."""
+    iban: Action = "mask"
+    """Bank accounts, checked."""
+    card: Action = "mask"
+    """Numbers of payment cards, checked."""
+    national_id: Action = "mask"
+    """National identity numbers, checked."""
+    secret: Action = "mask"
+    """Private keys, tokens, passwords."""
+    max_hits: Count = 50
+    """Most finds in a document, of the kinds that are not kept: it is dropped beyond; 0 sets no limit."""
+
+    def kinds(self, action: Action) -> tuple[str, ...]:
+        """The kinds that an action is chosen for."""
+        if not self.enabled:
+            return ()
+        return tuple(kind for kind in PII_KINDS if getattr(self, kind) == action)
+
+
+class EvaluationSet(Section):
+    """A file with evaluation items: one `[[data.decontamination.sets]]` table."""
+
+    path: str
+    """A .jsonl or .parquet file with an item a row, or a .txt file with a blank line between items."""
+    columns: tuple[str, ...] = ()
+    """The columns or keys that make an item, the question first; a list (of choices) counts as its texts."""
+
+
+class DecontaminationConfig(Section):
+    """Documents that hold items of evaluation sets are dropped."""
+
+    sets: tuple[EvaluationSet, ...] = ()
+    """The evaluation sets; none of them, no decontamination."""
+    ngram: Annotated[int, Field(ge=5, le=50)] = 13
+    """How many words in a row have to be the same for a match."""
+    short: Annotated[int, Field(ge=2)] = 6
+    """Items shorter than ngram have to be there whole; those with fewer words than this cannot be looked for."""
+    item_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The part of an item's words from which a document is dropped."""
+    document_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The part of a document's words in evaluation text from which it is dropped, whatever the item's part is."""
+
+
+class LicencesConfig(Section):
+    """Which documents may be used, by their licence: SPDX ids, or families.
+
+    The families are permissive, copyleft, non-commercial, public-domain and unknown.
+    """
+
+    allow: tuple[str, ...] = ()
+    """Only these, if there are any; an id outweighs a family."""
+    deny: tuple[str, ...] = ()
+    """None of these."""
+    unknown: Literal["keep", "drop"] = "keep"
+    """What happens to documents without a licence, or with one that is not known, if no entry names it."""
+
+
 class HeldoutConfig(Section):
     """The held-out documents: never trained on, and nothing close to them."""
 
@@ -224,6 +295,12 @@ class DataConfig(Section):
     """Longer texts are cut into pieces of at most so many characters, at paragraph, line or word borders."""
     filters: FilterConfig = FilterConfig()
     """The quality rules."""
+    licences: LicencesConfig = LicencesConfig()
+    """Which licences may be used."""
+    pii: PiiConfig = PiiConfig()
+    """Personal data and secrets."""
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    """Evaluation sets that must not be trained on."""
     dedup: DedupConfig = DedupConfig()
     """Which duplicates are removed."""
     memory_bytes: Count = 0

@@ -220,7 +220,8 @@ def _write(dataset: Dataset, found: Found, lines: Sequence[bytes], origin: str, 
             "sha256": digest_bytes(b"".join(lines)),
         },
     }
-    write_manifest(folder, dataset.tokenizer, shards, heldout, lineage)
+    policy = dataset.manifest.get("policy", {})
+    write_manifest(folder, dataset.tokenizer, shards, heldout, policy, lineage)
     step = Step("remove", documents_in=dataset.manifest["documents"], bytes_in=dataset.manifest["bytes"])
     for entry in found.documents:
         step.drop("removed on request", f"{entry.source}: {entry.path}")

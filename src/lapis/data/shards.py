@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.data.document import Document
+from lapis.data.licences import families
 from lapis.data.report import Step, read_report
 from lapis.errors import InputError, IntegrityError
 from lapis.hashing import digest_file, digest_json
@@ -119,11 +120,13 @@ def write_manifest(
     tokenizer: Tokenizer,
     shards: Sequence[dict[str, Any]],
     heldout: dict[str, Any],
+    policy: Mapping[str, Any] | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> None:
     """Write tokenizer.json and manifest.json of a dataset whose other files are there.
 
-    `lineage` names the dataset that it was made from by leaving something out, and what that was.
+    `policy` is what was decided about licences, personal data and evaluation sets; `lineage` names the dataset that
+    this one was made from by leaving something out, and what that was.
     """
     tokenizer.save(folder / "tokenizer.json")
     manifest: dict[str, Any] = {
@@ -141,6 +144,7 @@ def write_manifest(
         },
         "heldout": heldout,
         "licences": _licences(shards),
+        "policy": policy or {},
         "shards": [{key: value for key, value in shard.items() if key != "licences"} for shard in shards],
     }
     manifest["digest"] = _digest(manifest)
@@ -291,7 +295,8 @@ def _licences(shards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key, counts in shard["licences"].items():
             table[key] = [a + b for a, b in zip(table.get(key, [0, 0, 0]), counts, strict=True)]
     names = ("source", "licence", "documents", "bytes", "tokens")
-    return [dict(zip(names, (*json.loads(key), *table[key]), strict=True)) for key in sorted(table)]
+    rows = [dict(zip(names, (*json.loads(key), *table[key]), strict=True)) for key in sorted(table)]
+    return [{**row, "family": families(row["licence"])} for row in rows]
 
 
 def _files(manifest: dict[str, Any]) -> dict[str, str]:

@@ -52,7 +52,10 @@ class Stage:
             while not self._held(held, progress):
                 time.sleep(0.2)
             self._sweep()
-            yield
+            try:
+                yield
+            finally:
+                self._sweep()  # a worker that failed has ended the others in the middle of their files
 
     def commit(self, work: Path) -> None:
         """Give a finished work folder its name. If the stage is there already, it holds the same."""

@@ -1,0 +1,117 @@
+"""Personal data in the pipeline: what is found is written beside the documents, and masked when they are encoded.
+
+The documents themselves stay as they were read. Finding depends on no setting, so what is masked, dropped or kept
+can be changed without looking again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lapis.data.annotate import Chunk
+from lapis.data.columns import Columns, Mask
+from lapis.data.decide import Attributes, Rule
+from lapis.data.document import Document
+from lapis.data.documents import DocumentTable
+from lapis.data.pii import PII_VERSION, Span, find_all, masked
+from lapis.data.recipe import PII_KINDS, PiiConfig
+
+SCHEMA = pa.schema(
+    [("what", pa.list_(pa.string())), ("start", pa.list_(pa.int32())), ("end", pa.list_(pa.int32()))]
+)
+
+
+@dataclass(frozen=True)
+class PiiAnnotator:
+    """Writes the spans of personal data and secrets: what each is, and its characters from `start` to `end`."""
+
+    name: str = "pii"
+    version: int = PII_VERSION
+    schema: pa.Schema = SCHEMA
+
+    def facts(self) -> dict[str, Any]:
+        """The kinds that are looked for: always all of them."""
+        return {"kinds": list(PII_KINDS)}
+
+    def annotate(self, chunk: Chunk) -> pa.RecordBatch:
+        """The spans of a chunk's documents."""
+        found = find_all(chunk.texts)
+        columns = {
+            "what": [[span.what for span in spans] for spans in found],
+            "start": [[span.start for span in spans] for spans in found],
+            "end": [[span.end for span in spans] for spans in found],
+        }
+        return pa.RecordBatch.from_pydict(columns, schema=self.schema)
+
+
+def pii_rules(config: PiiConfig) -> list[Rule]:
+    """Documents that are dropped for a kind, and those with too many finds of the kinds that are not kept."""
+    if not config.enabled:
+        return []
+    rules = [
+        Rule("pii", f"holds {kind.replace('_', ' ')}", partial(_more_than, 0, (kind,)))
+        for kind in config.kinds("drop")
+    ]
+    if config.max_hits:
+        judged = (*config.kinds("mask"), *config.kinds("drop"))
+        rules.append(Rule("pii", "too much personal data", partial(_more_than, config.max_hits, judged)))
+    return rules
+
+
+def _more_than(limit: int, kinds: tuple[str, ...], attributes: Attributes) -> Mask:
+    found: Mask = count_spans(attributes["pii"], kinds) > limit
+    return found
+
+
+def count_spans(spans: Columns, kinds: tuple[str, ...]) -> NDArray[np.int64]:
+    """How many spans of some kinds each document has."""
+    import pyarrow.compute as compute
+
+    what = spans.column("what")
+    parent = compute.list_parent_indices(what).to_numpy()
+    wanted = compute.is_in(compute.list_flatten(what), pa.array(kinds, pa.string())).to_numpy(
+        zero_copy_only=False
+    )
+    return np.bincount(parent[wanted], minlength=len(spans)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TrainingTexts:
+    """The documents as they are trained on: with placeholders for some kinds of personal data."""
+
+    documents: Path
+    spans: Path | None = None  # the folder of the pii stage, if something is masked
+    kinds: tuple[str, ...] = ()
+
+    @cached_property
+    def _open(self) -> tuple[DocumentTable, Columns | None]:
+        return DocumentTable(self.documents), Columns(self.spans, SCHEMA) if self.spans else None
+
+    def document(self, row: int) -> Document:
+        """One document; its id stays that of the text as it was read."""
+        table, spans = self._open
+        document = table.document(row)
+        if spans is None:
+            return document
+        part, place = spans.place(row)
+        found = [
+            Span(*values)
+            for values in zip(*(part[name][place].as_py() for name in ("start", "end", "what")), strict=True)
+        ]
+        return (
+            replace(document, text=masked(document.text, found, frozenset(self.kinds))) if found else document
+        )
+
+    def sizes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of every text as it was read."""
+        return self._open[0].sizes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"documents": self.documents, "spans": self.spans, "kinds": self.kinds}
