@@ -1,6 +1,6 @@
 """Installs the engines that Lapis is measured against, each in an environment of its own below .peers/.
 
-    python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt] [datatrove]
+    python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt] [datatrove] [tiktoken]
 
 Exact versions, from the package index only; what is there already is left as it is. It takes 10 to 30 minutes and
 6 GB: llama.cpp is compiled, OpenVINO's models are exported. What the commands print is kept in .peers/PEER.log.
@@ -15,6 +15,7 @@ Exact versions, from the package index only; what is there already is left as it
 * litgpt, for training: its wheel and what it needs.
 * nanoGPT is no package: a git checkout at one commit. Where it cannot be cloned, put one into .peers/nanogpt by hand.
 * datatrove, for data: its wheel and what its blocks of FineWeb's order need.
+* tiktoken, for encoding: its wheel and what it needs.
 * transformers is a test dependency of Lapis and needs nothing here.
 """
 
@@ -52,6 +53,7 @@ VERSIONS = {
     "litgpt": "litgpt 0.5.9",
     "nanogpt": f"nanoGPT at {NANOGPT_COMMIT[:8]}",
     "datatrove": "datatrove 0.10.1",
+    "tiktoken": "tiktoken 0.14.0",
 }
 CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "GGML_OPENMP=ON", "GGML_CCACHE=OFF", "BUILD_SHARED_LIBS=OFF",
@@ -64,6 +66,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "int4": ("--group-size", "32", "--ratio", "1.0"),
 }
+MODEL_FREE = {"nanogpt", "litgpt", "datatrove", "tiktoken"}  # these install without the model
 SHOWN_EVERY = 20  # steps of a build
 
 
@@ -188,6 +191,11 @@ def install_datatrove(log: Log, model: Path) -> None:
     log.environment("datatrove")
 
 
+def install_tiktoken(log: Log, model: Path) -> None:
+    """One environment."""
+    log.environment("tiktoken")
+
+
 INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "llama.cpp": install_llama_cpp,
     "openvino": install_openvino,
@@ -195,6 +203,7 @@ INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "litgpt": install_litgpt,
     "nanogpt": install_nanogpt,
     "datatrove": install_datatrove,
+    "tiktoken": install_tiktoken,
 }
 
 
@@ -215,11 +224,15 @@ def main() -> None:
     wrong = set(options.peers) - INSTALL.keys()
     if wrong:
         parser.error(f"unknown: {', '.join(sorted(wrong))}; there are {', '.join(INSTALL)}")
-    model = find_model()
-    if model is None:
-        sys.exit(1)
+    peers = options.peers or list(INSTALL)
+    folder = Path()
+    if not set(peers) <= MODEL_FREE:
+        model = find_model()
+        if model is None:
+            sys.exit(1)
+        folder = model.folder
     (PEERS / "models").mkdir(parents=True, exist_ok=True)
-    failed = [peer for peer in options.peers or INSTALL if not _install(peer, model.folder)]
+    failed = [peer for peer in peers if not _install(peer, folder)]
     if failed:
         say(f"Not installed: {', '.join(failed)}. Their rows in the tables stay empty.")
         sys.exit(1)

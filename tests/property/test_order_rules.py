@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapis.data.order import sample_at
+from lapis.data.order import sample_at, samples_from
 
 
 @given(st.integers(1, 600), st.integers(0, 2**70), st.integers(0, 5))
@@ -17,6 +17,17 @@ def test_each_epoch_is_a_permutation(samples: int, seed: int, epoch: int) -> Non
 @given(st.integers(1, 2**60), st.integers(0, 2**63), st.integers(0, 2**60))
 def test_any_index_of_any_size_has_its_sample(samples: int, seed: int, index: int) -> None:
     assert 0 <= sample_at(index, samples, seed) < samples
+
+
+@given(
+    st.integers(1, 2**60) | st.integers(1, 50),
+    st.integers(0, 2**70),
+    st.integers(0, 2**60),
+    st.integers(1, 60),
+)
+def test_many_at_once_are_the_same_as_one_by_one(samples: int, seed: int, index: int, count: int) -> None:
+    expected = [sample_at(n, samples, seed) for n in range(index, index + count)]
+    assert samples_from(index, count, samples, seed).tolist() == expected
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lapis.data.mixture import MixedOrder, Segment
-from lapis.data.order import index_of, sample_at
+from lapis.data.order import index_of, sample_at, samples_from
 from lapis.data.shards import Dataset
 from lapis.data.streams import Piece, SourceStream, source_streams, source_tokens
 from lapis.errors import InputError
+
+BLOCK = 1 << 13  # places of the order that are drawn at once
 
 
 class TokenBatch(NamedTuple):
@@ -66,6 +69,7 @@ class TokenLoader:
             )
         self.dataset = dataset
         self.sequence, self.batch, self.seed = sequence, batch, seed
+        self._block = lru_cache(maxsize=2)(self._drawn)
         self.mixed: MixedOrder | None = None  # what the order is from its first segment on
         self.streams: Mapping[str, SourceStream] = {}
         if segments:
@@ -84,14 +88,37 @@ class TokenLoader:
 
     def samples_at(self, first: int, count: int) -> tuple[int, ...]:
         """The windows that stand at `count` places of the run's order from `first` on."""
-        return tuple(self._sample_at(place) for place in range(first, first + count))
+        last = first + count
+        if self.mixed is not None and last > self.mixed.first:
+            return tuple(self._sample_at(place) for place in range(first, last))
+        found: list[int] = []
+        while first < last:  # drawn by blocks, a place costs a tenth
+            number, offset = divmod(first, BLOCK)
+            found += self._block(number)[offset : offset + last - first]
+            first = (number + 1) * BLOCK
+        return tuple(found)
 
     def windows(self, samples: Sequence[int]) -> TokenBatch:
         """Windows by their number, laid one after the other."""
-        windows = [self._window(sample) for sample in samples]
-        ids_T = np.concatenate([window.ids_T for window in windows])
-        targets_T = np.concatenate([window.targets_T for window in windows])
-        return TokenBatch(ids_T, targets_T, tuple(length for window in windows for length in window.lengths))
+        T = self.sequence
+        # a target is the next token, so a window reads one more than it has
+        stream_NT = np.empty((len(samples), T + 1), dtype=self.dataset.manifest["token_type"])
+        starts = np.array(samples, dtype=np.int64) * T
+        borders = self.dataset.document_starts
+        inside = np.searchsorted(borders, starts[:, None] + [1, T]).tolist()
+        lengths: list[int] = []
+        for row, sample, (low, high) in zip(stream_NT, samples, inside, strict=True):
+            if sample >= self.samples:
+                lengths += self._fill_mixed(sample, row)
+                continue
+            start = sample * T
+            self.dataset.fill(start, row)
+            if low == high:
+                lengths.append(T)
+            else:
+                lengths += _spans([edge - start for edge in borders[low:high].tolist()], T)
+        ids_NT, targets_NT = stream_NT[:, :-1].astype(np.int64), stream_NT[:, 1:].astype(np.int64)
+        return TokenBatch(ids_NT.reshape(-1), targets_NT.reshape(-1), tuple(lengths))
 
     def pieces(self, sample: int, count: int | None = None) -> Sequence[Piece]:
         """Where the first `count` tokens of a window lie in the dataset, by default all that are read in it."""
@@ -126,26 +153,26 @@ class TokenLoader:
             places.extend([] if place is None else [place])
         return min(places, default=None)
 
+    def _drawn(self, number: int) -> list[int]:
+        """A block of the order of the stream as it lies."""
+        drawn: list[int] = samples_from(number * BLOCK, BLOCK, self.samples, self.seed).tolist()
+        return drawn
+
     def _sample_at(self, place: int) -> int:
         if self.mixed is None or place < self.mixed.first:
             return sample_at(place, self.samples, self.seed)
         drawn = self.mixed.at(place)
         return self._firsts[self.mixed.names.index(drawn.source)] + drawn.window
 
-    def _window(self, sample: int) -> TokenBatch:
-        if sample >= self.samples:
-            return self._mixed_window(sample)
-        start = sample * self.sequence
-        stream = self.dataset.read(start, self.sequence + 1).astype(np.int64)
-        borders = self.dataset.document_starts
-        low, high = np.searchsorted(borders, [start + 1, start + self.sequence])  # inside the window only
-        edges = np.concatenate([[0], borders[low:high] - start, [self.sequence]])
-        return TokenBatch(stream[:-1], stream[1:], tuple(np.diff(edges).tolist()))
+    def _fill_mixed(self, sample: int, out: NDArray[Any]) -> list[int]:
+        """Read a window of one source; its spans. Each piece but the first begins a document."""
+        edges = [0]
+        for start, count in self.pieces(sample, self.sequence + 1):
+            self.dataset.fill(start, out[edges[-1] : edges[-1] + count])
+            edges.append(edges[-1] + count)
+        return _spans([edge for edge in edges[1:-1] if edge < self.sequence], self.sequence)
 
-    def _mixed_window(self, sample: int) -> TokenBatch:
-        """A window of one source: each piece but the first begins a document."""
-        pieces = self.pieces(sample, self.sequence + 1)
-        stream = np.concatenate([self.dataset.read(*piece) for piece in pieces]).astype(np.int64)
-        edges = list(accumulate(piece.tokens for piece in pieces))[:-1]
-        borders = [0, *(edge for edge in edges if edge < self.sequence), self.sequence]
-        return TokenBatch(stream[:-1], stream[1:], tuple(np.diff(borders).tolist()))
+
+def _spans(borders: Sequence[int], end: int) -> list[int]:
+    """The lengths between borders inside of a window that ends at `end`."""
+    return [stop - begin for begin, stop in pairwise([0, *borders, end])]

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,13 @@ def write_shard(
         atomic_file(folder / f"{name}.documents.jsonl") as entries_file,
     ):
         for batch in _batches(documents):
-            for document, ids in zip(batch, tokenizer.encode_batch([one.text for one in batch]), strict=True):
-                entry = _entry(document, len(ids) + 1)
+            ids, ends = tokenizer.encode_stream([document.text for document in batch])
+            ids_file.write(ids.astype(width).tobytes())
+            for document, count in zip(batch, np.diff(ends, prepend=0).tolist(), strict=True):
+                entry = _entry(document, count)
                 starts.append(tokens)
                 tokens += entry.tokens
                 size += entry.bytes
-                ids_file.write(np.array([tokenizer.end_id, *ids], dtype=width).tobytes())
                 entries_file.write(entry_line(entry))
                 count_entry(table, entry)
     with atomic_file(folder / f"{name}.starts") as file:
@@ -91,7 +93,7 @@ def shard_digests(folder: Path, name: str) -> dict[str, str]:
 
 def entry_line(entry: DocumentEntry) -> bytes:
     """A document's line in the table of its shard."""
-    line = {key: value for key, value in asdict(entry).items() if key != "start"}
+    line = {key: value for key, value in vars(entry).items() if key != "start"}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
@@ -159,10 +161,10 @@ class Dataset:
         self.folder = folder
         self.manifest = manifest
         self.tokens: int = manifest["tokens"]
-        self._firsts = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
+        self._firsts = list(accumulate((shard["tokens"] for shard in manifest["shards"]), initial=0))
         width = np.dtype(manifest["token_type"]).newbyteorder("<")
         self._maps = [
-            np.memmap(folder / f"{shard['name']}.tokens", dtype=width, mode="r")
+            np.asarray(np.memmap(folder / f"{shard['name']}.tokens", dtype=width, mode="r"))
             for shard in manifest["shards"]
         ]
 
@@ -206,25 +208,30 @@ class Dataset:
 
     def read(self, start: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
         """`count` tokens of the training stream from `start` on. Raises InputError outside of it."""
+        found = np.empty(max(count, 0), dtype=self.manifest["token_type"])
+        self.fill(start, found)
+        return found
+
+    def fill(self, start: int, out: NDArray[Any]) -> None:
+        """Write the tokens of the training stream from `start` on into an array. Raises InputError outside of it."""
+        count = len(out)
         if not 0 <= start <= start + count <= self.tokens:
             raise InputError(
                 f"Tokens {start} to {start + count} are not within the {self.tokens} of the dataset."
             )
-        parts = []
-        shard = int(np.searchsorted(self._firsts, start, side="right")) - 1
-        while count > 0:
-            offset = start - int(self._firsts[shard])
-            part = self._maps[shard][offset : offset + count]
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.manifest["token_type"])
+        shard, done = bisect_right(self._firsts, start) - 1, 0
+        while done < count:
+            offset = start + done - self._firsts[shard]
+            part = self._maps[shard][offset : offset + count - done]
+            out[done : done + len(part)] = part
+            done, shard = done + len(part), shard + 1
 
     @cached_property
     def document_starts(self) -> NDArray[np.int64]:
         """Where each training document starts in the stream; each begins with the end token."""
         starts = [
             np.fromfile(self.folder / f"{shard['name']}.starts", dtype="<i8") + first
-            for shard, first in zip(self.manifest["shards"], self._firsts[:-1].tolist(), strict=True)
+            for shard, first in zip(self.manifest["shards"], self._firsts[:-1], strict=True)
         ]
         return np.concatenate([np.empty(0, dtype=np.int64), *starts])
 
@@ -232,8 +239,8 @@ class Dataset:
         """The document that a token of the stream belongs to: source, path, licence."""
         if not 0 <= token < self.tokens:
             raise InputError(f"Token {token} is not within the {self.tokens:,} there are.")
-        shard = bisect_right(self._firsts.tolist(), token) - 1
-        first = int(self._firsts[shard])
+        shard = bisect_right(self._firsts, token) - 1
+        first = self._firsts[shard]
         name = self.manifest["shards"][shard]["name"]
         starts = np.fromfile(self.folder / f"{name}.starts", dtype="<i8")
         place = int(np.searchsorted(starts, token - first, side="right")) - 1
