@@ -1,7 +1,8 @@
-"""Builds the C code beside the Python files: kernels, one shared library per instruction set, and the tokenizer's.
+"""Builds the C code beside the Python files: kernels, one shared library per instruction set, the tokenizer's
+and the data path's.
 
-The build is optional. Without a C compiler the installation succeeds, says so, and plain torch and Hugging Face
-`tokenizers` do the work. LAPIS_NO_KERNELS=1 skips it on purpose.
+The build is optional. Without a C compiler the installation succeeds, says so, and plain torch, Python and Hugging
+Face `tokenizers` do the work. LAPIS_NO_KERNELS=1 skips it on purpose.
 """
 
 from __future__ import annotations
@@ -46,9 +47,17 @@ SOURCES = (
     "cpu_attention.h",
     "cpu_fp32.h",
 )
-TOKENIZER = Path("src/lapis/tokenizer")
-# as in tokenizer/compiled.py: all text that goes into its library, in this order
-TOKENIZER_SOURCES = ("bpe_split.c", "bpe_merge.c", "bpe_encode.c", "bpe_train.c", "bpe.h", "bpe_merge.h")
+# folder, library: all text that goes into it, in this order; one build for every CPU
+PLAIN = {
+    # as in tokenizer/compiled.py
+    (Path("src/lapis/tokenizer"), "bpe-portable.so"): (
+        "bpe_split.c", "bpe_merge.c", "bpe_encode.c", "bpe_train.c", "bpe.h", "bpe_merge.h",
+    ),
+    # as in data/native.py
+    (Path("src/lapis/data"), "text-portable.so"): (
+        "statistics.c", "ngrams.c", "parts.c", "language.c", "words.c", "text.h", "statistics.h",
+    ),
+}  # fmt: skip
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {
@@ -91,11 +100,8 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         """Build, and report in one line per variant what came of it."""
-        source = self.inplace or self.editable_mode
-        folder = PACKAGE if source else Path(self.build_lib) / "lapis" / "kernels"
-        tokenizer = TOKENIZER if source else Path(self.build_lib) / "lapis" / "tokenizer"
+        folder = self._place(PACKAGE)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.mkdir(parents=True, exist_ok=True)
         self.built: list[str] = []
         compiler = find_compiler()
         if os.environ.get("LAPIS_NO_KERNELS"):
@@ -103,11 +109,13 @@ class BuildKernels(build_ext):
         elif compiler is None:
             print("lapis kernels: no C compiler found; plain torch will be used (see: lapis doctor)")
         else:
+            for package, name in PLAIN:
+                self._compile_plain(compiler, package, name)
             with tempfile.TemporaryDirectory() as scratch:
                 self._compile_all(compiler, folder, Path(scratch))
-            self._compile_tokenizer(compiler, tokenizer / "bpe-portable.so")
-        for library in (*folder.glob("cpu-*.so"), *tokenizer.glob("bpe-portable.so")):
-            if str(library) not in self.built:
+        plain = [self._place(package) / name for package, name in PLAIN]
+        for library in (*folder.glob("cpu-*.so"), *plain):
+            if str(library) not in self.built and library.exists():
                 library.unlink()  # of an earlier build
 
     def get_outputs(self) -> list[str]:
@@ -141,18 +149,32 @@ class BuildKernels(build_ext):
             threads = all(results[variant, unit][1] for unit in UNITS)
             self._link(compiler, folder / f"cpu-{variant}.so", scratch, variant, errors, threads)
 
-    def _compile_tokenizer(self, compiler: list[str], target: Path) -> None:
-        define = f'-DLAPIS_SOURCE="{source_digest(TOKENIZER, TOKENIZER_SOURCES)}"'
-        units = [str(TOKENIZER / name) for name in TOKENIZER_SOURCES if name.endswith(".c")]
+    def _place(self, package: Path) -> Path:
+        """Where a package's libraries go: beside its sources, or into the wheel."""
+        return (
+            package
+            if self.inplace or self.editable_mode
+            else Path(self.build_lib) / package.relative_to("src")
+        )
+
+    def _compile_plain(self, compiler: list[str], package: Path, name: str) -> None:
+        sources = PLAIN[package, name]
+        target = self._place(package) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_suffix(".tmp")
-        command = [*compiler, *FLAGS, define, "-shared", *units, "-o", str(beside)]
-        compiled = subprocess.run(command, capture_output=True, text=True)
+        define = f'-DLAPIS_SOURCE="{source_digest(package, sources)}"'
+        units = [str(package / source) for source in sources if source.endswith(".c")]
+        compiled = subprocess.run(
+            [*compiler, *FLAGS, define, "-shared", *units, "-o", str(beside)], capture_output=True, text=True
+        )
         if compiled.returncode == 0:
             beside.replace(target)
             self.built.append(str(target))
-            print(f"lapis tokenizer: built {target.name}")
+            print(f"lapis {package.name}: built {target.name}")
             return
-        print(f"lapis tokenizer: left out, the compiler says: {compiled.stderr.strip().splitlines()[-1]}")
+        print(
+            f"lapis {package.name}: left out, the compiler says: {compiled.stderr.strip().splitlines()[-1]}"
+        )
 
     def _link(
         self, compiler: list[str], target: Path, scratch: Path, variant: str, errors: list[str], threads: bool

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapis.data.document import Document
-from lapis.data.filters import repair
+from lapis.data.filters import QualityAnnotator, quality_rules
 from lapis.data.formats.part import cut
-from lapis.data.judge import judge
-from lapis.data.recipe import FilterConfig
+from lapis.data.repair import repair
+from lapis.data.thresholds import RULE_SETS, FilterConfig
+from tests.attributes import reasons
 
 ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=300)
 LINES = st.text("ab #.\n\r\t…é東- 12", max_size=300)
@@ -35,4 +36,5 @@ def test_the_pieces_of_a_text_make_up_the_text(text: str, limit: int) -> None:
 @given(ANY | LINES, st.sampled_from(["prose", "code"]))
 def test_every_text_gets_a_verdict(text: str, kind: str) -> None:
     document = Document(repair(text), "s", "p", "", "code" if kind == "code" else "prose")
-    assert isinstance(judge([document], FilterConfig())[0], str)
+    every = quality_rules(FilterConfig(rules=tuple(RULE_SETS)))
+    assert isinstance(reasons([document], QualityAnnotator(), every)[0], str)

@@ -5,21 +5,34 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
+import tomllib
 
 import pytest
 
+from lapis.config import parse, to_toml
 from lapis.data import filters
 from lapis.data.document import Document, Kind
-from lapis.data.filters import repair
-from lapis.data.judge import judge
-from lapis.data.recipe import FilterConfig, ProseRules
+from lapis.data.filters import QualityAnnotator, quality_rules
+from lapis.data.repair import repair
+from lapis.data.thresholds import RULE_SETS, FilterConfig, ProseRules
+from lapis.errors import ConfigError
+from tests.attributes import decided, reasons
 from tests.texts import prose
 
 RULES = FilterConfig()
 
 
+def judge(documents: list[Document], rules: FilterConfig) -> list[str]:
+    return reasons(documents, QualityAnnotator(), quality_rules(rules))
+
+
 def reason(text: str, kind: Kind = "prose", rules: FilterConfig = RULES) -> str:
     return judge([Document(repair(text), "s", "p", "", kind)], rules)[0]
+
+
+def of(*sets: str, **limits: object) -> FilterConfig:
+    """The rules as a recipe names them."""
+    return parse({"rules": list(sets), "prose": limits}, FilterConfig)
 
 
 def test_ordinary_prose_and_code_pass() -> None:
@@ -42,8 +55,6 @@ def test_text_of_languages_without_spaces_passes() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "empty"),
-        (" \n\t\u3000", "empty"),
         ("Only a few words here.", "too few words"),
         (" ".join("ab" for _ in range(100)), "mean word length"),
         (prose(1, 500) + "x" * 1001, "a word too long"),
@@ -54,6 +65,7 @@ def test_text_of_languages_without_spaces_passes() -> None:
         ("\n".join("- " + line for line in textwrap.wrap(prose(2), 60)), "too many bullets"),
         ("\n".join(line + "..." for line in textwrap.wrap(prose(2), 100)), "too many lines end in an ellipsis"),
         ("\n".join(textwrap.wrap(prose(3), 50)[:8] * 3), "repeated lines"),
+        ("\n\n".join(textwrap.wrap(prose(3), 50)[:8] * 3), "repeated paragraphs"),
         (prose(4) + " once more and again" * 30, "one phrase again and again"),
         (prose(5, 150).replace("\n", " ") * 2, "repeated phrases"),
     ],
@@ -89,10 +101,60 @@ def test_limits_come_from_the_recipe() -> None:
     few = "Only a few words here, yet they are enough."
     assert reason(few, rules=FilterConfig(prose=ProseRules(min_words=5))) == ""
     assert reason(few, rules=FilterConfig(enabled=False)) == ""
-    assert reason(" ", rules=FilterConfig(enabled=False)) == "empty"
     english = FilterConfig(prose=ProseRules(min_stop_words=2))
     assert reason(prose(1), rules=english) == "too few stop words"
     assert reason(prose(1) + "\nThe end of the text, to be read with care.", rules=english) == ""
+
+
+SENTENCES = "They have the words to be read. And it is of use that they do! " * 12
+ENGLISH = prose(1) + "The end of it, and that is what we have to be with.\n"
+
+
+@pytest.mark.parametrize(
+    ("sets", "text", "expected"),
+    [
+        ("gopher-quality", prose(1), "too few stop words"),
+        ("gopher-repetition", SENTENCES, "one phrase again and again"),
+        ("gopher-repetition", "Only a few words here.", ""),  # not its rule
+        ("c4", "One line without its end\n" * 9, "too few sentences"),
+        ("c4", "One of these. Two of these. Three of these. Four. Five.", ""),
+        ("c4", "Here comes lorem ipsum now. One. Two. Three. Four. Five.", "lorem ipsum"),
+        ("c4", "Call it { a block. One. Two. Three. Four. Five.", "curly brackets"),
+        ("c4", "We use cookies. One. Two. Three. Four. Five. Six.", "too few sentences"),
+        ("c4", "Turn on JavaScript. One. Two. Three. Four. Five. Six.", "too few sentences"),
+        ("c4", "See the Terms of Use. One. Two. Three. Four. Five. Six.", "too few sentences"),
+        ("fineweb", "\n".join(textwrap.wrap(prose(2).replace(".", ""), 80)), "too few lines end in a mark"),
+        ("fineweb", "\n".join(f"Line {n} is short." for n in range(40)), "too many short lines"),
+        ("fineweb", "\n".join(f"{line}." for line in textwrap.wrap(prose(2), 50)[:9] * 2),
+         "text in repeated lines, without line ends"),
+        ("fineweb", "\n\n\n".join(f"Line {n} has many letters, {'o' * 20}." for n in range(40)),
+         "too many line ends"),
+    ],
+)  # fmt: skip
+def test_each_published_set_of_rules_drops_what_it_is_for(sets: str, text: str, expected: str) -> None:
+    assert reason(text, rules=of(sets)) == expected
+
+
+def test_sets_of_rules_add_up_and_what_the_recipe_says_goes_before_them() -> None:
+    both = of("gopher-quality", "c4", min_words=7)
+    assert (both.prose.min_words, both.prose.min_stop_words, both.prose.min_sentences) == (7, 2, 5)
+    assert both.prose.max_top_ngram is None
+    assert reason(ENGLISH, rules=of("gopher-quality", max_words=100)) == "too many words"
+    assert of("lapis") == FilterConfig()
+    assert reason(ENGLISH, rules=of(*RULE_SETS)) == ""
+    assert parse(tomllib.loads(to_toml(both)), FilterConfig) == both
+
+
+def test_a_set_of_rules_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigError, match="golpher"):
+        of("golpher")
+
+
+def test_the_rules_of_english_leave_scripts_without_spaces_alone() -> None:
+    text = "".join(
+        f"{chr(0x4E00 + 7 * n)}{chr(0x5000 + 11 * n)}是{chr(0x6000 + 5 * n)}的。" for n in range(200)
+    )
+    assert reason(text, rules=of("gopher-quality", "gopher-repetition", "c4")) == ""
 
 
 def test_the_reason_does_not_depend_on_the_documents_around_it() -> None:
@@ -101,6 +163,16 @@ def test_the_reason_does_not_depend_on_the_documents_around_it() -> None:
     together = judge(documents, RULES)
     assert together == [judge([document], RULES)[0] for document in documents]
     assert together == ["", "repeated phrases", "", "one phrase again and again"]
+
+
+def test_what_a_rule_costs_first_and_alone_is_counted() -> None:
+    texts = ["Few words.", "# # # #", prose(1)]  # the second breaks three rules, the first of them first
+    documents = [Document(text, "s", "p") for text in texts]
+    _, costs = decided(documents, QualityAnnotator(), quality_rules(RULES))
+    by_reason = {cost.reason: cost for cost in costs if cost.alone_documents}
+    few, signs = by_reason["too few words"], by_reason["too many hash signs"]
+    assert (few.documents, few.bytes, few.alone_documents, few.alone_bytes) == (2, 17, 2, 17)
+    assert (signs.documents, signs.bytes, signs.alone_documents, signs.alone_bytes) == (0, 0, 1, 7)
 
 
 def test_repair_gives_clean_unicode_text() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lapis.cli.data_classifier import classifier
 from lapis.cli.output import json_option, print_json, print_table, say
 from lapis.cli.trace import remove, trace
 
@@ -26,6 +27,9 @@ def group() -> None:
 
 group.add_command(trace)
 group.add_command(remove)
+
+
+group.add_command(classifier)
 
 
 @group.command()

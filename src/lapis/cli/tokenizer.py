@@ -70,9 +70,9 @@ def encode(tokenizer: Path, text: str, special: bool, as_json: bool) -> None:
 def _texts(files: tuple[Path, ...]) -> list[str]:
     """Every text of some files and folders, repaired as the data pipeline repairs it."""
     from lapis.data.document import Document
-    from lapis.data.filters import repair
     from lapis.data.readers import plan_parts, read_part
     from lapis.data.recipe import DataConfig, SourceConfig
+    from lapis.data.repair import repair
     from lapis.data.sources import list_inputs
 
     config = DataConfig(sources=tuple(SourceConfig(path=str(file)) for file in files))

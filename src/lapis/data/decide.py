@@ -54,10 +54,10 @@ def decide(
         left &= ~hit
         verdicts.drop(rule.step, rule.reason, rows[first])
         counts = (
-            int(hit.sum()),
-            int(sizes[rows[hit]].sum()),
             int(first.sum()),
             int(sizes[rows[first]].sum()),
+            int(hit.sum()),
+            int(sizes[rows[hit]].sum()),
         )
         costs.append(Cost(rule.step, rule.reason, *counts))
     return rows[left], costs

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from lapis.data.columns import Columns, Rows, part_facts, part_file, part_writer
 from lapis.data.dedup import content_digest, normal_digest
 from lapis.data.document import KINDS, Document
-from lapis.data.filters import repair
 from lapis.data.formats.part import Note, Part, Skip
 from lapis.data.readers import read_part
+from lapis.data.repair import repair
 from lapis.data.report import Step
 from lapis.storage import write_text
 

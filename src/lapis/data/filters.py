@@ -1,280 +1,231 @@
-"""Text repair and the quality rules: what is wrong with a document, as one short reason, or nothing.
+"""The quality rules: statistics of every document as attributes, and predicates that compare them with thresholds.
 
-Each rule is a line that compares one measure with one limit of the recipe; the first that is broken gives the
-reason under which the document is counted. Words of the prose rules are what white space separates; repeated
-n-grams are counted over `words.SPLITTER`.
+The annotator knows no threshold, so moving one reads no text again. Rules on words do not apply to scripts that
+write no spaces; C4's rules are for lines of words and leave those scripts alone too.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from lapis.data.document import Kind
-from lapis.data.recipe import CodeRules, FilterConfig, ProseRules
-from lapis.data.words import Words, ngrams
+from lapis.data.annotate import Chunk
+from lapis.data.characters import UNICODE
+from lapis.data.columns import Columns, Mask
+from lapis.data.decide import Attributes, Rule
+from lapis.data.document import Document
+from lapis.data.statistics import COLUMNS, SPLITTER, statistics
+from lapis.data.thresholds import CodeRules, FilterConfig, ProseRules
 
-STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
-BULLETS = ("•", "‣", "●", "- ", "* ")
 GENERATED = re.compile(
     r"@generated|auto(?:matically|-|\s)?\s?generated|machine.generated|do not (?:edit|modify)"
     r"|\b(?:file|code|module|codec)\b.{0,20}\bgenerated (?:by|from|with)\b",
     re.IGNORECASE,
 )
 
-REASONS = (  # all that `fault` and `repetition_fault` say, in the order in which they look
-    "too short",
-    "a line too long",
-    "lines too long",
-    "generated",
-    "too few letters",
-    "mostly numbers",
-    "too few words",
-    "mean word length",
-    "a word too long",
-    "too many hash signs",
-    "too many ellipses",
-    "too few words with letters",
-    "too few stop words",
-    "too many bullets",
-    "too many lines end in an ellipsis",
-    "repeated lines",
-    "repeated paragraphs",
-    "one phrase again and again",
-    "repeated phrases",
-)
+MOSTLY_UNSPACED = 0.2  # of the characters: then the text's words are not what white space separates
 
-_NEWLINES = re.compile(r"\r\n?|[\u0085\u2028\u2029]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
-_LETTER = re.compile(r"[^\W\d_]")
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff]")
+_Predicate = Callable[[Columns], Mask]
 
 
-def repair(text: str) -> str:
-    """The same text with `\\n` line ends, without byte-order mark and control characters, in Unicode NFC."""
-    text = text.removeprefix("\ufeff")
-    if not text.isascii() or "\r" in text:
-        text = _NEWLINES.sub("\n", text)
-    text = _CONTROL.sub("", text.replace("\f", "\n"))
-    if text.isascii() or unicodedata.is_normalized("NFC", text):
-        return text
-    return unicodedata.normalize("NFC", text)
+@dataclass(frozen=True)
+class QualityAnnotator:
+    """Writes the statistics of each document, and whether a file of code says that it is generated."""
+
+    name: str = "quality"
+    version: int = 2
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Whole numbers, and one truth value."""
+        return pa.schema([*((name, pa.int32()) for name in COLUMNS), ("generated", pa.bool_())])
+
+    def facts(self) -> dict[str, Any]:
+        """The splitter and the version of Unicode; no threshold."""
+        return {"splitter": SPLITTER, "unicode": UNICODE, "generated": GENERATED.pattern}
+
+    def annotate(self, chunk: Chunk) -> pa.RecordBatch:
+        """The statistics of a chunk."""
+        rows = statistics(chunk.texts)
+        columns = [pa.array(np.ascontiguousarray(column)) for column in rows.T]
+        generated = pa.array([_says_generated(document) for document in chunk.documents], type=pa.bool_())
+        return pa.RecordBatch.from_arrays([*columns, generated], schema=self.schema)
 
 
-def fault(text: str, kind: Kind, rules: FilterConfig) -> str:
-    """The reason to drop a repaired text by its own measures, or "" to keep it."""
-    if not text.strip():
-        return "empty"
-    if not rules.enabled:
-        return ""
-    return _code_fault(text, rules.code) if kind == "code" else _prose_fault(text, rules.prose)
+def _says_generated(document: Document) -> bool:
+    if document.kind != "code":
+        return False
+    return GENERATED.search("\n".join(document.text.split("\n", 10)[:10])) is not None
 
 
-def repetition_fault(words: Words, document: int, size: int, rules: ProseRules) -> str:
-    """The reason to drop one document of a chunk for repeated n-grams, or "". `size` is its bytes.
-
-    Not for scripts without spaces: their words here are characters, five of which recur in any text.
-    """
-    part = slice(words.first_D1[document], words.first_D1[document + 1])
-    hash_W, start_W, end_W = words.hash_W[part], words.start_W[part], words.end_W[part]
-    if rules.max_top_ngram and _top_ngram(hash_W, start_W, end_W, size, rules.max_top_ngram):
-        return "one phrase again and again"
-    if rules.max_duplicate_ngram and _duplicate_ngrams(
-        hash_W, start_W, end_W, size, rules.max_duplicate_ngram
-    ):
-        return "repeated phrases"
-    return ""
-
-
-class _WordCounts(NamedTuple):
-    words: int
-    chars: int
-    longest: int
-    lettered: int  # words with at least one letter
-
-
-def _prose_fault(text: str, rules: ProseRules) -> str:
-    lines = [line for line in text.split("\n") if line and not line.isspace()]
-    return (
-        (_word_fault(text, rules) if has_spaces(text) else "")
-        or _line_fault(lines, rules)
-        or _duplicate_fault(text, lines, rules)
-    )
-
-
-def _word_fault(text: str, rules: ProseRules) -> str:
-    counts = _ascii_word_counts(text) if text.isascii() else _word_counts(text)
-    if counts.words < rules.min_words:
-        return "too few words"
-    if not rules.mean_word[0] <= counts.chars / counts.words <= rules.mean_word[1]:
-        return "mean word length"
-    if counts.longest > rules.max_word:
-        return "a word too long"
-    if text.count("#") / counts.words > rules.max_symbols:
-        return "too many hash signs"
-    if (text.count("...") + text.count("…")) / counts.words > rules.max_symbols:
-        return "too many ellipses"
-    if counts.lettered / counts.words < rules.min_alphabetic:
-        return "too few words with letters"
-    if rules.min_stop_words and len(STOP_WORDS.intersection(text.split())) < rules.min_stop_words:
-        return "too few stop words"
-    return ""
-
-
-def _word_counts(text: str) -> _WordCounts:
-    words = text.split()
-    lettered = sum(1 for word in words if word.isalpha() or _LETTER.search(word))
-    return _WordCounts(len(words), sum(map(len, words)), max(map(len, words)), lettered)
-
-
-def _ascii_word_counts(text: str) -> _WordCounts:
-    """The same, several times faster, for ASCII text."""
-    data = np.frombuffer(text.encode(), dtype=np.uint8)
-    edges = np.flatnonzero(np.diff(np.r_[True, data <= 0x20, True]))
-    starts, ends = edges[::2], edges[1::2]
-    letter = ((data | 0x20) >= 0x61) & ((data | 0x20) <= 0x7A)
-    lettered = np.add.reduceat(letter, starts, dtype=np.int32)
-    lengths = ends - starts
-    return _WordCounts(len(starts), int(lengths.sum()), int(lengths.max()), int(np.count_nonzero(lettered)))
-
-
-def _line_fault(lines: list[str], rules: ProseRules) -> str:
-    if sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines) > rules.max_bullets:
-        return "too many bullets"
-    ellipses = sum(line.rstrip().endswith(("...", "…")) for line in lines)
-    if ellipses / len(lines) > rules.max_ellipses:
-        return "too many lines end in an ellipsis"
-    return ""
-
-
-def _duplicate_fault(text: str, lines: list[str], rules: ProseRules) -> str:
-    repeated = _repeated(lines)
-    if len(repeated) / len(lines) > rules.max_duplicate_lines:
-        return "repeated lines"
-    if sum(map(len, repeated)) / len(text) > rules.max_duplicate_line_chars:
-        return "repeated lines"
-    if not repeated:
-        return ""  # without a repeated line there is no repeated paragraph
-    paragraphs = [part for part in _PARAGRAPHS.split(text) if part.strip()]
-    again = _repeated(paragraphs)
-    if len(again) / len(paragraphs) > rules.max_duplicate_lines:
-        return "repeated paragraphs"
-    if sum(map(len, again)) / len(text) > rules.max_duplicate_line_chars:
-        return "repeated paragraphs"
-    return ""
-
-
-def _repeated(parts: list[str]) -> list[str]:
-    """The parts that an earlier one equals; the first copy does not count."""
-    if len(set(parts)) == len(parts):
+def quality_rules(config: FilterConfig) -> list[Rule]:
+    """The rules that a recipe's thresholds turn on."""
+    if not config.enabled:
         return []
-    ordered = sorted(parts)
-    return [part for before, part in pairwise(ordered) if part == before]
+    code = [Rule("quality", reason, partial(_of_kind, "code", hit)) for reason, hit in _for_code(config.code)]
+    prose = [
+        Rule("quality", reason, partial(_of_kind, "prose", hit)) for reason, hit in _for_prose(config.prose)
+    ]
+    return code + prose
 
 
-def _code_fault(text: str, rules: CodeRules) -> str:
-    if len(text) < rules.min_chars:
-        return "too short"
-    lines = text.split("\n")
-    if max(map(len, lines)) > rules.max_line:
-        return "a line too long"
-    if len(text) / len(lines) > rules.max_mean_line:
-        return "lines too long"
-    if not rules.generated and GENERATED.search("\n".join(lines[:10])):
-        return "generated"
-    data = np.frombuffer(text.encode(), dtype=np.uint8)
-    digits = int(np.count_nonzero((data >= 0x30) & (data <= 0x39)))
-    letters = int(np.count_nonzero(((data | 0x20) >= 0x61) & ((data | 0x20) <= 0x7A) | (data >= 0xC0)))
-    blanks = int(np.count_nonzero(data <= 0x20))
-    if (letters + digits) / len(text) < rules.min_alphanumeric:
-        return "too few letters"
-    if digits / max(1, len(data) - blanks) > rules.max_digits:
-        return "mostly numbers"
-    return ""
+def _of_kind(kind: str, hit: _Predicate, attributes: Attributes) -> Mask:
+    return attributes["documents"].equal("kind", kind) & hit(attributes["quality"])
 
 
-def has_spaces(text: str) -> bool:
-    """Whether the text's scripts separate words by spaces, so that rules on words mean something."""
-    if text.isascii():
-        return True
-    return len(_NO_SPACES.findall(text)) < 0.2 * len(text)
+def _for_code(rules: CodeRules) -> Iterator[tuple[str, _Predicate]]:
+    yield "too short", partial(_less, "chars", rules.min_chars)
+    yield "a line too long", partial(_more, "longest_line", rules.max_line)
+    yield "lines too long", lambda at: _share(at, "chars", at.numbers("newlines") + 1) > rules.max_mean_line
+    if not rules.generated:
+        yield "generated", lambda at: at.numbers("generated")
+    yield "too few letters", lambda at: _alphanumeric(at) < rules.min_alphanumeric
+    yield "mostly numbers", partial(_more_of, "digits", "word_chars", rules.max_digits)
 
 
-def _top_ngram(
-    hash_W: NDArray[np.uint64],
-    start_W: NDArray[np.int64],
-    end_W: NDArray[np.int64],
-    size: int,
-    limits: tuple[float, ...],
-) -> bool:
-    """Whether the commonest 2-gram (3-gram, …), its length times its count, takes more than its limit."""
-    widest = len(limits) + 1
-    most = 0
-    for n, limit in enumerate(limits, start=2):
-        if len(hash_W) < n:
-            return False
-        if n > 2 and most * _longest(start_W, end_W, widest) <= min(limits) * size:
-            return False  # a longer n-gram is never commoner than the 2-gram inside it
-        grams = ngrams(hash_W, n)
-        sorted_ = np.sort(grams)
-        borders = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1], True])
-        counts = np.diff(borders)
-        most = int(counts.max())
-        if most == 1:
-            return False  # what occurs once is no repetition, however short the text
-        # Of equally common n-grams the longest counts, so that the answer has no hash in it.
-        common = np.isin(grams, sorted_[borders[:-1][counts == most]])
-        length = int((end_W[n - 1 :] - start_W[: len(grams)])[common].max())
-        if most * length > limit * size:
-            return True
-    return False
+def _for_prose(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    yield from _on_words(rules)
+    yield from _on_lines(rules)
+    yield from _on_repetition(rules)
+    yield from _of_c4(rules)
+    yield from _of_fineweb(rules)
 
 
-def _longest(start_W: NDArray[np.int64], end_W: NDArray[np.int64], n: int) -> int:
-    n = min(n, len(start_W))
-    return int((end_W[n - 1 :] - start_W[: len(start_W) - n + 1]).max())
+def _on_words(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    if rules.min_words is not None:
+        yield "too few words", _spaced(partial(_less, "plain_words", rules.min_words))
+    if rules.max_words is not None:
+        yield "too many words", _spaced(partial(_more, "plain_words", rules.max_words))
+    if rules.mean_word is not None:
+        yield (
+            "mean word length",
+            _spaced(partial(_outside, "plain_word_chars", "plain_words", rules.mean_word)),
+        )
+    if rules.max_word is not None:
+        yield "a word too long", _spaced(partial(_more, "longest_word", rules.max_word))
+    if rules.max_symbols is not None:
+        yield "too many hash signs", _spaced(partial(_more_of, "hashes", "words", rules.max_symbols))
+        yield "too many ellipses", _spaced(partial(_more_of, "ellipses", "words", rules.max_symbols))
+    if rules.min_alphabetic is not None:
+        yield (
+            "too few words with letters",
+            _spaced(partial(_less_of, "lettered_words", "words", rules.min_alphabetic)),
+        )
+    if rules.min_stop_words is not None:
+        yield "too few stop words", _spaced(partial(_less, "stop_words", rules.min_stop_words))
 
 
-def _duplicate_ngrams(
-    hash_W: NDArray[np.uint64],
-    start_W: NDArray[np.int64],
-    end_W: NDArray[np.int64],
-    size: int,
-    limits: tuple[float, ...],
-) -> bool:
-    """Whether words inside 5-grams (6-grams, …) seen before take more than their limit of the text."""
-    length_W = end_W - start_W
-    for n, limit in enumerate(limits, start=5):
-        again = _seen_before(ngrams(hash_W, n))
-        if not again.size:
-            return False  # no repeated 5-gram, so no repeated 6-gram either
-        covered_W = np.zeros(len(hash_W) + 1, dtype=np.int32)
-        np.add.at(covered_W, again, 1)
-        np.add.at(covered_W, again + n, -1)
-        inside = int(length_W[np.cumsum(covered_W[:-1]) > 0].sum())
-        if inside > limit * size:
-            return True
-        if inside <= min(limits) * size:
-            return False  # longer n-grams cover less
-    return False
+def _on_lines(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    if rules.max_bullets is not None:
+        yield "too many bullets", partial(_more_of, "bullet_lines", "lines", rules.max_bullets)
+    if rules.max_ellipses is not None:
+        yield (
+            "too many lines end in an ellipsis",
+            partial(_more_of, "ellipsis_lines", "lines", rules.max_ellipses),
+        )
 
 
-def _seen_before(grams: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Places of the n-grams that an earlier one equals."""
-    if grams.size < 2:
-        return np.empty(0, dtype=np.int64)
-    order = np.argsort(grams)
-    sorted_ = grams[order]
-    begins = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])
-    if begins.size == grams.size:
-        return np.empty(0, dtype=np.int64)
-    first = np.minimum.reduceat(order, begins)
-    is_first = np.zeros(grams.size, dtype=bool)
-    is_first[first] = True
-    return np.flatnonzero(~is_first)
+def _on_repetition(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    for reason, column, of, limit in (
+        ("repeated paragraphs", "duplicate_paragraphs", "paragraphs", rules.max_duplicate_paragraphs),
+        (
+            "text in repeated paragraphs",
+            "duplicate_paragraph_chars",
+            "chars",
+            rules.max_duplicate_paragraph_chars,
+        ),
+        ("repeated lines", "duplicate_lines", "line_pieces", rules.max_duplicate_lines),
+        ("text in repeated lines", "duplicate_line_chars", "chars", rules.max_duplicate_line_chars),
+    ):
+        if limit is not None:
+            yield reason, partial(_more_of, column, of, limit)
+    if rules.max_top_ngram:
+        tops = tuple(f"top_{n}gram" for n in range(2, 5))
+        yield "one phrase again and again", _spaced(partial(_any_more_of, tops, rules.max_top_ngram))
+    if rules.max_duplicate_ngram:
+        columns = tuple(f"duplicate_{n}grams" for n in range(5, 11))
+        yield "repeated phrases", _spaced(partial(_any_more_of, columns, rules.max_duplicate_ngram))
+
+
+def _of_c4(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    kept = "c4" if rules.c4_line_end else "c4_any"
+    if not rules.lorem_ipsum:
+        yield "lorem ipsum", _spaced(partial(_more, f"{kept}_lorem_ipsum", 0))
+    if not rules.curly_brackets:
+        yield "curly brackets", _spaced(partial(_more, f"{kept}_curly", 0))
+    if rules.min_sentences is not None:
+        yield "too few sentences", _spaced(partial(_less, f"{kept}_sentences", rules.min_sentences))
+
+
+def _of_fineweb(rules: ProseRules) -> Iterator[tuple[str, _Predicate]]:
+    if rules.min_ended_lines is not None:
+        yield (
+            "too few lines end in a mark",
+            partial(_less_of, "ended_lines", "filled_lines", rules.min_ended_lines),
+        )
+    if rules.max_short_lines is not None:
+        yield "too many short lines", partial(_more_of, "short_lines", "filled_lines", rules.max_short_lines)
+    if rules.max_repeated_line_chars is not None:
+        limit = rules.max_repeated_line_chars
+        yield (
+            "text in repeated lines, without line ends",
+            lambda at: (
+                _share(at, "duplicate_filled_chars", at.numbers("chars") - at.numbers("newlines")) > limit
+            ),
+        )
+    if rules.max_newlines is not None:
+        yield "too many line ends", _spaced(partial(_more_of, "newlines", "words", rules.max_newlines))
+
+
+def _spaced(hit: _Predicate) -> _Predicate:
+    return lambda at: hit(at) & (_share(at, "unspaced_chars", at.numbers("chars")) < MOSTLY_UNSPACED)
+
+
+def _share(at: Columns, column: str, whole: NDArray[np.int32]) -> NDArray[np.float64]:
+    """A column as a share of another number; of nothing, 0."""
+    part: NDArray[np.float64] = at.numbers(column) / np.maximum(whole, 1)
+    return part
+
+
+def _alphanumeric(at: Columns) -> NDArray[np.float64]:
+    both: NDArray[np.float64] = (at.numbers("letters") + at.numbers("digits")) / np.maximum(
+        at.numbers("chars"), 1
+    )
+    return both
+
+
+def _less(column: str, limit: float, at: Columns) -> Mask:
+    found: Mask = at.numbers(column) < limit
+    return found
+
+
+def _more(column: str, limit: float, at: Columns) -> Mask:
+    found: Mask = at.numbers(column) > limit
+    return found
+
+
+def _less_of(column: str, of: str, limit: float, at: Columns) -> Mask:
+    found: Mask = _share(at, column, at.numbers(of)) < limit
+    return found
+
+
+def _more_of(column: str, of: str, limit: float, at: Columns) -> Mask:
+    found: Mask = _share(at, column, at.numbers(of)) > limit
+    return found
+
+
+def _outside(column: str, of: str, limits: tuple[float, float], at: Columns) -> Mask:
+    return _less_of(column, of, limits[0], at) | _more_of(column, of, limits[1], at)
+
+
+def _any_more_of(columns: tuple[str, ...], limits: tuple[float, ...], at: Columns) -> Mask:
+    hits = [_more_of(column, "chars", limit, at) for column, limit in zip(columns, limits, strict=False)]
+    found: Mask = np.logical_or.reduce(hits)
+    return found

@@ -23,6 +23,7 @@ from lapis.data.annotators import rules
 from lapis.data.attributes import Annotated, Reading, annotate, within
 from lapis.data.columns import Rows
 from lapis.data.documents import DocumentTable
+from lapis.data.language import language_counts
 from lapis.data.masking import TrainingTexts
 from lapis.data.policy import note_gate, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
@@ -145,6 +146,8 @@ def decided(data: DataConfig, made: Annotated, means: Means) -> Split:
     found = split_documents(attributes, rows, every, data.dedup, data.heldout, steps, means)
     for step in found.steps:
         step.seconds += seconds.get(step.step, 0.0)
+        if step.step == "language":
+            step.notes.update(language_counts(attributes, found.train))
     return found
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from lapis.config import Section
 from lapis.data.document import Kind
+from lapis.data.thresholds import FilterConfig
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -56,61 +57,31 @@ class SourceConfig(Section):
         return self
 
 
-class ProseRules(Section):
-    """Limits for prose, after Gopher (arXiv 2112.11446, table A1); words are what white space separates."""
+class LanguageConfig(Section):
+    """Which languages are kept; identified for prose alone."""
 
-    min_words: Count = 50
-    """Fewest words of a document."""
-    mean_word: tuple[float, float] = (3.0, 10.0)
-    """Smallest and largest mean length of the words, in characters."""
-    max_symbols: Limit = 0.1
-    """Most hash signs per word, and most ellipses per word."""
-    max_bullets: Limit = 0.9
-    """Most lines that start with a bullet, as a fraction."""
-    max_ellipses: Limit = 0.3
-    """Most lines that end in an ellipsis, as a fraction."""
-    min_alphabetic: Limit = 0.8
-    """Fewest words with at least one letter, as a fraction."""
-    min_stop_words: Count = 0
-    """Fewest different words of {the, be, to, of, and, that, have, with}: 2 in Gopher, 0 for any language."""
-    max_word: Positive = 1000
-    """Longest word, in characters."""
-    max_duplicate_lines: Limit = 0.3
-    """Most lines that repeat an earlier one, as a fraction."""
-    max_duplicate_line_chars: Limit = 0.2
-    """Most characters in lines that repeat an earlier one, as a fraction."""
-    max_top_ngram: tuple[float, ...] = (0.20, 0.18, 0.16)
-    """Most characters in the commonest 2-gram, 3-gram and 4-gram, as fractions; empty turns the rule off."""
-    max_duplicate_ngram: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
-    """Most characters in repeated 5-grams to 10-grams, as fractions; empty turns the rule off."""
+    identify: bool = False
+    """Whether the language of each document is written down and counted; asking for languages does it too."""
+    keep: tuple[str, ...] = ()
+    """Languages to keep, as fastText's codes, such as "en" or "zh"; empty keeps all."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The least probability of a document's language (FineWeb: 0.65)."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether languages are identified at all."""
+        return self.identify or bool(self.keep) or self.min_score > 0
 
 
-class CodeRules(Section):
-    """Limits for code, after Codex (arXiv 2107.03374, section 3.1) and StarCoder (arXiv 2305.06161)."""
+class ScoreConfig(Section):
+    """A quality score by a classifier of one's own (`lapis data classifier train`), for prose."""
 
-    min_chars: Count = 64
-    """Fewest characters of a document."""
-    max_mean_line: Limit = 100.0
-    """Longest mean line, in characters: longer ones are minified or data."""
-    max_line: Positive = 1000
-    """Longest line, in characters."""
-    min_alphanumeric: Limit = 0.25
-    """Fewest letters and digits, as a fraction of all characters."""
-    max_digits: Limit = 0.5
-    """Most digits, as a fraction of what is no white space: more of them is a table of numbers."""
-    generated: bool = False
-    """Whether files that say they are generated are kept."""
-
-
-class FilterConfig(Section):
-    """The quality rules."""
-
-    enabled: bool = True
-    """Whether documents that break a rule are dropped."""
-    prose: ProseRules = ProseRules()
-    """Limits for prose."""
-    code: CodeRules = CodeRules()
-    """Limits for code."""
+    model: str = ""
+    """The classifier's file; empty is no score."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The least score of a document that is kept."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the documents of prose that is kept, the best of them."""
 
 
 class DedupConfig(Section):
@@ -295,6 +266,10 @@ class DataConfig(Section):
     """Longer texts are cut into pieces of at most so many characters, at paragraph, line or word borders."""
     filters: FilterConfig = FilterConfig()
     """The quality rules."""
+    language: LanguageConfig = LanguageConfig()
+    """Which languages are kept."""
+    score: ScoreConfig = ScoreConfig()
+    """A learned quality score."""
     licences: LicencesConfig = LicencesConfig()
     """Which licences may be used."""
     pii: PiiConfig = PiiConfig()

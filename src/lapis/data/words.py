@@ -1,4 +1,4 @@
-"""Words as numbers: splits a chunk of documents and hashes every word, all in numpy.
+"""Words as numbers: splits a chunk of documents and hashes every word, by the compiled part or in numpy.
 
 The splitter is part of the definition of every rule and sketch built on it, so its name is in their digests:
 text is lower-cased; a word is a run of ASCII letters, digits, `_` and non-ASCII characters; each character of
@@ -9,12 +9,15 @@ Letters: N bytes of the chunk, W words, D documents.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lapis.data.native import address, native
 
 SPLITTER = "words-1"
 
@@ -44,9 +47,28 @@ def split_words(texts: Sequence[str]) -> Words:
     chunk_N = np.frombuffer(b"\n".join([*encoded, b""]), dtype=np.uint8)
     begin_D1 = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(part) + 1 for part in encoded], out=begin_D1[1:])
-    start_W, end_W = _spans(chunk_N)
-    hash_W = _hash_spans(chunk_N, start_W, end_W)
+    library = native()
+    hash_W, start_W, end_W = numpy_words(chunk_N) if library is None else compiled_words(library, chunk_N)
     return Words(hash_W, start_W, end_W, np.searchsorted(start_W, begin_D1).astype(np.int64))
+
+
+Spans = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]  # hashes, starts, ends
+
+
+def compiled_words(library: ctypes.CDLL, chunk_N: NDArray[np.uint8]) -> Spans:
+    """The words of some lower-cased text that ends with a byte outside of words."""
+    hash_N = np.empty(len(chunk_N), dtype=np.uint64)
+    start_N, end_N = np.empty((2, len(chunk_N)), dtype=np.int64)
+    library.lapis_words.restype = ctypes.c_int64
+    places = (address(array) for array in (hash_N, start_N, end_N))
+    count = library.lapis_words(address(chunk_N), ctypes.c_int64(len(chunk_N)), *places)
+    return hash_N[:count].copy(), start_N[:count].copy(), end_N[:count].copy()
+
+
+def numpy_words(chunk_N: NDArray[np.uint8]) -> Spans:
+    """The same by numpy."""
+    start_W, end_W = _spans(chunk_N)
+    return _hash_spans(chunk_N, start_W, end_W), start_W, end_W
 
 
 def ngrams(hash_W: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
