@@ -54,6 +54,7 @@ def prepare(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) ->
     _print_report(dataset)
     documents = dataset.manifest["documents"]
     say(f"\n{dataset.tokens:,} training tokens in {documents:,} documents, digest {dataset.digest[:16]}")
+    say(f"What was kept and dropped, to look at: {dataset.folder / 'report.html'}")
     say(f"The dataset lies in {dataset.folder}")
 
 
@@ -118,6 +119,8 @@ def inspect(dataset: Path, documents: int, as_json: bool) -> None:
         licence = shown["licence"] or "licence unknown"
         say(f"\n--- {shown['source']}: {shown['path']} ({licence}, {shown['tokens']:,} tokens)")
         say(str(shown["text"]))
+    if (found.folder / "report.html").exists():
+        say(f"\nSamples kept and dropped, duplicates, lengths: {found.folder / 'report.html'}")
 
 
 @group.command()

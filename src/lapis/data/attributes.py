@@ -180,12 +180,12 @@ def _passed(reading: Reading, planned: Annotated, workers: int, progress: Progre
         parts = plan_parts(inputs) if sample is None else chosen_parts(reading.listing, sample)[0]
         reads = [ReadTask(n, part, documents.work, limit, sample) for n, part in enumerate(parts)]
         tasks = [AnnotateTask(read.number, documents.work, read, wanted) for read in reads]
-    total = sum(item.size for item in inputs)
     done, facts = 0, []
     for found in run_tasks(annotate_part, tasks, workers):
         facts.append(found)
         done += found.raw_bytes
-        progress(done, total, f"read and annotated {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        parts_done = f"part {len(facts):,} of {len(tasks):,}"
+        progress(len(facts), len(tasks), f"read and annotated {done / 1e6:,.1f} MB of text, {parts_done}")
     return facts
 
 

@@ -22,9 +22,12 @@ from lapis.data.annotate import annotation_seconds
 from lapis.data.annotators import rules
 from lapis.data.attributes import Annotated, Reading, annotate, within
 from lapis.data.columns import Rows
+from lapis.data.croissant import FILE as CARD
+from lapis.data.croissant import write_card
 from lapis.data.documents import DocumentTable
 from lapis.data.language import language_counts
 from lapis.data.masking import TrainingTexts
+from lapis.data.page import shown_texts, write_page
 from lapis.data.policy import note_gate, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.remove import RemovalList
@@ -33,6 +36,7 @@ from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shar
 from lapis.data.sources import Listing, list_inputs
 from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
+from lapis.data.verdicts import Decided
 from lapis.data.workers import Room, run_tasks, worker_count
 from lapis.errors import NotFoundError
 from lapis.home import Home
@@ -77,7 +81,16 @@ def prepare_listed(
     if standing is not None:
         return standing
     tokens = _encode(texts, split, vocabulary, root, room.workers, progress)
-    return removed.apply(Dataset.open(tokens.folder))
+    return _described(removed.apply(Dataset.open(tokens.folder)), split, shown_texts(texts, data))
+
+
+def _described(dataset: Dataset, split: Stage, texts: TrainingTexts) -> Dataset:
+    """A dataset with its page and card beside the shards."""
+    if not (dataset.folder / CARD).exists():
+        with storage_errors(dataset.folder):
+            write_page(dataset, Decided(split.folder), texts, split.folder)
+            write_card(dataset)
+    return dataset
 
 
 @dataclass(frozen=True)

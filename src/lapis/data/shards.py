@@ -8,7 +8,8 @@ A dataset folder (format 1) holds
     heldout.jsonl                the held-out documents with their text
     removed.jsonl                one line a document that was removed from the dataset that this one was made of, if any
     tokenizer.json               the tokenizer
-    report.json                  the steps, with times: not part of the digest
+    report.json                  the steps, with times: not part of the digest, as are
+    report.html, croissant.json  the same and more for people (page.py), and for machines (croissant.py)
 """
 
 from __future__ import annotations
