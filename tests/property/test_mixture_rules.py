@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lapis.data.mixture import Drawn, MixedOrder, Segment, changed, segments_of
 from lapis.data.order import index_of, sample_at
 from lapis.data.recipe import MixtureConfig
+from lapis.hashing import digest_json
 
 NAMES = ("code", "prose", "talk", "web")
 
@@ -150,3 +151,16 @@ def test_another_curriculum_takes_over_in_its_middle() -> None:
     assert changed(old, new, 60) == (at(0, "a"), at(60, "d"), at(90, "e"))
     assert changed(old, new, 0) == new
     assert changed((), new, 95) == (at(95, "e"),)
+
+
+def test_the_order_of_a_mixture_is_the_one_that_runs_were_trained_in() -> None:
+    """Written down: a run that goes on with another version of the code must find its order again."""
+    first = Segment(0, {"web": 0.6, "code": 0.3, "talk": 0.1}, {"talk": 3.0})
+    second = Segment(9, {"web": 1.0, "code": 3.0, "talk": 0.5}, {})
+    mixed = MixedOrder({"web": 40, "code": 7, "talk": 1}, (first, second), batch=4, seed=5)
+    drawn = [mixed.at(place) for place in range(600)]
+    assert [f"{one.source[0]}{one.window}" for one in drawn[:12]] == (
+        ["c3", "c2", "w13", "w23", "w22", "w7", "w3", "w0", "c0", "t0", "w32", "w24"]
+    )
+    assert digest_json([list(one) for one in drawn]).startswith("fee82c56c348e253")
+    assert (mixed.at(10**9), mixed.at(10**9 + 7)) == (Drawn("code", 3), Drawn("code", 5))

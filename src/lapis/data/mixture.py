@@ -17,10 +17,13 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from lapis.data.order import index_of, sample_at
+from lapis.data.order import index_of, samples_from
 from lapis.data.recipe import MixtureConfig
 from lapis.errors import ConfigError, InputError, nearest
 from lapis.hashing import digest_json
+
+LAID = 512  # places that are laid out at once, or one block if that is more
+DRAWN = 1 << 12  # windows of a source that are drawn at once
 
 Counts = tuple[int, ...]  # of each source, in the order of their names
 
@@ -126,6 +129,11 @@ class _Leg:
     def block(self) -> int:
         return -(-self.total // min(weight for weight in self.weights if weight))
 
+    @cached_property
+    def stretch(self) -> int:
+        """Places that are laid out at once: whole blocks."""
+        return self.block * max(1, LAID // self.block)
+
     def counts(self, places: int) -> Counts:
         """How many of each source there are in so many places, a multiple of the block."""
         whole = [places * weight // self.total for weight in self.weights]
@@ -152,6 +160,7 @@ class MixedOrder:
         self._legs: list[_Leg] = []
         self._firsts: list[int] = []  # their first places
         self._layout = lru_cache(maxsize=8)(self._laid_out)
+        self._windows = lru_cache(maxsize=2 * len(windows))(self._drawn)
         self._lay()
 
     @property
@@ -168,15 +177,14 @@ class MixedOrder:
                 hint="Train for fewer steps, allow more epochs, or add text.",
                 param="data.mixture.epochs",
             )
-        number, block, offset = self._find(place)
-        source, ordinal = self._layout(number, block)[offset]
-        return Drawn(self.names[source], sample_at(ordinal, self.windows[source], self._keys[source]))
+        number, stretch, offset = self._find(place)
+        source, ordinal = self._layout(number, stretch)[offset]
+        return Drawn(self.names[source], self._windows(source, ordinal // DRAWN)[ordinal % DRAWN])
 
     def consumed(self, place: int) -> dict[str, int]:
         """How many windows of each source come before a place."""
         place = place if self.end is None else min(place, self.end)
-        number, block, offset = self._find(place)
-        counts = self._counts(number, block, offset)
+        counts = self._counts(*self._find(place))
         return dict(zip(self.names, counts, strict=True))
 
     def first_use(self, source: str, windows: Iterable[int]) -> int | None:
@@ -191,30 +199,40 @@ class MixedOrder:
         return None if ordinal is None else self._place(n, ordinal)
 
     def _find(self, place: int) -> tuple[int, int, int]:
-        """Leg, block of the leg, and place in the block."""
+        """Leg, stretch of the leg, and place in the stretch."""
         number = bisect_right(self._firsts, place) - 1
         assert number >= 0, "a place before the first segment"
         leg = self._legs[number]
-        return number, *divmod(place - leg.first, leg.block)
+        return number, *divmod(place - leg.first, leg.stretch)
 
-    def _laid_out(self, number: int, block: int) -> list[tuple[int, int]]:
-        """For each place of a block its source, and how many of that source come before it in the run."""
+    def _laid_out(self, number: int, stretch: int) -> list[tuple[int, int]]:
+        """For each place of a stretch its source, and how many of that source come before it in the run."""
         leg = self._legs[number]
-        places = range(block * leg.block, (block + 1) * leg.block)
-        low, high = leg.counts(places.start), leg.counts(places.stop)
-        edges = list(accumulate(b - a for a, b in zip(low, high, strict=True)))
+        first = stretch * leg.stretch
+        shuffled = samples_from(first, leg.stretch, leg.block, leg.key).tolist()
+        low = leg.counts(first)
         ordinals = [a + b for a, b in zip(leg.before, low, strict=True)]
         found = []
-        for place in places:
-            source = bisect_right(edges, sample_at(place, leg.block, leg.key))
-            found.append((source, ordinals[source]))
-            ordinals[source] += 1
+        for begin in range(0, leg.stretch, leg.block):
+            high = leg.counts(first + begin + leg.block)
+            edges = list(accumulate(b - a for a, b in zip(low, high, strict=True)))
+            low = high
+            for value in shuffled[begin : begin + leg.block]:
+                source = bisect_right(edges, value)
+                found.append((source, ordinals[source]))
+                ordinals[source] += 1
         return found
 
-    def _counts(self, number: int, block: int, offset: int) -> Counts:
+    def _drawn(self, source: int, number: int) -> list[int]:
+        """Some of a source's windows, in the order of that source."""
+        size, key = self.windows[source], self._keys[source]
+        drawn: list[int] = samples_from(number * DRAWN, DRAWN, size, key).tolist()
+        return drawn
+
+    def _counts(self, number: int, stretch: int, offset: int) -> Counts:
         leg = self._legs[number]
-        counts = [a + b for a, b in zip(leg.before, leg.counts(block * leg.block), strict=True)]
-        for source, _ in self._layout(number, block)[:offset] if offset else ():
+        counts = [a + b for a, b in zip(leg.before, leg.counts(stretch * leg.stretch), strict=True)]
+        for source, _ in self._layout(number, stretch)[:offset] if offset else ():
             counts[source] += 1
         return tuple(counts)
 
@@ -233,12 +251,11 @@ class MixedOrder:
         """The same, as if the leg never ended."""
         leg = self._legs[number]
         rank = ordinal - leg.before[source]
-        block = (
-            rank * leg.total // leg.weights[source] // leg.block
-        )  # or the next one: counts are up to 1 off
+        block = rank * leg.total // leg.weights[source] // leg.block
         if leg.counts((block + 1) * leg.block)[source] <= rank:
-            block += 1
-        return leg.first + block * leg.block + self._layout(number, block).index((source, ordinal))
+            block += 1  # counts are up to 1 off
+        stretch = block * leg.block // leg.stretch
+        return leg.first + stretch * leg.stretch + self._layout(number, stretch).index((source, ordinal))
 
     def _lay(self) -> None:
         """Cut the segments where a source has come as often as it may: the others share its part from there on."""
