@@ -115,7 +115,8 @@ def stages(home: Home) -> Counter[str]:
         ({"heldout": {"min_bytes": 3000}}, "split tokenizer tokens"),
         ({"max_bytes": 60_000}, "split tokenizer tokens"),
         ({"filters": {"enabled": False}}, "split tokenizer tokens"),
-        ({"document_chars": 1000}, "documents quality sketch split tokenizer tokens"),
+        ({"filters": {"prose": {"min_words": 60}}}, "split tokenizer tokens"),
+        ({"document_chars": 1000}, "documents pii quality sketch split tokenizer tokens"),
     ],
 )
 def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(

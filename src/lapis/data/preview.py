@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.data.annotators import annotators, rules
-from lapis.data.attributes import Reading, annotate, chosen_parts
-from lapis.data.columns import Rows
+from lapis.data.attributes import Annotated, Reading, annotate, chosen_parts
+from lapis.data.columns import Columns, Rows
 from lapis.data.decide import decide
 from lapis.data.documents import DocumentTable, Sample
 from lapis.data.pipeline import prepare_listed
@@ -110,9 +111,10 @@ def preview(
         )
         few = whole * parts * _text_bytes(listing) < FEW_BYTES
         reading = Reading(small, listing, root / "whole", chosen)
+        _, cheap = _cheaply_kept(small, annotate(reading, 1 if few else room.workers, progress))
         dataset = prepare_listed(reading, tokenizer, Room(1) if few else room, progress)
         _, share = chosen_parts(listing, chosen)
-        return _predicted(data, tokenizer, dataset, share, larger, room.workers)
+        return _predicted(data, tokenizer, dataset, share, cheap, larger, room.workers)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -148,14 +150,25 @@ def _larger(reading: Reading, workers: int, progress: Progress) -> _Larger:
     made = annotate(reading, workers, progress, [one for one in annotators(data) if one.name in CHEAP])
     read, repair = read_report(made.documents.folder)[1:3]
     rate = chosen_parts(reading.listing, sample)[1] * repair.documents_in / max(1, read.documents_out)
+    rows, kept = _cheaply_kept(data, made)
     columns = made.columns()
+    sizes = _documents(columns).sizes()
+    return _Larger(kept, dropped_shares(duplicates(columns, rows, data.dedup), sizes[rows], rate))
+
+
+def _cheaply_kept(data: DataConfig, made: Annotated) -> tuple[Rows, Shares]:
+    """The documents of a sample that the cheap rules keep, and their part of it."""
+    columns = made.columns()
+    sizes = _documents(columns).sizes()
+    cheap = [rule for rule in rules(data) if rule.step in CHEAP]
+    left, _ = decide(cheap, columns, np.arange(len(sizes)), sizes, Verdicts.of(len(sizes)))
+    return left, Shares(len(left) / max(1, len(sizes)), sizes[left].sum() / max(1, sizes.sum()))
+
+
+def _documents(columns: Mapping[str, Columns]) -> DocumentTable:
     table = columns["documents"]
     assert isinstance(table, DocumentTable)
-    sizes = table.sizes()
-    cheap = [rule for rule in rules(data) if rule.step in CHEAP]
-    rows, _ = decide(cheap, columns, np.arange(len(table)), sizes, Verdicts.of(len(table)))
-    kept = Shares(len(rows) / max(1, len(table)), sizes[rows].sum() / max(1, repair.bytes_in))
-    return _Larger(kept, dropped_shares(duplicates(columns, rows, data.dedup), sizes[rows], rate))
+    return table
 
 
 def dropped_shares(stands_for: Rows, sizes: NDArray[np.int64], rate: float) -> Shares:
@@ -188,20 +201,22 @@ def _predicted(
     tokenizer: TokenizerConfig,
     dataset: Dataset,
     share: float,
+    cheap: Shares,
     larger: _Larger,
     workers: int,
 ) -> Preview:
-    """`share` of the files' bytes was read for the sample, and all of it goes the same way."""
+    """`share` of the files' bytes was read for the sample, of which the cheap rules alone keep `cheap`."""
     steps = {step.step: step for step in dataset.report}
     read, repair, dedup, encode = (steps[name] for name in ("read", "repair", "dedup", "encode"))
-    cheap = [step for step in dataset.report if step.step in CHEAP][-1]
     documents, size = read.documents_out / share, read.bytes_out / share
     if data.max_bytes and data.max_bytes < size:
         documents, size = documents * data.max_bytes / size, float(data.max_bytes)
     scale = size / max(1, repair.bytes_in)
-    # Cheap rules and duplicates by the larger sample, the other rules by the small one.
-    kept = size * larger.kept.bytes * dedup.bytes_in / max(1, cheap.bytes_out) * (1 - larger.duplicates.bytes)
-    rows = documents * larger.kept.documents * dedup.documents_in / max(1, cheap.documents_out)
+    # Cheap rules and duplicates by the larger sample, what the other rules keep of that by the small one.
+    others = dedup.bytes_in / max(1, repair.bytes_in) / max(1e-9, cheap.bytes)
+    kept = size * larger.kept.bytes * min(1.0, others) * (1 - larger.duplicates.bytes)
+    others = dedup.documents_in / max(1, repair.documents_in) / max(1e-9, cheap.documents)
+    rows = documents * larger.kept.documents * min(1.0, others)
     held = min(max(data.heldout.fraction * kept, data.heldout.min_bytes), data.heldout.max_bytes)
     grown = max(0.0, kept - held) / max(1, encode.bytes_in)
     return Preview(
