@@ -10,7 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -132,11 +132,9 @@ def list_url(url: str) -> list[StoredFile]:
     """
     files, place = _filesystem(url)
     root = place[: place.index("*")].rpartition("/")[0] if "*" in place else place.rstrip("/")
-    with _remote_errors(url):
-        try:
-            found = _found(files, place, as_folder=url.endswith("/"))
-        except FileNotFoundError:
-            found = {}
+    found: dict[str, dict[str, Any]] = {}
+    with suppress(FileNotFoundError), _remote_errors(url):
+        found = _found(files, place, as_folder=url.endswith("/"))
     if not found:
         raise InputError(
             f"There is nothing at {url}.", hint="A folder's URL ends in /; `*` stands for any name."
@@ -254,10 +252,13 @@ def _remote_errors(url: str) -> Iterator[None]:
     """Turn a store that does not answer into UnavailableError; a missing file stays FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except failures() as error:
-        raise UnavailableError(f"{url} could not be read: {error}.", hint="Try again later.") from error
+        cause: BaseException = error
+        while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+            cause = cause.__cause__  # fsspec calls a server missing that does not answer
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+            raise
+        raise UnavailableError(f"{url} could not be read: {cause}.", hint="Try again later.") from error
 
 
 def sync_folder(folder: Path) -> None:

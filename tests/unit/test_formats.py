@@ -156,7 +156,7 @@ def test_a_web_archive_is_the_same_however_it_is_packed_and_cut(
 @needs_html
 @pytest.mark.skipif(not PAGES.exists(), reason="the shared sample of web pages is not there")
 def test_real_pages_are_the_same_in_one_part_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lapis.data.formats.warc.main_text", lambda html, charset, extractor: html.decode())
+    monkeypatch.setattr("lapis.data.formats.warc.page_text", lambda html, charset, extractor: html.decode())
     whole = documents(source(PAGES))
     monkeypatch.setattr("lapis.data.formats.part.SPAN_BYTES", 300_000)
     assert parts_of(PAGES) > 30

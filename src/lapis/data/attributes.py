@@ -30,7 +30,7 @@ from lapis.data.workers import run_tasks
 from lapis.log import Progress
 from lapis.storage import storage_errors
 
-DOCUMENTS_VERSION = 1  # raise it when reading or repair gives other bytes for the same input
+DOCUMENTS_VERSION = 2  # raise it when reading or repair gives other bytes for the same input
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from lapis.data.extract import main_text
+from lapis.data.extract import Unreadable
+from lapis.data.extract_apart import page_text
 from lapis.data.formats import part as sizes
-from lapis.data.formats.html import TOO_DEEP
 from lapis.data.formats.part import Found, Note, Part, byte_spans, kind_for, pieces, skipped
 from lapis.data.input import Input
 from lapis.data.text_files import ending
@@ -153,15 +153,14 @@ class _Reading:
         return self._documents(body, str(entry.http_charset or ""), text, place)
 
     def _documents(self, body: bytes, charset: str, text: bool, place: str) -> Iterator[Found]:
-        if text:
-            found: str | None = body.decode("utf-8", errors="replace")
-        else:
-            found = main_text(body, charset, self._item.source.extractor)
-        if found is None:
-            yield skipped(self._item, TOO_DEEP, place)
-        else:
-            name = f"{self._item.name}#{place}"
-            yield from pieces(self._item, name, found, self._limit, kind=kind_for(self._item))
+        extractor = self._item.source.extractor
+        try:
+            found = body.decode("utf-8", errors="replace") if text else page_text(body, charset, extractor)
+        except Unreadable as error:
+            yield skipped(self._item, str(error), place)
+            return
+        name = f"{self._item.name}#{place}"
+        yield from pieces(self._item, name, found, self._limit, kind=kind_for(self._item))
 
 
 def _encoded(entry: Any) -> bool:
