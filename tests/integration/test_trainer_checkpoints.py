@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints_of_that_whil
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def disk(step: int, stop: threading.Event) -> None:
+        while step == 6 and latest(run.checkpoints) is None:
+            time.sleep(0.01)  # the checkpoint of step 4 is still being written
         size = {6: 100_000, 14: soft}.get(step)  # events.jsonl still fits into the smaller one
         if size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

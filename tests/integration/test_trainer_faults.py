@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -271,27 +270,6 @@ def test_data_that_do_not_fit_the_model_are_refused_before_there_is_a_run(
     assert not Run.list(home)
 
 
-def test_a_token_beyond_the_vocabulary_is_named_with_its_document(texts: Path, dataset: Dataset) -> None:
-    recipe = tiny_recipe(texts)
-    objective, reader = Pretraining(recipe.train, dataset), dataset.read
-    sample = objective.loader.samples_at(0, 4)[2]
-    place = sample * 64 + 17
-
-    def read(start: int, count: int) -> Any:
-        found = reader(start, count).copy()
-        if start <= place < start + count:
-            found[place - start] = 600
-        return found
-
-    objective.dataset.read = read  # type: ignore[method-assign]
-    try:
-        with pytest.raises(InputError, match=f"Token {place:,} .* is 600, beyond .* 512") as caught:
-            objective.step(0, 0, 1)
-        assert dataset.document_of(place).path in caught.value.message
-    finally:
-        del objective.dataset.read
-
-
 def test_a_run_that_meets_a_foreign_token_keeps_all_steps_before_it(
     home: Home, texts: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -308,8 +286,9 @@ def test_a_run_that_meets_a_foreign_token_keeps_all_steps_before_it(
     del manifest["digest"]
     (foreign / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_json(manifest)}))
     run = begin(home, recipe)
-    with pytest.raises(InputError, match=f"Token {place:,} .* is 512, beyond the model's vocabulary of 512"):
+    with pytest.raises(InputError, match=f"Token {place:,} .* is 512, beyond .* of 512") as caught:
         train(recipe, Pretraining(recipe.train, Dataset.open(foreign)), run)
+    assert dataset.document_of(place).path in caught.value.message
     assert run.status() == "stopped"
     checkpoint = latest(run.checkpoints)
     assert checkpoint is not None

@@ -109,11 +109,12 @@ def test_status_needs_no_torch() -> None:
 
 def build(tmp_path: Path, **environment: str) -> tuple[str, list[str]]:
     """Runs the package's build of the kernels in a copy; gives what it printed and the libraries it made."""
-    kernels = tmp_path / "src" / "lapis" / "kernels"
-    kernels.mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tmp_path)
-    for name in variants.SOURCES:
-        shutil.copy(variants.FOLDER / name, kernels)
+    for source in (ROOT / "src" / "lapis").glob("*/*.[ch]"):
+        place = tmp_path / source.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, place)
+    kernels = tmp_path / "src" / "lapis" / "kernels"
     (kernels / "cpu-avx2.so").write_bytes(b"of an earlier build")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(
