@@ -107,6 +107,16 @@ def test_other_actions_remake_what_is_decided_and_annotate_nothing_again(folder:
     assert [stages.count(name) for name in ("documents", "pii", "overlap", "split")] == [1, 1, 1, 3]
 
 
+def test_an_item_that_is_in_many_documents_is_named(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    for row in rows[:12]:
+        row["text"] += "\n" + prose(7_003, 40)
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = prepare(config(folder), SMALL, Home(folder / "home"), workers=1)
+    notes = next(step.notes for step in dataset.report if step.step == "overlap")
+    assert notes["documents with questions.jsonl#4"] == 12
+
+
 def test_a_gate_that_fails_ends_the_preparation(folder: Path) -> None:
     blind = config(folder).decontamination.model_dump() | {"ngram": 50, "short": 50}
     with pytest.raises(InputError, match="decontamination gate failed") as failure:

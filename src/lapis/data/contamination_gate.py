@@ -57,6 +57,8 @@ def recased(text: str) -> str:
     return re.sub(r"\S+", lambda found: found[0].upper() if found.start() % 2 else found[0].lower(), text)
 
 
+# for decoys: a character of a script without spaces is a word
+_WORDS = re.compile(r"[\u0e00-\u0eff\u3000-\ud7ff\U00020000-\U0003ffff]|[^\s\u0e00-\u0eff\u3000-\ud7ff]+")
 _TYPOGRAPHIC = str.maketrans({'"': "”", "'": "’", "-": "–", ".": "…", "(": "[", ")": "]", ":": ";"})
 
 
@@ -89,7 +91,7 @@ def check_gate(config: DecontaminationConfig, documents: Sequence[str]) -> GateR
         return f"{host[:place]} {text} {host[place:]}"
 
     def decoy(text: str) -> str:
-        words = text.split()
+        words = _WORDS.findall(text)
         chance.shuffle(words)
         return embedded(" ".join(words))
 
@@ -105,7 +107,7 @@ def check_gate(config: DecontaminationConfig, documents: Sequence[str]) -> GateR
         kind: float(np.mean(_found([change(text) for text in chosen], config))) if chosen else 0.0
         for kind, change in changes.items()
     }
-    long = [text for text in chosen if len(text.split()) >= 2 * config.ngram] or chosen
+    long = [text for text in chosen if len(_WORDS.findall(text)) >= 2 * config.ngram] or chosen
     wrong = float(np.mean(_found([decoy(text) for text in long], config))) if long else 0.0
     return GateResult(len(chosen), index.unfindable, recall, wrong, int(np.sum(flagged)))
 

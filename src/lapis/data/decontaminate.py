@@ -50,7 +50,10 @@ def plain_words(texts: Sequence[str], words: Words | None = None) -> Words:
 class Index(NamedTuple):
     """All n-grams of the passages: sorted hashes, and where each of them stands."""
 
+    ngram: int
+    short: int
     sizes: tuple[int, ...]
+    began_S: Hashes  # the first `short` words of each passage that is shorter than an n-gram
     hash_H: Hashes
     first_H1: Numbers  # hash h has the entries first[h] to first[h + 1]
     place_E: Numbers  # the word of all passages at which the n-gram of the entry begins
@@ -91,9 +94,14 @@ def build_index(items: Sequence[EvaluationItem], ngram: int, short: int) -> Inde
     bits = max(10, (16 * len(hash_H)).bit_length())
     shift = np.uint64(64 - bits)
     maybe = np.zeros(1 << bits, dtype=bool)
-    maybe[(hash_H >> shift).astype(np.int64)] = True
+    began = [ngrams(hash_W[:short], short)[0] for hash_W in passages if len(hash_W) < ngram]
+    began_S = np.unique(np.array(began, dtype=np.uint64))
+    maybe[(np.r_[hash_H, began_S] >> shift).astype(np.int64)] = True
     return Index(
+        ngram,
+        short,
         tuple(np.unique(size_E).tolist()),
+        began_S,
         hash_H,
         np.r_[np.flatnonzero(first_E), len(hash_E)].astype(np.int64),
         place_E,
@@ -151,7 +159,7 @@ def overlap(words: Words, index: Index) -> Overlap:
         np.zeros(documents, dtype=np.float32),
         np.zeros(documents, dtype=np.float32),
     )
-    found = [_matches(words, index, size) for size in index.sizes]
+    found = _matches(words, index)
     if not any(len(place_M) for place_M, _ in found):
         return result
     place_M = np.concatenate([place for place, _ in found])
@@ -168,16 +176,38 @@ def overlap(words: Words, index: Index) -> Overlap:
     return result
 
 
-def _matches(words: Words, index: Index, size: int) -> tuple[Numbers, Numbers]:
-    """Where n-grams of the index stand within documents, and which they are."""
-    grams = ngrams(words.hash_W, size)
-    place_M = np.flatnonzero(index.maybe[(grams >> index.shift).astype(np.int64)])
-    hash_M = np.searchsorted(index.hash_H, grams[place_M])
-    same = index.hash_H[np.minimum(hash_M, len(index.hash_H) - 1)] == grams[place_M]
-    place_M, hash_M = place_M[same], hash_M[same]
-    document_M = np.searchsorted(words.first_D1, place_M, side="right") - 1
-    inside = place_M + size <= words.first_D1[document_M + 1]
-    return place_M[inside], hash_M[inside]
+def _matches(words: Words, index: Index) -> list[tuple[Numbers, Numbers]]:
+    """For each size where n-grams of the index stand within documents, and which they are.
+
+    Shorter n-grams than the longest are looked for only where their first words are the first of one of them.
+    """
+    found = []
+    began = None
+    for size in index.sizes:
+        if size == index.ngram:
+            grams = ngrams(words.hash_W, size)
+            place_M = _perhaps(grams, index)
+            gram_M = grams[place_M]
+        else:
+            if began is None:
+                starts = ngrams(words.hash_W, index.short)
+                began = _perhaps(starts, index)
+                began = began[np.isin(starts[began], index.began_S)]
+            place_M = began[began + size <= len(words.hash_W)]
+            window_M = words.hash_W[place_M[:, None] + np.arange(size)]
+            gram_M = ngrams(window_M.ravel(), size)[::size]
+        hash_M = np.minimum(np.searchsorted(index.hash_H, gram_M), len(index.hash_H) - 1)
+        same = index.hash_H[hash_M] == gram_M
+        place_M, hash_M = place_M[same], hash_M[same]
+        document_M = np.searchsorted(words.first_D1, place_M, side="right") - 1
+        inside = place_M + size <= words.first_D1[document_M + 1]
+        found.append((place_M[inside], hash_M[inside]))
+    return found
+
+
+def _perhaps(grams: Hashes, index: Index) -> Numbers:
+    """The places of the few hashes that can be in the index."""
+    return np.flatnonzero(index.maybe[(grams >> index.shift).astype(np.int64)])
 
 
 def _fill_items(result: Overlap, index: Index, document_M: Numbers, hash_M: Numbers, size_M: Numbers) -> None:

@@ -22,6 +22,7 @@ class Hint(Enum):
     DIGITS = "7 digits within 16 characters"
     IPV4 = "3 dots between digits within 8 characters"
     IPV6 = "a colon after four characters that begin with 2 or 3"
+    PRIVATE_KEY = "the middle of the word PRIVATE: the whole text is looked at"
     TOKEN = "16 characters of tokens in one, a digit beside a letter among them; or a prefix of tokens without digits"
 
 
@@ -46,14 +47,15 @@ def hinted_lines(texts: Sequence[str]) -> Lines:
             continue
         if newline_P is None:
             newline_P = np.flatnonzero(chunk_N == 10)
-        after_P = np.searchsorted(newline_P, place_P)
+        after_P = np.unique(np.searchsorted(newline_P, place_P))
         start_P, end_P = newline_P[after_P - 1] + 1, newline_P[after_P]
-        new_P = np.r_[True, start_P[1:] != start_P[:-1]]
-        start_P, end_P = start_P[new_P], end_P[new_P]
         document_P = np.searchsorted(begin_D1, start_P, side="right") - 1
-        low_P = start_P - begin_D1[document_P]
-        high_P = end_P - begin_D1[document_P]
-        for document, low, high in zip(document_P.tolist(), low_P.tolist(), high_P.tolist(), strict=True):
+        # lines that follow each other in one text are one stretch
+        apart_P = (np.diff(after_P) > 1) | (np.diff(document_P) > 0)
+        first_P, last_P = np.r_[True, apart_P], np.r_[apart_P, True]
+        documents = document_P[first_P]
+        low_P, high_P = start_P[first_P] - begin_D1[documents], end_P[last_P] - begin_D1[documents]
+        for document, low, high in zip(documents.tolist(), low_P.tolist(), high_P.tolist(), strict=True):
             lines[document].setdefault(hint, []).append((low, high))
     return lines
 
@@ -80,18 +82,26 @@ def _places(chunk: bytes) -> dict[Hint, Places]:
     digit_P = np.flatnonzero(_digit(chunk_N))
     dot_P = digit_P[chunk_N[digit_P + 1] == ord(".")]
     dot_P = dot_P[_digit(chunk_N[dot_P + 2])]
+    i_P = np.flatnonzero(chunk_N == ord("I"))
     colon_P = np.flatnonzero(chunk_N == ord(":"))
     first_P = chunk_N[colon_P - 4]
     return {
         Hint.AT: np.flatnonzero(chunk_N == ord("@")),
         Hint.DIGITS: digit_P[:-6][digit_P[6:] - digit_P[:-6] < 16],
+        Hint.PRIVATE_KEY: _private(chunk_N, i_P),
         Hint.IPV4: dot_P[:-2][dot_P[2:] - dot_P[:-2] <= 8],
         Hint.IPV6: colon_P[(first_P == ord("2")) | (first_P == ord("3"))],
-        Hint.TOKEN: _tokens(chunk, digit_P),
+        Hint.TOKEN: _tokens(chunk, digit_P, i_P),
     }
 
 
-def _tokens(chunk: bytes, digit_P: Places) -> Places:
+def _private(chunk_N: Bytes, i_P: Places) -> Places:
+    """Where `RIV` stands."""
+    found_P: Places = i_P[(chunk_N[i_P - 1] == ord("R")) & (chunk_N[i_P + 1] == ord("V"))]
+    return found_P
+
+
+def _tokens(chunk: bytes, digit_P: Places, i_P: Places) -> Places:
     """Digits beside a letter, in a run of 16 characters of tokens."""
     chunk_N = np.frombuffer(chunk, dtype=np.uint8)
     token_N = np.frombuffer(chunk.translate(_TOKEN), dtype=np.uint8)
@@ -103,15 +113,14 @@ def _tokens(chunk: bytes, digit_P: Places) -> Places:
     before_P = np.cumprod(token_PX[:, _TOKEN_LENGTH - 2 :: -1], axis=1, dtype=np.uint8).sum(axis=1)
     after_P = np.cumprod(token_PX[:, _TOKEN_LENGTH:], axis=1, dtype=np.uint8).sum(axis=1)
     found_P = place_P[before_P + 1 + after_P >= _TOKEN_LENGTH]
-    every_P: Places = np.sort(np.r_[found_P, _without_digits(chunk_N)])
+    every_P: Places = np.sort(np.r_[found_P, _without_digits(chunk_N, i_P)])
     return every_P
 
 
-def _without_digits(chunk_N: Bytes) -> Places:
+def _without_digits(chunk_N: Bytes, i_P: Places) -> Places:
     """Where `hf_`, `AKIA` or `ASIA` stands: the tokens after them can do without digits."""
     line_P = np.flatnonzero(chunk_N == ord("_"))
     line_P = line_P[(chunk_N[line_P - 1] == ord("f")) & (chunk_N[line_P - 2] == ord("h"))]
-    i_P = np.flatnonzero(chunk_N == ord("I"))
     i_P = i_P[(chunk_N[i_P + 1] == ord("A")) & (chunk_N[i_P - 2] == ord("A"))]
     i_P = i_P[(chunk_N[i_P - 1] == ord("K")) | (chunk_N[i_P - 1] == ord("S"))]
     return np.concatenate([line_P, i_P])

@@ -181,7 +181,8 @@ def find_all(texts: Sequence[str]) -> list[list[Span]]:
 
 
 def _resolved(text: str, lines: dict[Hint, list[tuple[int, int]]]) -> list[Span]:
-    taken: list[Span] = [Span(start, end, "secret") for start, end in find_private_keys(text)]
+    keys = find_private_keys(text) if lines.get(Hint.PRIVATE_KEY) else ()
+    taken = [Span(start, end, "secret") for start, end in keys]
     for what, hint, detector in _DETECTORS:
         for low, high in lines.get(hint, ()):
             for start, end in detector(text, low, high):

@@ -28,7 +28,7 @@ from lapis.data.documents import DocumentTable
 from lapis.data.language import language_counts
 from lapis.data.masking import TrainingTexts
 from lapis.data.page import shown_texts, write_page
-from lapis.data.policy import note_gate, policy_of
+from lapis.data.policy import note_overlap, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.remove import RemovalList
 from lapis.data.report import Step, read_report, write_report
@@ -137,7 +137,7 @@ def _split(data: DataConfig, made: Annotated, root: Path, room: Room, progress: 
         np.save(folder / "heldout.npy", found.heldout)
         found.verdicts.write(folder, [one.folder.name for one in made.stages])
         write_text(folder / "policy.json", json.dumps(policy))
-        note_gate(found.steps, policy)
+        note_overlap(data, found.steps, made.columns(), policy)
         write_report(folder, found.steps)
     return stage
 
