@@ -55,7 +55,7 @@ PLAIN = {
     ),
     # as in data/native.py
     (Path("src/lapis/data"), "text-portable.so"): (
-        "statistics.c", "ngrams.c", "parts.c", "language.c", "words.c", "text.h", "statistics.h",
+        "statistics.c", "ngrams.c", "parts.c", "language.c", "words.c", "sketch.c", "text.h", "statistics.h",
     ),
 }  # fmt: skip
 VARIANTS = {"portable": ()}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.data.clusters import near_duplicates
 from lapis.data.dedup import content_digest, shingle_sets, sketches
+from lapis.data.native import native
 from lapis.data.words import split_words
 from tests.texts import changed, prose
 
@@ -56,3 +58,18 @@ def test_clusters_are_the_components_of_the_pairs_that_reach_the_threshold(
     found = clusters_of(texts).tolist()
     wrong = sum(mine != true for mine, true in zip(found, stands_for, strict=True))
     assert wrong <= len(texts) // 20  # a pair just above the threshold shares no band once in 300
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=80)
+MIXED = st.text(st.sampled_from("aZ9_ .\n\té東京ไทยລາວ한글😀"), max_size=60)
+
+
+@settings(max_examples=200)
+@given(st.lists(TEXT | MIXED, min_size=1, max_size=6))
+def test_compiled_sketches_are_those_of_numpy(texts: list[str]) -> None:
+    if native() is None:
+        pytest.skip("the compiled part is not built")
+    compiled = sketches(split_words(texts), texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lapis.data.dedup.native", lambda: None)
+        assert np.array_equal(sketches(split_words(texts), texts), compiled)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "text-portable.so"
-UNITS = ("statistics.c", "ngrams.c", "parts.c", "language.c", "words.c")
+UNITS = ("statistics.c", "ngrams.c", "parts.c", "language.c", "words.c", "sketch.c")
 SOURCES = (*UNITS, "text.h", "statistics.h")  # as in setup.py: all text that goes into the library
 
 REBUILD = "pip install --force-reinstall --no-deps lapis (in a checkout: python setup.py build_ext --inplace)"
