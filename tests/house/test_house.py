@@ -25,6 +25,8 @@ HEAVY = (
     "transformers",
     "nicegui",
     "openai",
+    "ray",
+    "daft",
 )
 TORCH_FREE = (
     "errors", "hashing", "config", "home", "log", "storage", "db", "audit", "tenants", "jobs", "release",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -36,17 +36,27 @@ group.add_command(classifier)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "sets", multiple=True, metavar="a.b=c", help="Override one setting; repeatable.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes; 0 is one per core.")
+@click.option(
+    "--on",
+    type=click.Choice(["processes", "ray"]),
+    default="processes",
+    help="Where: processes of this machine, or all cores of the Ray cluster at RAY_ADDRESS.",
+)
 @json_option
-def prepare(recipe: Path, sets: tuple[str, ...], workers: int, as_json: bool) -> None:
+def prepare(
+    recipe: Path, sets: tuple[str, ...], workers: int, on: Literal["processes", "ray"], as_json: bool
+) -> None:
     """Make the dataset that RECIPE describes; what is done already is not done again."""
     from lapis.data.pipeline import prepare as prepare_data
     from lapis.home import Home
     from lapis.log import progress
 
+    if workers and on == "ray":
+        raise click.UsageError("--on ray uses all cores of the cluster: leave --workers out.")
     loaded = _recipe(recipe, sets)
     with progress("data") as report:
         dataset = prepare_data(
-            loaded.sources, loaded.tokenizer, Home.default(), workers=workers, progress=report
+            loaded.sources, loaded.tokenizer, Home.default(), workers=workers, on=on, progress=report
         )
     if as_json:
         print_json(_facts(dataset))

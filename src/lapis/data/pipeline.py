@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,11 +38,11 @@ from lapis.data.sources import Listing, list_inputs
 from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
 from lapis.data.verdicts import Decided
-from lapis.data.workers import Room, run_tasks, worker_count
+from lapis.data.workers import Room, run_tasks, tasks_elsewhere, worker_count
 from lapis.errors import NotFoundError
 from lapis.home import Home
 from lapis.log import Progress, silent
-from lapis.storage import atomic_folder, storage_errors, write_text
+from lapis.storage import atomic_folder, is_url, storage_errors, write_text
 from lapis.tokenizer.bpe import Tokenizer
 
 # One number a stage: raise it when the stage's code gives other bytes for the same input.
@@ -52,11 +53,18 @@ SHARDS = 16
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, home: Home, *, workers: int = 0, progress: Progress = silent
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    home: Home,
+    *,
+    workers: int = 0,
+    on: Literal["processes", "ray"] = "processes",
+    progress: Progress = silent,
 ) -> Dataset:
     """Make the dataset of a recipe, or find it if it is there. `workers=0` uses every CPU.
 
-    Raises InputError if there is no text, or too little; StorageError if the disk is full.
+    Raises InputError if there is no text, or too little; StorageError if the disk is full; with `on="ray"`
+    UnavailableError if there is no cluster, or its machines do not all see the files.
     """
     with storage_errors(home.data):
         home.data.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,21 @@ def prepare(
     listing = list_inputs(data, progress)
     listing.step.seconds = time.perf_counter() - began
     room = Room.within(data.memory_bytes, worker_count(workers))
-    return prepare_listed(Reading(data, listing, home.data), tokenizer, room, progress)
+    reading = Reading(data, listing, home.data)
+    if on == "processes":
+        return prepare_listed(reading, tokenizer, room, progress)
+    with _on_ray(listing, home.data) as cores:
+        return prepare_listed(reading, tokenizer, replace(room, workers=cores), progress)
+
+
+@contextmanager
+def _on_ray(listing: Listing, root: Path) -> Iterator[int]:
+    """Run tasks on a Ray cluster; gives the number of its cores."""
+    from lapis.data.cluster import connected  # Ray is never loaded on the way of one machine
+
+    first = {item.source.name: Path(item.path) for item in reversed(listing.inputs) if not is_url(item.path)}
+    with connected(root, list(first.values())) as cluster, tasks_elsewhere(cluster.run):
+        yield cluster.cpus
 
 
 def prepare_listed(

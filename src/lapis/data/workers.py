@@ -1,4 +1,8 @@
-"""A function over many tasks in worker processes, results in the order of the tasks."""
+"""A function over many tasks in worker processes, results in the order of the tasks.
+
+A task is a picklable value whose results are files that appear whole or not at all, so it may run anywhere, and
+twice. Where: in processes of this machine, or where `tasks_elsewhere` says (a cluster, cluster.py).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lapis.errors import UnavailableError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+"""Yields function(task) for each task, in their order."""
+
+_elsewhere: ContextVar[Runner | None] = ContextVar("elsewhere", default=None)
 
 
 def worker_count(wanted: int = 0) -> int:
@@ -46,12 +55,26 @@ class Room:
         return Room(workers, max(1 << 24, memory - MAIN_BYTES - workers * IDLE_BYTES))
 
 
+@contextmanager
+def tasks_elsewhere(runner: Runner) -> Iterator[None]:
+    """Have `run_tasks` run its tasks through a runner of another place."""
+    before = _elsewhere.set(runner)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(before)
+
+
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
     """Yield function(task) for each task in order; one worker means this process.
 
     Raises what a task raises, and UnavailableError if a worker dies (as one does that runs out of memory).
     """
     workers = min(workers, len(tasks))
+    runner = _elsewhere.get()
+    if runner is not None and len(tasks) > 1:
+        yield from runner(function, tasks)
+        return
     if workers <= 1:
         yield from map(function, tasks)
         return
