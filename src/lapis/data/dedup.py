@@ -111,4 +111,5 @@ def _compiled_grams(words: Words, first_D1: NDArray[np.int64]) -> NDArray[np.uin
 def _plain_grams(words: Words, first_D1: NDArray[np.int64]) -> NDArray[np.uint32]:
     padded = np.concatenate([words.hash_W, np.zeros(NGRAM, dtype=np.uint64)])
     place_G = np.arange(first_D1[-1]) + np.repeat(words.first_D1[:-1] - first_D1[:-1], np.diff(first_D1))
-    return (ngrams(padded, NGRAM)[place_G] >> np.uint64(32)).astype(np.uint32)
+    grams_G: NDArray[np.uint32] = (ngrams(padded, NGRAM)[place_G] >> np.uint64(32)).astype(np.uint32)
+    return grams_G
