@@ -86,7 +86,10 @@ def find_tokens(text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
 
 def find_passwords(text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
     """Where passwords stand in URLs, in a part of a text that ends at line ends."""
-    for found in _URL_PASSWORD.finditer(text, low, high):
+    scheme = text.find("://", low, high)
+    if scheme < 0:
+        return
+    for found in _URL_PASSWORD.finditer(text, max(low, scheme - 24), high):
         value = found[1]
         if (
             not _PLACEHOLDER.search(value)

@@ -30,6 +30,8 @@ Bytes = NDArray[np.uint8]
 Places = NDArray[np.int64]
 Lines = list[dict[Hint, list[tuple[int, int]]]]
 
+# What a number can have before its first 7 digits that are close together, and from there on, with room to spare.
+_BEFORE, _AFTER = 48, 96
 _PAD = 24  # more than any hint looks ahead or back
 _TOKEN = bytes((chr(byte).isalnum() and byte < 128) or byte in b"_-+/=.~!@#$%^&*:" for byte in range(256))
 _TOKEN_LENGTH = 16  # at least 15, so that there are 8 whole ones at a multiple of 8 among them
@@ -37,7 +39,7 @@ _FULL = np.uint64(0x0101010101010101)
 
 
 def hinted_lines(texts: Sequence[str]) -> Lines:
-    """For each text and hint, the stretches of whole lines (start, end) that have it."""
+    """For each text and hint, the stretches (start, end) in which a find can be: whole lines, or parts of long ones."""
     chunk, begin_D1 = _joined(texts)
     chunk_N = np.frombuffer(chunk, dtype=np.uint8)
     lines: Lines = [{} for _ in texts]
@@ -47,11 +49,14 @@ def hinted_lines(texts: Sequence[str]) -> Lines:
             continue
         if newline_P is None:
             newline_P = np.flatnonzero(chunk_N == 10)
-        after_P = np.unique(np.searchsorted(newline_P, place_P))
+        place_P = place_P[np.r_[True, np.diff(place_P) > 1]]  # neighbours are in one line
+        after_P = np.searchsorted(newline_P, place_P)
         start_P, end_P = newline_P[after_P - 1] + 1, newline_P[after_P]
         document_P = np.searchsorted(begin_D1, start_P, side="right") - 1
-        # lines that follow each other in one text are one stretch
-        apart_P = (np.diff(after_P) > 1) | (np.diff(document_P) > 0)
+        if hint is Hint.DIGITS:
+            start_P, end_P = np.maximum(start_P, place_P - _BEFORE), np.minimum(end_P, place_P + _AFTER)
+        # stretches that overlap or follow each other in one text are one
+        apart_P = (start_P[1:] > end_P[:-1] + 1) | (np.diff(document_P) > 0)
         first_P, last_P = np.r_[True, apart_P], np.r_[apart_P, True]
         documents = document_P[first_P]
         low_P, high_P = start_P[first_P] - begin_D1[documents], end_P[last_P] - begin_D1[documents]

@@ -15,7 +15,7 @@ from lapis.data.hints import Hint, hinted_lines
 from lapis.data.identifiers import before, find_national_ids, iban_length, is_card, is_iban
 from lapis.data.phones import find_phones
 
-PII_VERSION = 1
+PII_VERSION = 2
 
 
 class Span(NamedTuple):
@@ -51,6 +51,7 @@ _EMAIL = re.compile(
     r"(?<![\w.%+&'/=-])([^\W_](?:[\w.%+&'=-]{0,62}[\w+=-])?|_[\w.%+-]{1,62})@((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6})"
     r"([^\W\d_]{2,24}|xn--[a-z0-9-]{2,59})(?![\w@-]|\.\w)"
 )
+_USER = 66  # longest user of an address, and more
 _RESERVED = re.compile(
     r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|internal)$",
     re.IGNORECASE,
@@ -59,7 +60,13 @@ _RESERVED = re.compile(
 
 def find_emails(text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
     """E-mail addresses under a real top-level domain, but for reserved names and the user of an SSH address."""
-    for found in _EMAIL.finditer(text, low, high):
+    at = text.find("@", low, high)
+    while at >= 0:
+        found = _EMAIL.search(text, max(low, at - _USER), high)
+        if found is None:
+            return
+        low = found.end()
+        at = text.find("@", low, high)
         user, host, ending = found.groups()
         if (ending.lower() not in _ENDINGS and not ending.startswith("xn--")) or _RESERVED.search(
             host + ending
