@@ -349,7 +349,7 @@ def secrets() -> list[Pieces]:
         lambda: (["xo", "xb-", f"{chance.randrange(10**11, 10**12)}-{chance.randrange(10**12, 10**13)}-", letters(ALNUM, 24)], chance.choice(["slack: {}", 'client = WebClient("{}")'])),
         lambda: (["sk_", "live_", letters(ALNUM, 24)], chance.choice(['stripe.api_key = "{}"', "STRIPE={}"])),
         lambda: (["AI", "za", letters(URL64, 35)], chance.choice(["https://maps.googleapis.com/maps/api/js?key={}", 'apiKey: "{}"'])),
-        lambda: (["np", "m_", letters(ALNUM, 36)], "//registry.npmjs.org/:_authToken={}"),
+        lambda: (["np", "m_", letters(ALNUM, 36)], "//packages.example.com/:_authToken={}"),
         lambda: (["h", "f_", letters(string.ascii_letters, 34)], 'login(token="{}")'),
         lambda: (["sk-", "proj-", letters(URL64, 74)], chance.choice(["OPENAI_API_KEY={}", 'client = OpenAI(api_key="{}")'])),
         lambda: (["sk-", "ant-", "api03-", letters(URL64, 93), "AA"], "ANTHROPIC_API_KEY={}"),

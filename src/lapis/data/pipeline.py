@@ -110,7 +110,7 @@ def _described(dataset: Dataset, split: Stage, texts: TrainingTexts) -> Dataset:
     """A dataset with its page and card beside the shards."""
     if not (dataset.folder / CARD).exists():
         with storage_errors(dataset.folder):
-            write_page(dataset, Decided(split.folder), texts, split.folder)
+            write_page(dataset, Decided(split.folder), texts)
             write_card(dataset)
     return dataset
 

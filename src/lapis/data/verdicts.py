@@ -10,7 +10,6 @@ and `stages.json` names the folders that it was decided from, the documents' fir
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,27 +86,33 @@ class Decided:
                 hint="Make it again: lapis data prepare RECIPE.toml",
             )
         self.documents = DocumentTable(documents)
-        table = read_verdicts(folder)
-        self._step, self._reason = table["step"].to_pylist(), table["reason"].to_pylist()
-        self._survivor: list[int | None] = table["survivor"].to_pylist()
+        table = read_verdicts(folder).combine_chunks()
+        step, reason = (table[name].combine_chunks() for name in ("step", "reason"))
+        self._reasons = list(zip(step.dictionary.to_pylist(), reason.dictionary.to_pylist(), strict=True))
+        self._code = np.asarray(step.indices.to_numpy(), dtype=np.int16)  # as `Verdicts.code`
+        self._survivor = table["survivor"].fill_null(-1).to_numpy()
 
     @cached_property
-    def rows(self) -> dict[tuple[str, str], list[int]]:
+    def rows(self) -> dict[tuple[str, str], Rows]:
         """Rows of the documents under each (step, reason), in the order of their digests; ("", "") is kept."""
-        found: dict[tuple[str, str], list[int]] = defaultdict(list)
-        digests = self.documents.strings("digest")
-        for row in sorted(range(len(digests)), key=digests.__getitem__):
-            found[self._step[row], self._reason[row]].append(row)
-        return dict(found)
+        digest_D2 = self.documents.fixed("digest").view(">u8")
+        ordered = np.lexsort((digest_D2[:, 1], digest_D2[:, 0]))
+        ordered = ordered[np.argsort(self._code[ordered], kind="stable")]
+        ends = np.cumsum(np.bincount(self._code, minlength=len(self._reasons)))
+        parts = np.split(ordered, ends[:-1])
+        return {reason: part for reason, part in zip(self._reasons, parts, strict=True) if len(part)}
 
     @cached_property
-    def clusters(self) -> list[list[int]]:
+    def clusters(self) -> list[Rows]:
         """Rows of each survivor and its duplicates, survivor first; the largest clusters first."""
-        found: dict[int, list[int]] = defaultdict(list)
-        for row, survivor in enumerate(self._survivor):
-            if survivor is not None:
-                found[survivor].append(row)
-        return sorted(([kept, *rows] for kept, rows in found.items()), key=lambda rows: (-len(rows), rows[0]))
+        gone = np.flatnonzero(self._survivor >= 0)
+        if not len(gone):
+            return []
+        gone = gone[np.argsort(self._survivor[gone], kind="stable")]
+        kept, first = np.unique(self._survivor[gone], return_index=True)
+        groups = np.split(gone, first[1:])
+        order = np.lexsort((kept, -np.array([len(rows) for rows in groups])))
+        return [np.concatenate([kept[n : n + 1], groups[n]]) for n in order.tolist()]
 
     def document(self, row: int) -> Document:
         """One document."""

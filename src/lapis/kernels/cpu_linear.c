@@ -65,7 +65,6 @@ static __attribute__((noinline)) void rows_of_tile(int64_t rows, const struct li
         for (int c = 0; c < COLUMNS; c += LANES) finish(&op->out, row + r, tile * COLUMNS + c, load(sum + r * COLUMNS + c));
 }
 INLINE int64_t next_rows(int64_t left) { return left < TILE_ROWS ? left : TILE_ROWS; }
-static void linear_few_rows(const struct linear *op, int64_t tiles) { (void)op, (void)tiles; }
 #else
 INLINE void begin_tiles(void) {}
 INLINE void end_tiles(void) {}
@@ -221,8 +220,11 @@ EXPORT void lapis_linear_team(const bf16 *x, int64_t rows, int64_t K, const bf16
     const struct linear op = {x, packed, rows, K, {.y = y, .bias = bias, .residual = residual, .N = N, .fp32 = fp32}};
     const int64_t tiles = (N + COLUMNS - 1) / COLUMNS;
     begin_tiles();
+#if WIDE_ROWS
     if (rows <= WIDE_ROWS) linear_few_rows(&op, tiles);
-    else if (rows <= FEW_ROWS) linear_some_rows(&op, tiles);
+    else
+#endif
+    if (rows <= FEW_ROWS) linear_some_rows(&op, tiles);
     else linear_blocks(&op, tiles);
     end_tiles();
 }

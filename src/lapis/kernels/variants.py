@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from lapis import clibrary
+from lapis.clibrary import REBUILD
 from lapis.errors import ConfigError, UnavailableError, nearest
 
 FOLDER = Path(__file__).parent
@@ -45,7 +46,6 @@ LOST = (
     "training and serving give slightly different bits, an answer depends on what else is in the batch, "
     "and both are slower"
 )
-REBUILD = "pip install --force-reinstall --no-deps lapis (in a checkout: python setup.py build_ext --inplace)"
 
 _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -84,10 +84,7 @@ def library_path(variant: str) -> Path:
 @functools.cache
 def source_digest() -> str:
     """Digest of the C sources, compiled into each library so that a stale build is noticed."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((FOLDER / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return clibrary.source_digest(FOLDER, SOURCES)
 
 
 @functools.cache
@@ -107,19 +104,11 @@ def library(variant: str) -> ctypes.CDLL:
 
     Raises UnavailableError that says why the library cannot be used.
     """
-    path = library_path(variant)
-    if not path.exists():
-        raise UnavailableError(f"the {variant} kernels are not built", hint=REBUILD)
     missing = VARIANTS[variant] - cpu_flags()
-    if missing:
-        raise UnavailableError(f"this CPU cannot run the {variant} kernels: no {', '.join(sorted(missing))}")
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise UnavailableError(f"the {variant} kernels do not load: {error}", hint=REBUILD) from error
-    found.lapis_source.restype = ctypes.c_char_p
-    if found.lapis_source().decode() != source_digest():
-        raise UnavailableError(f"the {variant} kernels were built from other sources", hint=REBUILD)
+    path, what = library_path(variant), f"the {variant} kernels"
+    if path.exists() and missing:
+        raise UnavailableError(f"this CPU cannot run {what}: no {', '.join(sorted(missing))}")
+    found = clibrary.open_library(path, what, "lapis_source", source_digest())
     if found.lapis_check() != 0:
         raise UnavailableError(f"this CPU does not add as the contract says, or gives no leave for {variant}")
     return found

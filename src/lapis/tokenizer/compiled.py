@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import sys
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_int32, c_int64, c_void_p
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapis.errors import InputError
+from lapis import clibrary
+from lapis.clibrary import open_library
+from lapis.errors import InputError, UnavailableError
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "bpe-portable.so"
@@ -55,16 +56,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they were not built, or from other sources."""
-    if not LIBRARY.exists() or sys.byteorder != "little":
-        return None
+    """The compiled functions, or None where they cannot be used; `opened` says why."""
     try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError:  # built for another machine
+        return opened()
+    except UnavailableError:
         return None
-    found.lapis_bpe_source.restype = ctypes.c_char_p
-    if found.lapis_bpe_source().decode() != source_digest():
-        return None
+
+
+def opened() -> ctypes.CDLL:
+    """The compiled functions. Raises UnavailableError."""
+    if sys.byteorder != "little":
+        raise UnavailableError("the tokenizer's compiled functions are for little-endian machines")
+    found = open_library(LIBRARY, "the tokenizer's compiled functions", "lapis_bpe_source", source_digest())
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, f"lapis_{name}")
         function.restype, function.argtypes = result, arguments
@@ -81,10 +84,7 @@ def functions() -> ctypes.CDLL:
 @cache
 def source_digest() -> str:
     """Digest of the C sources, compiled into the library so that a stale build is noticed."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((FOLDER / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return clibrary.source_digest(FOLDER, SOURCES)
 
 
 def lay_out(texts: Sequence[bytes]) -> tuple[bytes, NDArray[np.int64]]:
