@@ -12,11 +12,13 @@ import pytest
 from lapis.data.page import bars, length_bars
 from lapis.data.pipeline import prepare
 from lapis.data.recipe import DataConfig, TokenizerConfig
+from lapis.data.remove import Removal, RemovalList
 from lapis.data.shards import Dataset
 from lapis.home import Home
 from tests.texts import changed, prose, write_corpus
 
 VOID = {"meta", "br"}
+OFF = {"exact": False, "near": False}
 
 
 class Page(HTMLParser):
@@ -92,3 +94,16 @@ def test_charts() -> None:
     ]  # fmt: skip
     assert length_bars(np.array([], dtype=int)) == []
     assert [bar.share for bar in bars([("a", 4), ("b", 1)])] == [1.0, 0.25]
+
+
+def test_a_page_shows_nothing_of_what_was_removed_and_needs_no_duplicates(tmp_path: Path, home: Home) -> None:
+    texts = {name: write_corpus(tmp_path / name, 40) for name in ("kept", "gone")}
+    for path in texts["gone"].iterdir():
+        path.write_text(f"Secret heading\n{path.read_text()} and an end of its own", encoding="utf-8")
+    sources = tuple({"path": str(path), "name": name} for name, path in texts.items())
+    config = DataConfig.model_validate({"sources": sources, "heldout": {"min_bytes": 2000}, "dedup": OFF})
+    RemovalList(home.data).add([Removal(source="gone")])
+    dataset = prepare(config, TokenizerConfig(vocab_size=400), home, workers=1)
+    assert "removed" in dataset.manifest
+    page = Page((dataset.folder / "report.html").read_text(encoding="utf-8"))
+    assert "kept: " in page.seen and "Secret heading" not in page.seen and "groups" not in page.seen

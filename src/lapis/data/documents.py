@@ -220,6 +220,16 @@ class DocumentTable(Columns):
 
         return np.asarray(compute.binary_length(self.column("text")).to_numpy(), dtype=np.int64)
 
+    def digest_halves(self) -> NDArray[np.uint64]:
+        """Each document's digest as two numbers (D, 2), in the order of which digests are ordered."""
+        return self.fixed("digest").view(">u8").astype(np.uint64)
+
+    def by_digest(self) -> Rows:
+        """All rows in the order of their digests."""
+        half_D2 = self.digest_halves()
+        ordered: Rows = np.lexsort((half_D2[:, 1], half_D2[:, 0]))
+        return ordered
+
     def texts(self, rows: Rows) -> list[str]:
         """The texts of some rows."""
         found = []

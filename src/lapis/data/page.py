@@ -13,6 +13,7 @@ import numpy as np
 from lapis.data.columns import Rows
 from lapis.data.masking import TrainingTexts
 from lapis.data.recipe import DataConfig
+from lapis.data.remove import Removal, covered
 from lapis.data.report import Step
 from lapis.data.shards import Dataset
 from lapis.data.verdicts import Decided
@@ -55,9 +56,25 @@ class Bar:
     share: float
 
 
-def write_page(dataset: Dataset, decided: Decided, texts: TrainingTexts) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """The documents as a page may show them."""
+
+    texts: TrainingTexts
+    removals: tuple[Removal, ...]
+
+    def sample(self, row: int, chars: int) -> Sample | None:
+        """The beginning of a document; None if it was removed."""
+        document = self.texts.document(row)
+        if covered(document, self.removals):
+            return None
+        text = document.text[:chars] + ("…" if len(document.text) > chars else "")
+        return Sample(document.label, document.licence or "licence unknown", text)
+
+
+def write_page(dataset: Dataset, decided: Decided, shown: Shown) -> None:
     """Write `report.html` into the folder of a dataset."""
-    write_text(dataset.folder / FILE, page(dataset, decided, texts))
+    write_text(dataset.folder / FILE, page(dataset, decided, shown))
 
 
 def shown_texts(texts: TrainingTexts, data: DataConfig) -> TrainingTexts:
@@ -65,7 +82,7 @@ def shown_texts(texts: TrainingTexts, data: DataConfig) -> TrainingTexts:
     return replace(texts, kinds=(*data.pii.kinds("mask"), *data.pii.kinds("drop")))
 
 
-def page(dataset: Dataset, decided: Decided, texts: TrainingTexts) -> str:
+def page(dataset: Dataset, decided: Decided, shown: Shown) -> str:
     """The page as HTML; text of documents is escaped."""
     manifest = dataset.manifest
     return str(
@@ -77,9 +94,9 @@ def page(dataset: Dataset, decided: Decided, texts: TrainingTexts) -> str:
             funnel=funnel(dataset.report),
             lengths=length_bars(token_lengths(dataset)),
             languages=bars(languages(dataset.report)),
-            kept=_samples(texts, decided.rows.get(("", ""), NONE)),
-            reasons=dropped(decided, texts),
-            clusters=[_members(texts, rows) for rows in decided.clusters[:CLUSTERS]],
+            kept=_samples(shown, decided.rows.get(("", ""), NONE)),
+            reasons=dropped(decided, shown),
+            clusters=[_members(shown, rows) for rows in decided.clusters[:CLUSTERS]],
             cluster_count=len(decided.clusters),
         )
     )
@@ -98,10 +115,10 @@ def languages(steps: Sequence[Step]) -> list[tuple[str, int]]:
     return list(counted.items())[:LANGUAGES]
 
 
-def dropped(decided: Decided, texts: TrainingTexts) -> list[Reason]:
+def dropped(decided: Decided, shown: Shown) -> list[Reason]:
     """Every reason that dropped documents, the commonest first."""
     found = [
-        Reason(step, reason, len(rows), _samples(texts, rows))
+        Reason(step, reason, len(rows), _samples(shown, rows))
         for (step, reason), rows in decided.rows.items()
         if step
     ]
@@ -130,20 +147,18 @@ def length_bars(lengths: np.ndarray[Any, Any]) -> list[Bar]:
     return bars(list(zip(names[shown], counts[shown], strict=True)))
 
 
-def _samples(texts: TrainingTexts, rows: Rows) -> list[Sample]:
+def _samples(shown: Shown, rows: Rows) -> list[Sample]:
     """Documents spread evenly over some rows, which lie in the order of digests: a random sample."""
     count = min(SAMPLES, len(rows))
-    return [_sample(texts, int(rows[n * len(rows) // count]), SAMPLE_CHARS) for n in range(count)]
+    return _some(shown, rows[np.arange(count) * len(rows) // max(1, count)], SAMPLE_CHARS)
 
 
-def _members(texts: TrainingTexts, rows: Rows) -> tuple[int, list[Sample]]:
-    return len(rows), [_sample(texts, row, MEMBER_CHARS) for row in rows[:MEMBERS].tolist()]
+def _members(shown: Shown, rows: Rows) -> tuple[int, list[Sample]]:
+    return len(rows), _some(shown, rows[:MEMBERS], MEMBER_CHARS)
 
 
-def _sample(texts: TrainingTexts, row: int, chars: int) -> Sample:
-    document = texts.document(row)
-    text = document.text[:chars] + ("…" if len(document.text) > chars else "")
-    return Sample(document.label, document.licence or "licence unknown", text)
+def _some(shown: Shown, rows: Rows, chars: int) -> list[Sample]:
+    return [one for row in rows.tolist() if (one := shown.sample(row, chars)) is not None]
 
 
 @cache

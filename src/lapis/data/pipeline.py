@@ -28,7 +28,7 @@ from lapis.data.croissant import write_card
 from lapis.data.documents import DocumentTable
 from lapis.data.language import language_counts
 from lapis.data.masking import TrainingTexts
-from lapis.data.page import shown_texts, write_page
+from lapis.data.page import Shown, shown_texts, write_page
 from lapis.data.policy import note_overlap, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.remove import RemovalList
@@ -103,14 +103,15 @@ def prepare_listed(
     if standing is not None:
         return standing
     tokens = _encode(texts, split, vocabulary, root, room.workers, progress)
-    return _described(removed.apply(Dataset.open(tokens.folder)), split, shown_texts(texts, data))
+    shown = Shown(shown_texts(texts, data), removed.removals())
+    return _described(removed.apply(Dataset.open(tokens.folder)), split, shown)
 
 
-def _described(dataset: Dataset, split: Stage, texts: TrainingTexts) -> Dataset:
+def _described(dataset: Dataset, split: Stage, shown: Shown) -> Dataset:
     """A dataset with its page and card beside the shards."""
     if not (dataset.folder / CARD).exists():
         with storage_errors(dataset.folder):
-            write_page(dataset, Decided(split.folder), texts)
+            write_page(dataset, Decided(split.folder), shown)
             write_card(dataset)
     return dataset
 

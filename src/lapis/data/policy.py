@@ -26,8 +26,7 @@ def policy_of(data: DataConfig, table: DocumentTable, annotators: Sequence[Annot
     }
     for annotator in annotators:
         if isinstance(annotator, OverlapAnnotator):
-            first = sorted(range(len(table)), key=table.strings("digest").__getitem__)[:HOSTS]
-            result = check_gate(data.decontamination, [table.document(row).text for row in first])
+            result = check_gate(data.decontamination, table.texts(table.by_digest()[:HOSTS]))
             refuse_failed(result)
             limits = data.decontamination.model_dump(mode="json", exclude={"sets"})
             policy["decontamination"] = {**limits, **annotator.facts(), "gate": result.plain()}

@@ -77,10 +77,10 @@ def search(dataset: Dataset, removals: Sequence[Removal]) -> Found:
     """The documents of a dataset that removals cover."""
     shards = {}
     for number, shard in enumerate(dataset.manifest["shards"]):
-        found = [entry for entry in dataset.documents_of(number) if _covered(entry, removals)]
+        found = [entry for entry in dataset.documents_of(number) if covered(entry, removals)]
         if found:
             shards[shard["name"]] = found
-    return Found(shards, [document for document in dataset.heldout() if _covered(document, removals)])
+    return Found(shards, [document for document in dataset.heldout() if covered(document, removals)])
 
 
 def without(dataset: Dataset, found: Found, root: Path) -> Dataset:
@@ -173,7 +173,8 @@ def _plain(removals: Sequence[Removal]) -> list[dict[str, str]]:
     return [{key: value for key, value in asdict(one).items() if value is not None} for one in removals]
 
 
-def _covered(document: DocumentEntry | Document, removals: Sequence[Removal]) -> bool:
+def covered(document: DocumentEntry | Document, removals: Sequence[Removal]) -> bool:
+    """Whether a document is left out by one of some removals."""
     return any(removal.covers(document) for removal in removals)
 
 

@@ -230,7 +230,7 @@ class _Account:
 
         Documents of one digest have one text; they come in the order of their sources and paths.
         """
-        digests_R2 = self.table.fixed("digest")[rows].view(">u8").astype(np.uint64)
+        digests_R2 = self.table.digest_halves()[rows]
         priority_R = self.table.numbers("priority")[rows] if survival else np.zeros(len(rows), dtype=np.int32)
         order_R = np.lexsort((digests_R2[:, 1], digests_R2[:, 0], priority_R))
         rows, digests_R2, priority_R = rows[order_R], digests_R2[order_R], priority_R[order_R]

@@ -95,8 +95,7 @@ class Decided:
     @cached_property
     def rows(self) -> dict[tuple[str, str], Rows]:
         """Rows of the documents under each (step, reason), in the order of their digests; ("", "") is kept."""
-        digest_D2 = self.documents.fixed("digest").view(">u8")
-        ordered = np.lexsort((digest_D2[:, 1], digest_D2[:, 0]))
+        ordered = self.documents.by_digest()
         ordered = ordered[np.argsort(self._code[ordered], kind="stable")]
         ends = np.cumsum(np.bincount(self._code, minlength=len(self._reasons)))
         parts = np.split(ordered, ends[:-1])
