@@ -7,6 +7,7 @@ machine changes nothing.
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import signal
 import subprocess
@@ -48,6 +49,13 @@ def _asked(question: tuple[bytes, str, Extractor, float]) -> Any:
         process.communicate()
         _running = None
         return Unreadable(TOO_HARD)
+
+
+@atexit.register
+def _end() -> None:
+    """There are no more questions."""
+    if _running is not None:
+        _running.communicate()
 
 
 def main() -> None:
