@@ -12,9 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from lapis.db import audit_entries, audit_head, snapshot, write
+from lapis.db import snapshot, write
 from lapis.errors import IntegrityError
 from lapis.hashing import canonical_json, digest_json
+from lapis.tables.audit import audit_entries, audit_head
 
 GENESIS = "0" * 64  # what the first entry follows
 

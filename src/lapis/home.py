@@ -39,6 +39,16 @@ class Home:
         return self.root / "releases"
 
     @property
+    def files(self) -> Path:
+        """Uploaded files and results, one folder per project."""
+        return self.root / "files"
+
+    @property
+    def jobs(self) -> Path:
+        """What jobs write while they run, one folder per job."""
+        return self.root / "jobs"
+
+    @property
     def database_url(self) -> str:
         """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
         return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

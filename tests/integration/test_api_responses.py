@@ -11,9 +11,10 @@ import httpx
 import openai
 import pytest
 
-from lapis.db import projects, write
+from lapis.db import write
 from lapis.home import Home
 from lapis.server import RunningServer
+from lapis.tables.tenants import projects
 from lapis.tenants.keys import ApiKeys
 from tests.served import fake_server
 

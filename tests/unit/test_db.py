@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sqlite3
 import stat
 import subprocess
@@ -14,7 +16,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from lapis import db as database
+from lapis import tables
 from lapis.errors import ConfigError, ConflictError, IntegrityError, StorageError, UnavailableError
+from lapis.tables.schema import metadata
+from lapis.tables.tenants import organizations, projects
 
 
 @pytest.fixture
@@ -23,10 +28,12 @@ def url(tmp_path: Path) -> str:
 
 
 def test_migrations_make_exactly_the_tables_that_the_code_uses(url: str) -> None:
+    for module in pkgutil.iter_modules(tables.__path__, f"{tables.__name__}."):
+        importlib.import_module(module.name)
     engine = database.open_database(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, database.metadata) == []
+        assert compare_metadata(context, metadata) == []
     engine.dispose()
 
 
@@ -34,7 +41,7 @@ def test_migrating_again_changes_nothing(url: str) -> None:
     database.migrate(url)
     engine = database.open_database(url)
     with engine.connect() as connection:
-        assert connection.execute(sa.select(database.projects.c.id)).scalars().all() == ["default"]
+        assert connection.execute(sa.select(projects.c.id)).scalars().all() == ["default"]
         assert (
             connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == database.SCHEMA
         )
@@ -70,13 +77,13 @@ def test_a_write_that_fails_leaves_nothing(url: str) -> None:
 
     def act() -> None:
         with database.write(engine) as connection:
-            connection.execute(database.organizations.insert().values(**row))
+            connection.execute(organizations.insert().values(**row))
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
         act()
     with engine.connect() as connection:
-        assert connection.execute(sa.select(database.organizations.c.name)).scalars().all() == ["default"]
+        assert connection.execute(sa.select(organizations.c.name)).scalars().all() == ["default"]
     engine.dispose()
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy.engine import Engine
 
-from lapis.db import open_database, projects, write
+from lapis.db import open_database, write
 from lapis.errors import InputError, NotFoundError
 from lapis.gateway import stored
 from lapis.gateway.stored import LIFETIME, StoredResponse, StoredResponses
 from lapis.home import Home
+from lapis.tables.tenants import projects
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,8 +12,19 @@ from fastapi import FastAPI
 from lapis.api.errors import ErrorObject, add_error_handlers
 from lapis.api.middleware import Envelope
 from lapis.api.routes import chat, completions, embeddings, health, missing, models, responses, tokens
+from lapis.gateway.loops import keep_running
 from lapis.gateway.services import Services
 
+ROUTES = (
+    chat.router,
+    completions.router,
+    responses.router,
+    embeddings.router,
+    models.router,
+    tokens.router,
+    health.router,
+    missing.router,  # last: it answers what none of the others does
+)
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorObject, "description": "OpenAI's error object"} for status in ("4XX", "5XX")
 }
@@ -24,10 +38,24 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses=ERRORS,
+        lifespan=_lifespan,
     )
     app.state.services = services
     add_error_handlers(app)
     app.add_middleware(Envelope, services=services)
-    for module in (chat, completions, responses, embeddings, models, tokens, health, missing):
-        app.include_router(module.router)
+    for router in ROUTES:
+        app.include_router(router)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """What goes on beside the requests runs as long as the server does."""
+    services: Services = app.state.services
+    running = [asyncio.create_task(keep_running(loop)) for loop in services.loops]
+    try:
+        yield
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

@@ -40,6 +40,18 @@ def _user(request: Request) -> Identity:
     return _with(Scope.MODELS_USE, request)
 
 
+def _viewer(request: Request) -> Identity:
+    return _with(Scope.WORK_READ, request)
+
+
+def _worker(request: Request) -> Identity:
+    return _with(Scope.WORK_WRITE, request)
+
+
+def _admin(request: Request) -> Identity:
+    return _with(Scope.ADMIN, request)
+
+
 def _with(scope: Scope, request: Request) -> Identity:
     identity = identify(request)
     try:
@@ -65,3 +77,6 @@ def _is_loopback(host: str) -> bool:
 ServicesOf = Annotated[Services, Depends(services_of)]
 Reader = Annotated[Identity, Depends(_reader)]
 User = Annotated[Identity, Depends(_user)]
+Viewer = Annotated[Identity, Depends(_viewer)]  # may see the project's work
+Worker = Annotated[Identity, Depends(_worker)]  # may make and end it
+Admin = Annotated[Identity, Depends(_admin)]

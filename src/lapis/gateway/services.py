@@ -8,6 +8,7 @@ from sqlalchemy.engine import Engine as Database
 
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
+from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
 from lapis.gateway.stored import StoredResponses
@@ -25,6 +26,7 @@ class Services:
     meter: Meter
     counters: Counters = field(default_factory=Counters)
     responses: StoredResponses = field(init=False)
+    loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
 
     def __post_init__(self) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from lapis.db import stored_responses, write
+from lapis.db import write
 from lapis.errors import InputError, NotFoundError
+from lapis.tables.responses import stored_responses
 
 Item = dict[str, Any]
 

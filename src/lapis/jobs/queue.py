@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
 from lapis.audit import AuditLog
-from lapis.db import jobs, write
+from lapis.db import write
 from lapis.errors import ConflictError, NotFoundError
 from lapis.hashing import canonical_json
 from lapis.jobs.job import ACTIVE, ENDED, Job, JobSpec, Resources, State, check_move
+from lapis.tables.jobs import jobs
 from lapis.tenants.tenant import DEFAULT
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over

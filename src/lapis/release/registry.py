@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
 from lapis.audit import AuditLog
-from lapis.db import releases, write
+from lapis.db import write
 from lapis.errors import ConflictError, InputError, IntegrityError, NotFoundError, nearest
 from lapis.hashing import canonical_json, digest_file
 from lapis.home import Home
@@ -25,6 +25,7 @@ from lapis.release import gates, lineage
 from lapis.release.gates import Gate
 from lapis.release.release import SERVABLE, Release, State, check_move, check_name, parse_reference
 from lapis.storage import lock
+from lapis.tables.releases import releases
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
 from lapis.audit import AuditLog
-from lapis.db import api_keys, projects, write
+from lapis.db import write
 from lapis.errors import AuthError, InputError, NotFoundError, nearest
+from lapis.tables.tenants import api_keys, projects
 from lapis.tenants.tenant import DEFAULT, Role, Scope, Tenants
 
 MARK = "lapis"  # every key begins with it, so that secret scanners can find a leaked one

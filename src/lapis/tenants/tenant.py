@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
 from lapis.audit import AuditLog
-from lapis.db import organizations, projects, write
+from lapis.db import write
 from lapis.errors import ConflictError, InputError, NotFoundError, nearest
+from lapis.tables.tenants import organizations, projects
 from lapis.tenants.quota import Quota
 
 DEFAULT = "default"  # the organization and the project that always exist
@@ -25,6 +26,8 @@ class Scope(StrEnum):
 
     MODELS_READ = "models.read"  # list and look up models
     MODELS_USE = "models.use"  # have them answer
+    WORK_READ = "work.read"  # see the project's files, batches, fine-tuning jobs and evals
+    WORK_WRITE = "work.write"  # make and end them
     ADMIN = "admin"  # keys, projects, releases, everybody's usage
 
 
@@ -42,8 +45,8 @@ class Role(StrEnum):
 
 
 _SCOPES = {
-    Role.READER: frozenset({Scope.MODELS_READ}),
-    Role.MEMBER: frozenset({Scope.MODELS_READ, Scope.MODELS_USE}),
+    Role.READER: frozenset({Scope.MODELS_READ, Scope.WORK_READ}),
+    Role.MEMBER: frozenset(Scope) - {Scope.ADMIN},
     Role.OWNER: frozenset(Scope),
 }
 

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from lapis.db import open_reservations, projects, snapshot, usage_entries, usage_windows, write
+from lapis.db import snapshot, write
 from lapis.errors import ConflictError, LimitError, NotFoundError
+from lapis.tables.tenants import projects
+from lapis.tables.usage import open_reservations, usage_entries, usage_windows
 from lapis.tenants.keys import Identity
 from lapis.tenants.quota import DAY, MINUTE, Consumption, Quota, check
 
