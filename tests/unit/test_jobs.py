@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
 from lapis.jobs.controller import choose, decide
 from lapis.jobs.executor import Status
-from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Resources, State, check_move
+from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Node, Place, Resources, State, check_move
 from lapis.jobs.queue import JobQueue
+from lapis.jobs.shares import HALF_LIFE, set_weight, shares
 
 SPEC = JobSpec("train", ("lapis", "train", "recipe.toml"), Resources(2, 1), {"A": "b"}, retries=3)
 JOB = Job(
@@ -73,6 +75,7 @@ def test_illegal_moves_are_refused_with_the_legal_ones(state: State, to: State) 
     "values",
     [
         {"argv": ()}, {"argv": ("",)}, {"argv": ("echo", "a\0b")}, {"env": {"A=B": "c"}}, {"retries": -1},
+        {"ranks": 0}, {"time_limit": 0.0}, {"time_limit": float("nan")},
     ],
 )  # fmt: skip
 def test_what_no_process_can_have_is_refused(values: dict[str, object]) -> None:
@@ -211,3 +214,66 @@ def test_what_is_started_fits_and_nobody_is_overtaken(waiting: list[Job], runnin
     assert not chosen or total.fits(capacity)
     if len(chosen) < len(waiting):
         assert not (total + waiting[len(chosen)].spec.resources).fits(capacity)
+
+
+NODES = (Node("a", Resources(4, 2, 100)),)
+
+
+def test_gpus_of_running_jobs_are_disjoint_and_come_back_at_the_end(queue: JobQueue) -> None:
+    spec = replace(SPEC, resources=Resources(1, 1), ranks=1)
+    one, two, three = (queue.submit(spec, "os:ana") for _ in range(3))
+    leases = [queue.claim(job, "e", {"a": 1}, NODES) for job in (one, two)]
+    assert [queue.get(job.id).places for job in (one, two)] == [
+        (Place("a", 1, (0,)),),
+        (Place("a", 1, (1,)),),
+    ]
+    assert queue.claim(three, "e", {"a": 1}, NODES) is None  # both GPUs are taken
+    assert leases[0] is not None
+    queue.started(leases[0])
+    queue.finish(leases[0], State.SUCCEEDED)
+    assert queue.claim(three, "e", {"a": 1}, NODES) is not None
+    assert queue.get(three.id).places == (Place("a", 1, (0,)),)
+
+
+@pytest.mark.parametrize(
+    ("resources", "ranks"),
+    [(Resources(3), 2), (Resources(1, 0, 101), 1), (Resources(1, 2), 2), (Resources(0, 3), 1)],
+)
+def test_what_no_longer_fits_is_not_claimed(queue: JobQueue, resources: Resources, ranks: int) -> None:
+    job = queue.submit(replace(SPEC, resources=resources, ranks=ranks), "os:ana")
+    assert queue.claim(job, "e", {"a": ranks}, NODES) is None
+    assert queue.get(job.id).state is State.QUEUED
+
+
+def test_a_preempted_job_comes_back_to_its_place_and_its_use_is_counted(
+    queue: JobQueue, clock: Clock
+) -> None:
+    spec = replace(SPEC, resources=Resources(2, 1, 10), ranks=2, preemptible=True)
+    job = queue.submit(spec, "os:ana")
+    lease = queue.claim(job, "e")
+    assert lease is not None
+    assert not queue.preempt(queue.get(job.id), "job_2")  # it does not run yet
+    running = queue.started(lease)
+    assert queue.preempt(running, "job_2")
+    assert not queue.preempt(running, "job_3")  # it has been asked
+    assert (queue.get(job.id).preempt_at, queue.get(job.id).preempt_for) == (1000.0, "job_2")
+    clock.now += HALF_LIFE
+    stopped = queue.preempted(lease, "stopped for job_2", 143)
+    assert (stopped.state, stopped.preempt_at, stopped.exit_code) == (State.PREEMPTED, None, 143)
+    queue.queue_preempted()
+    assert queue.list(State.QUEUED)[0].id == job.id
+    unit = HALF_LIFE / math.log(2) / 2  # the integral of 2^(-t / half-life) over one half-life
+    share = shares(queue.db, clock.now)["default"]
+    assert share.used == pytest.approx((4 * unit, 2 * unit, 20 * unit))
+    assert share.started_at == 1000.0
+    later = shares(queue.db, clock.now + HALF_LIFE)["default"].used
+    assert later == pytest.approx((2 * unit, unit, 10 * unit))
+
+
+def test_a_weight_is_kept_and_audited(queue: JobQueue, clock: Clock) -> None:
+    set_weight(queue.db, "default", 2.5, "os:ana", clock.now)
+    assert shares(queue.db, clock.now)["default"].weight == 2.5
+    assert [entry.action for entry in AuditLog(queue.db).entries()] == ["share.set"]
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError):
+            set_weight(queue.db, "default", weight, "os:ana", clock.now)

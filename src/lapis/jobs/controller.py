@@ -6,7 +6,7 @@ All it knows lies in the queue's table and with the executor: a new one takes ov
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,12 +52,12 @@ def decide(job: Job, status: Status, now: float, warned: bool, grace: float = GR
 
 def choose(waiting: Sequence[Job], running: Iterable[Job], capacity: Resources) -> list[Job]:
     """Which waiting jobs to start now: first come, first served; nobody overtakes one that must wait."""
-    used = sum((job.spec.resources for job in running), Resources(0, 0))
+    used = sum((job.spec.total for job in running), Resources(0, 0))
     chosen = []
     for job in waiting:
-        if not (used + job.spec.resources).fits(capacity):
+        if not (used + job.spec.total).fits(capacity):
             break
-        used += job.spec.resources
+        used += job.spec.total
         chosen.append(job)
     return chosen
 
@@ -125,17 +125,22 @@ class Controller:
             self._forget(job.id)
 
     def _start_waiting(self) -> None:
-        waiting = self.queue.list(State.QUEUED)
+        waiting, nodes = self.queue.list(State.QUEUED), self.executor.nodes
+        if nodes is None:
+            for job in waiting:
+                self._start(job, {})
+            return
+        capacity = sum((node.resources for node in nodes), Resources(0, 0))
         for job in waiting:
-            if not job.spec.resources.fits(self.executor.capacity):
-                self._refuse(job)
+            if not job.spec.total.fits(capacity):
+                self._refuse(job, capacity)
         active = [job for job in self.queue.list(*ACTIVE) if job.executor == self.executor.name]
-        possible = [job for job in waiting if job.spec.resources.fits(self.executor.capacity)]
-        for job in choose(possible, active, self.executor.capacity):
-            self._start(job)
+        possible = [job for job in waiting if job.spec.total.fits(capacity)]
+        for job in choose(possible, active, capacity):
+            self._start(job, {nodes[0].name: job.spec.ranks})
 
-    def _start(self, job: Job) -> None:
-        lease = self.queue.claim(job, self.executor.name)
+    def _start(self, job: Job, ranks: Mapping[str, int]) -> None:
+        lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or ())
         if lease is None:
             return
         self._leases[job.id] = lease
@@ -149,10 +154,10 @@ class Controller:
             self.queue.finish(lease, State.FAILED, error.message)
             self._forget(job.id)
 
-    def _refuse(self, job: Job) -> None:
+    def _refuse(self, job: Job, room: Resources) -> None:
         lease = self.queue.claim(job, self.executor.name)
         if lease is not None:
-            asked, room = job.spec.resources, self.executor.capacity
+            asked = job.spec.total
             self.queue.finish(lease, State.FAILED, f"it asks for {asked}; {self.executor.name} has {room}")
 
     def _forget(self, job_id: str) -> None:

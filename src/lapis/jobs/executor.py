@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lapis.jobs.job import Job, Resources
+from lapis.jobs.job import Job, Node
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Executor(Protocol):
     """Where jobs run. An attempt is named by (job.id, job.attempt), and starts at most once whoever asks."""
 
     name: str  # also says on which host, where that matters: only the same executor can find its processes
-    capacity: Resources
+    nodes: (
+        tuple[Node, ...] | None
+    )  # where jobs are placed; None: it has a queue of its own, and gets every job
 
     def start(self, job: Job) -> None:
         """Start the attempt. Raises ConflictError if it was fenced, UnavailableError if it cannot start."""

@@ -25,6 +25,19 @@ class State(StrEnum):
     PREEMPTED = "preempted"  # stopped for another one; it will be queued again
 
 
+class Priority(StrEnum):
+    """Which of a project's own jobs goes first. Between projects it says nothing: there, shares decide."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def level(self) -> int:
+        """0 for low, 1 for normal, 2 for high."""
+        return tuple(Priority).index(self)
+
+
 MOVES = {
     State.QUEUED: (State.STARTING, State.FAILED, State.CANCELLED),
     State.STARTING: (State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED),
@@ -40,31 +53,60 @@ ENDED = tuple(state for state, moves in MOVES.items() if not moves)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job occupies while it runs, or what an executor has. CPUs may be fractions."""
+    """What a job occupies while it runs, or what a machine has. CPUs may be fractions; `memory` is in bytes.
+
+    A job that names no memory is not counted or limited by it.
+    """
 
     cpus: float = 1.0
     gpus: int = 0
+    memory: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.cpus) and self.cpus >= 0 and self.gpus >= 0):
-            raise InputError(f"{self.cpus} CPUs and {self.gpus} GPUs cannot be asked for.", param="resources")
+        if not (math.isfinite(self.cpus) and self.cpus >= 0 and self.gpus >= 0 and self.memory >= 0):
+            raise InputError(f"{self} cannot be asked for.", param="resources")
 
     def __add__(self, other: Resources) -> Resources:
-        return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
+        return Resources(self.cpus + other.cpus, self.gpus + other.gpus, self.memory + other.memory)
+
+    def __mul__(self, times: int) -> Resources:
+        return Resources(self.cpus * times, self.gpus * times, self.memory * times)
 
     def fits(self, room: Resources) -> bool:
         """Whether all of it fits into `room`."""
-        return self.cpus <= room.cpus and self.gpus <= room.gpus
+        return self.cpus <= room.cpus and self.gpus <= room.gpus and self.memory <= room.memory
 
     def __str__(self) -> str:
-        return f"{self.cpus:g} CPUs and {self.gpus} GPUs"
+        text = f"{self.cpus:g} CPUs and {self.gpus} GPUs"
+        return f"{text} and {self.memory / 2**30:.3g} GiB" if self.memory else text
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine that jobs run on, and what it has for them."""
+
+    name: str
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a job has of one node: how many of its ranks run there, and the numbers of their GPUs."""
+
+    node: str
+    ranks: int
+    gpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What to run. `retries` is how often it is started anew after it was lost (not after it failed).
+    """What to run. `resources` are those of each rank; all ranks start together or none does.
 
-    Raises InputError for an argv or an environment that no process can have.
+    `retries` is how often it is started anew after it was lost (not after it failed). `time_limit` is in
+    seconds, of each attempt. A `preemptible` job may be stopped for another one: it gets SIGTERM, has time to
+    write a checkpoint, and is started again later with the same argv.
+
+    Raises InputError for what no process can have.
     """
 
     name: str
@@ -72,6 +114,10 @@ class JobSpec:
     resources: Resources = Resources()
     env: Mapping[str, str] = field(default_factory=dict)
     retries: int = 1
+    ranks: int = 1
+    priority: Priority = Priority.NORMAL
+    time_limit: float | None = None
+    preemptible: bool = False
 
     def __post_init__(self) -> None:
         if not self.argv or not self.argv[0]:
@@ -83,13 +129,23 @@ class JobSpec:
                 raise InputError(f"{name!r} cannot be the name of a variable.", param="env")
         if self.retries < 0:
             raise InputError("retries cannot be negative.", param="retries")
+        if self.ranks < 1:
+            raise InputError("A job has at least one rank.", param="ranks")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:  # NaN fails too
+            raise InputError("A time limit is a positive number of seconds.", param="time_limit")
+
+    @property
+    def total(self) -> Resources:
+        """What all ranks occupy together."""
+        return self.resources * self.ranks
 
 
 @dataclass(frozen=True)
 class Job:
     """A job as the queue knows it. `reason` says why it is in its state.
 
-    `attempt` numbers its starts; `losses` counts those whose process vanished.
+    `attempt` numbers its starts; `losses` counts those whose process vanished. `places` are those of an
+    attempt that runs; `preempt_for` names the job for which it was asked to stop, at `preempt_at`.
     """
 
     id: str
@@ -107,6 +163,9 @@ class Job:
     created_by: str
     started_at: float | None
     ended_at: float | None
+    places: tuple[Place, ...] = ()
+    preempt_at: float | None = None
+    preempt_for: str | None = None
 
 
 def check_move(job_id: str, state: State, to: State) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,30 @@ from lapis.audit import AuditLog
 from lapis.db import write
 from lapis.errors import ConflictError, NotFoundError
 from lapis.hashing import canonical_json
-from lapis.jobs.job import ACTIVE, ENDED, Job, JobSpec, Resources, State, check_move
+from lapis.jobs.job import (
+    ACTIVE,
+    ENDED,
+    Job,
+    JobSpec,
+    Node,
+    Place,
+    Priority,
+    Resources,
+    State,
+    check_move,
+)
+from lapis.jobs.placement import assign
+from lapis.jobs.shares import add_use_in, note_start_in
 from lapis.tables.jobs import jobs
 from lapis.tenants.tenant import DEFAULT
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
+
+
+# What an attempt has, and gives back when it ends.
+_FREE: dict[str, Any] = dict.fromkeys(
+    ("lease_token", "lease_until", "places", "preempt_at", "preempt_for"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +89,8 @@ class JobQueue:
 
     def cancel(self, job_id: str, actor: str) -> Job:
         """End a waiting job now; have a running one stopped by its holder. Raises ConflictError if ended."""
-        with write(self.db, lock=f"job:{job_id}") as connection:
-            job, now = _get(connection, job_id), self.clock()
+        with write(self.db) as connection:
+            job, now = _get(connection, job_id, to_change=True), self.clock()
             if job.state in ENDED:
                 raise ConflictError(f"The job {job_id} has ended already: it is {job.state}.")
             if job.state in ACTIVE:
@@ -82,11 +101,19 @@ class JobQueue:
             self.audit.append_in(connection, actor, "job.cancel", job_id, {"state": job.state})
             return _get(connection, job_id)
 
-    def claim(self, job: Job, executor: str) -> Lease | None:
-        """Take a queued job in order to start it (its next attempt); None if another one was faster."""
-        with write(self.db, lock=f"job:{job.id}") as connection:
-            current = _get(connection, job.id)
+    def claim(
+        self, job: Job, executor: str, ranks: Mapping[str, int] | None = None, nodes: Sequence[Node] = ()
+    ) -> Lease | None:
+        """Take a queued job in order to start its next attempt, with so many ranks on each of the nodes.
+
+        None if another one was faster: for the job, or for the room. Without `ranks` no room is looked for.
+        """
+        with write(self.db, lock=f"executor:{executor}") as connection:
+            current = _get(connection, job.id, to_change=True)
             if current.state is not State.QUEUED or current.attempt != job.attempt:
+                return None
+            places = assign(job.spec, ranks, nodes, _active(connection, executor)) if ranks else ()
+            if places is None:
                 return None
             return self._grant(
                 connection,
@@ -94,8 +121,19 @@ class JobQueue:
                 state=State.STARTING,
                 attempt=job.attempt + 1,
                 executor=executor,
+                places=canonical_json(places) if places else None,
                 reason="",
             )
+
+    def preempt(self, job: Job, for_id: str) -> bool:
+        """Have an attempt stopped by its holder, for another job; False if it ended or was asked before."""
+        with write(self.db) as connection:
+            current = _get(connection, job.id, to_change=True)
+            running = current.state is State.RUNNING and current.attempt == job.attempt
+            if not running or current.preempt_at is not None or current.cancel_at is not None:
+                return False
+            _set(connection, job.id, preempt_at=self.clock(), preempt_for=for_id)
+            return True
 
     def orphans(self, executor: str) -> Sequence[Job]:
         """Jobs that this executor started and whose holder has been silent for longer than its lease."""
@@ -105,8 +143,8 @@ class JobQueue:
 
     def take_over(self, job: Job) -> Lease | None:
         """Take an orphan's lease from its silent holder; None if it spoke again or another was faster."""
-        with write(self.db, lock=f"job:{job.id}") as connection:
-            current = _get(connection, job.id)
+        with write(self.db) as connection:
+            current = _get(connection, job.id, to_change=True)
             silent = (current.lease_until or 0.0) <= self.clock()
             if current.state not in ACTIVE or current.attempt != job.attempt or not silent:
                 return None
@@ -114,7 +152,7 @@ class JobQueue:
 
     def heartbeat(self, lease: Lease) -> Job:
         """Prolong a lease; returns the job as it is now. Raises ConflictError if the lease is lost."""
-        with write(self.db, lock=f"job:{lease.job_id}") as connection:
+        with write(self.db) as connection:
             self._held(connection, lease)
             _set(connection, lease.job_id, lease_until=self.clock() + self.lease_seconds)
             return _get(connection, lease.job_id)
@@ -126,18 +164,32 @@ class JobQueue:
     def finish(self, lease: Lease, state: State, reason: str = "", exit_code: int | None = None) -> Job:
         """End a job and give its lease back. Raises ConflictError if the lease is lost."""
         assert state in ENDED
-        ended = {"ended_at": self.clock(), "exit_code": exit_code, "lease_token": None, "lease_until": None}
-        return self._move(lease, state, reason=reason, **ended)
+        return self._move(lease, state, reason=reason, exit_code=exit_code, ended_at=self.clock(), **_FREE)
 
     def requeue(self, lease: Lease, reason: str, losses: int) -> Job:
         """Put a job, lost so often, back to its place in the queue. Raises ConflictError: lease lost."""
-        free = {"lease_token": None, "lease_until": None, "executor": None}
-        return self._move(lease, State.QUEUED, reason=reason, losses=losses, **free)
+        return self._move(lease, State.QUEUED, reason=reason, losses=losses, executor=None, **_FREE)
+
+    def preempted(self, lease: Lease, reason: str, exit_code: int | None) -> Job:
+        """Record that a job stopped for another one. Raises ConflictError if the lease is lost."""
+        stopped: dict[str, Any] = {"reason": reason, "exit_code": exit_code, "executor": None}
+        return self._move(lease, State.PREEMPTED, **stopped, **_FREE)
+
+    def queue_preempted(self) -> None:
+        """Give the jobs that stopped for others their old places in the queue back."""
+        stopped = jobs.c.state == State.PREEMPTED
+        with write(self.db) as connection:
+            connection.execute(jobs.update().where(stopped).values(state=State.QUEUED))
 
     def _move(self, lease: Lease, to: State, **values: Any) -> Job:
-        with write(self.db, lock=f"job:{lease.job_id}") as connection:
-            check_move(lease.job_id, self._held(connection, lease).state, to)
+        with write(self.db) as connection:
+            job, now = self._held(connection, lease), self.clock()
+            check_move(lease.job_id, job.state, to)
             _set(connection, lease.job_id, state=to, **values)
+            if to is State.RUNNING:
+                note_start_in(connection, job.project_id, now)
+            elif job.state is State.RUNNING:
+                add_use_in(connection, job, now)
             return _get(connection, lease.job_id)
 
     def _grant(self, connection: Connection, job_id: str, **values: Any) -> Lease:
@@ -147,7 +199,8 @@ class JobQueue:
         return lease
 
     def _held(self, connection: Connection, lease: Lease) -> Job:
-        row = connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).one_or_none()
+        mine = sa.select(jobs).where(jobs.c.id == lease.job_id).with_for_update()
+        row = connection.execute(mine).one_or_none()
         if row is None or row.lease_token != lease.token:
             raise ConflictError(f"The lease of {lease.job_id} is lost: another holder has the job now.")
         return _job(row)
@@ -157,19 +210,28 @@ def _set(connection: Connection, job_id: str, **values: Any) -> None:
     connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
 
 
-def _get(connection: Connection, job_id: str) -> Job:
-    row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+def _get(connection: Connection, job_id: str, to_change: bool = False) -> Job:
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if to_change else query).one_or_none()
     if row is None:
-        raise NotFoundError(f"There is no job {job_id[:60]!r}.")
+        raise NotFoundError(f"There is no job {job_id[:60]!r}.", hint="lapis jobs list --all")
     return _job(row)
+
+
+def _active(connection: Connection, executor: str) -> list[Job]:
+    query = sa.select(jobs).where(jobs.c.state.in_(ACTIVE), jobs.c.executor == executor)
+    return [_job(row) for row in connection.execute(query)]
 
 
 def _job(row: Row[Any]) -> Job:
     facts = json.loads(row.spec)
-    resources = Resources(**facts.pop("resources"))
-    spec = JobSpec(**{**facts, "argv": tuple(facts["argv"]), "resources": resources})
+    facts |= {"argv": tuple(facts["argv"]), "resources": Resources(**facts["resources"])}
+    facts["priority"] = Priority(facts.get("priority", Priority.NORMAL))
+    places = json.loads(row.places) if row.places else ()
     return Job(
-        row.id, row.project_id, spec, State(row.state), row.reason, row.attempt, row.losses,
+        row.id, row.project_id, JobSpec(**facts), State(row.state), row.reason, row.attempt, row.losses,
         row.executor, row.exit_code,
         row.lease_until, row.cancel_at, row.created_at, row.created_by, row.started_at, row.ended_at,
+        tuple(Place(place["node"], place["ranks"], tuple(place["gpus"])) for place in places),
+        row.preempt_at, row.preempt_for,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The queue of jobs."""
+"""The queue of jobs, and where they may run."""
 
 from __future__ import annotations
 
@@ -27,5 +27,28 @@ jobs = sa.Table(
     Column("created_by", Text, nullable=False),
     Column("started_at", Double),
     Column("ended_at", Double),
+    Column("places", Text),  # JSON: node, ranks, numbers of GPUs; NULL while it does not run
+    Column("preempt_at", Double),  # when it was asked to stop for another job
+    Column("preempt_for", Text),  # the id of that job
     sa.Index("ix_jobs_state_created_at", "state", "created_at"),
+)
+
+executors = sa.Table(  # what the controllers say of their executors, so that anyone can tell why a job waits
+    "executors",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("nodes", Text),  # JSON; NULL: it has a queue of its own
+    Column("seen_at", Double, nullable=False),
+)
+
+project_shares = sa.Table(  # what a project is due, and what it used, decayed
+    "project_shares",
+    metadata,
+    Column("project_id", Text, ForeignKey("projects.id"), primary_key=True),
+    Column("weight", Double, nullable=False),
+    Column("cpu_seconds", Double, nullable=False),  # all three decayed until used_at
+    Column("gpu_seconds", Double, nullable=False),
+    Column("memory_byte_seconds", Double, nullable=False),
+    Column("used_at", Double, nullable=False),
+    Column("started_at", Double),  # when a job of it was started last
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lapis.errors import ConflictError, UnavailableError
 from lapis.jobs.executor import Status
-from lapis.jobs.job import Job, Resources
+from lapis.jobs.job import Job, Node, Resources
 from lapis.storage import storage_errors, write_text
 
 SHELL = "/bin/sh"
@@ -42,7 +42,8 @@ class LocalExecutor:
     def __init__(self, folder: Path, capacity: Resources | None = None) -> None:
         self.folder = folder
         self.name = f"local@{platform.node()}"
-        self.capacity = capacity or Resources(cpus=float(os.cpu_count() or 1))
+        resources = capacity or Resources(cpus=float(os.cpu_count() or 1))
+        self.nodes: tuple[Node, ...] | None = (Node(platform.node(), resources),)
 
     def attempt(self, job: Job) -> Path:
         """The folder of the job's current attempt."""
