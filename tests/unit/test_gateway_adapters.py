@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,28 @@ def test_a_bases_engine_answers_for_all_its_adapters(registry: Registry) -> None
     items = [item for item in items if item.name != "poet"]
     router._refresh(at_once=True)
     assert [engine.adapters for engine in engines] == [[digests["pirate"]]]
+    router.close()
+
+
+def test_a_model_of_some_projects_is_not_there_for_the_others(registry: Registry) -> None:
+    def among(item: Servable) -> Servable:
+        return replace(item, projects=frozenset({"proj_a"})) if item.name == "poet" else item
+
+    items = [among(item) for item in registry.servables()]
+    router = Router(lambda: items, lambda item: FakeEngine(item.name))
+    mine, other = replace(LOCAL, project_id="proj_a"), replace(LOCAL, project_id="proj_b")
+    assert router.lookup("poet", mine)[0].name == "poet"
+    assert [item.name for item, _ in router.models(mine)] == ["pirate", "poet", "tiny"]
+    for viewer in (other, None):
+        assert [item.name for item, _ in router.models(viewer)] == ["pirate", "tiny"]
+        with pytest.raises(NotFoundError) as caught:
+            router.lookup("poet", viewer)
+        assert caught.value.message == "There is no model 'poet' here. Known: pirate, tiny."
+    deployment = router.find("poet", mine)
+    items = [item for item in items if item.name != "poet"]
+    router._refresh(at_once=True)
+    with pytest.raises(NotFoundError, match="served no more"):  # and not answered by its base
+        asyncio.run(deployment.engine_for("poet"))
     router.close()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from lapis.errors import IntegrityError
+from lapis.errors import IntegrityError, NotFoundError
 from lapis.inference.engine import Engine
 from lapis.log import logger
 from lapis.model.manifest import read_manifest
@@ -34,6 +34,7 @@ class Deployment:
         self.loaded: Engine | None = None
         self.adapters: dict[str, Servable] = {}  # by name; they are loaded at their first use
         self._adapted: dict[str, str] = {}  # digest of each adapter that the engine has
+        self._withdrawn: set[str] = set()  # names of adapters that are served no more
         self._build = build
         self._make_room = make_room
         self._lock = threading.Lock()
@@ -64,11 +65,13 @@ class Deployment:
         """The engine, and the adapter by which it answers as `name`: its digest, or None for the model itself.
 
         Until the caller awaits something else it is not unloaded; from then on `active` keeps it. Raises as
-        `engine`, and what reading an adapter raises.
+        `engine`, what reading an adapter raises, and NotFoundError for one that was withdrawn meanwhile.
         """
         with self._in_use():
             engine = await self.engine()
             adapter = self.adapters.get(name)
+            if adapter is None and name in self._withdrawn:  # since its deployment was looked up
+                raise NotFoundError(f"The model {name!r} is served no more.", param="model")
             if adapter is None:
                 return engine, None
             if self._adapted.get(adapter.digest) is None:
@@ -99,6 +102,7 @@ class Deployment:
 
     def keep_adapters(self, adapters: dict[str, Servable]) -> None:
         """Serve these adapters and no others; those under way keep theirs."""
+        self._withdrawn = (self._withdrawn | self.adapters.keys()) - adapters.keys()
         self.adapters = adapters
         served = {adapter.digest for adapter in adapters.values()}
         if not self._adapted.keys() - served:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lapis.errors import ConfigError, NotFoundError, UnavailableError, nearest
 from lapis.gateway.deployment import Build, Deployment
@@ -11,6 +11,7 @@ from lapis.gateway.memory import Held, MemoryBudget, to_unload
 from lapis.inference.engine import Engine
 from lapis.log import logger
 from lapis.release.registry import Servable
+from lapis.tenants.keys import Identity
 
 Catalog = Callable[[], Sequence[Servable]]
 
@@ -34,28 +35,33 @@ class Router:
         self._servables: dict[str, Servable] = {}
         self._read_at = float("-inf")
 
-    def find(self, name: str) -> Deployment:
-        """The deployment behind a name. Raises NotFoundError with the nearest name."""
-        return self.lookup(name)[1]
+    def find(self, name: str, viewer: Identity | None = None) -> Deployment:
+        """The deployment behind a name. Raises as `lookup`."""
+        return self.lookup(name, viewer)[1]
 
-    def lookup(self, name: str) -> tuple[Servable, Deployment]:
-        """What is served under a name. Raises NotFoundError with the nearest name."""
+    def lookup(self, name: str, viewer: Identity | None = None) -> tuple[Servable, Deployment]:
+        """What is served under a name to whoever asks; without a viewer only what everybody may use.
+
+        Raises NotFoundError with the nearest name, in the same words where the model is somebody else's.
+        """
         self._refresh()
-        if name not in self._servables:
+        servable = self._seen(name, viewer)
+        if servable is None:
             self._refresh(at_once=True)
-        if name not in self._servables:
+            servable = self._seen(name, viewer)
+        if servable is None:
+            known = self._visible(viewer)
             raise NotFoundError(
-                f"There is no model {name!r} here. {nearest(name, self._servables)}".strip(), param="model"
+                f"There is no model {name!r} here. {nearest(name, known)}".strip(), param="model"
             )
-        servable = self._servables[name]
         return servable, self._deployments[self._base(servable).digest]
 
-    def models(self) -> list[tuple[Servable, Deployment]]:
-        """What is served, by name; `name:version` only where `name` is not served as well."""
+    def models(self, viewer: Identity | None = None) -> list[tuple[Servable, Deployment]]:
+        """What is served to whoever asks, by name; `name:version` only where `name` is not served as well."""
         self._refresh()
-        known = self._servables
-        names = sorted(name for name in known if ":" not in name or name.partition(":")[0] not in known)
-        return [(known[name], self._deployments[self._base(known[name]).digest]) for name in names]
+        known = self._visible(viewer)
+        found = [known[name] for name in sorted(known) if not _is_named_shorter(known[name], known)]
+        return [(servable, self._deployments[self._base(servable).digest]) for servable in found]
 
     def load(self, names: Sequence[str]) -> None:
         """Load these models now. Raises NotFoundError, IntegrityError, ConfigError if they do not fit together."""
@@ -128,6 +134,13 @@ class Router:
             engines.append(self._deployments[digest].take())
         return [engine for engine in engines if engine is not None]
 
+    def _seen(self, name: str, viewer: Identity | None) -> Servable | None:
+        servable = self._servables.get(name)
+        return servable if servable is not None and _may_see(viewer, servable) else None
+
+    def _visible(self, viewer: Identity | None) -> dict[str, Servable]:
+        return {name: item for name, item in self._servables.items() if _may_see(viewer, item)}
+
     def _size(self, servable: Servable, memory: MemoryBudget) -> int:
         if servable.digest not in self._sizes:
             self._sizes[servable.digest] = memory.size(servable)
@@ -142,6 +155,16 @@ class Router:
             if digest not in served and deployment.active == 0:
                 deployment.close()
                 del self._deployments[digest]
+
+
+def _may_see(viewer: Identity | None, servable: Servable) -> bool:
+    return servable.visible_to(None if viewer is None else viewer.project_id)
+
+
+def _is_named_shorter(servable: Servable, known: Mapping[str, Servable]) -> bool:
+    """Whether a release is there without its version too."""
+    name, version, _ = servable.name.partition(":")
+    return servable.kind != "fine_tuned" and bool(version) and name in known
 
 
 def _gb(size: int) -> str:

@@ -63,14 +63,18 @@ class JobQueue:
 
     def submit(self, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
         """Put a job at the end of the queue."""
+        with write(self.db) as connection:
+            return self.submit_in(connection, spec, actor, project_id)
+
+    def submit_in(self, connection: Connection, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
+        """Put a job at the end of the queue in the caller's `db.write` transaction."""
         job_id = f"job_{secrets.token_hex(10)}"
         row = {"id": job_id, "project_id": project_id, "name": spec.name, "spec": canonical_json(spec)}
         row |= {"state": State.QUEUED, "reason": "", "created_by": actor}
-        with write(self.db) as connection:
-            connection.execute(jobs.insert().values(**row, attempt=0, losses=0, created_at=self.clock()))
-            facts = {"name": spec.name, "argv": spec.argv, "project_id": project_id}
-            self.audit.append_in(connection, actor, "job.submit", job_id, facts)
-            return _get(connection, job_id)
+        connection.execute(jobs.insert().values(**row, attempt=0, losses=0, created_at=self.clock()))
+        facts = {"name": spec.name, "argv": spec.argv, "project_id": project_id}
+        self.audit.append_in(connection, actor, "job.submit", job_id, facts)
+        return _get(connection, job_id)
 
     def get(self, job_id: str) -> Job:
         """A job by its id. Raises NotFoundError."""

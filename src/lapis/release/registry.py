@@ -30,14 +30,21 @@ from lapis.tables.releases import releases
 
 @dataclass(frozen=True)
 class Servable:
-    """A model that may be served as `name`: the weights of a release, or a pulled model."""
+    """A model that may be served as `name`: the weights of a release, a pulled model, or a fine-tuned one."""
 
     name: str
     folder: Path
     digest: str
-    kind: Literal["release", "pulled"]
+    kind: Literal["release", "pulled", "fine_tuned"]
     licence: str
     base: str | None = None  # the name of the model that it is an adapter of
+    owner: str = "lapis"  # the organization of a fine-tuned model
+    projects: frozenset[str] | None = None  # those that may know and use it; None: all
+    created_at: float | None = None
+
+    def visible_to(self, project_id: str | None) -> bool:
+        """Whether a project (None: nobody in particular) may know of it."""
+        return self.projects is None or project_id in self.projects
 
 
 class Registry:

@@ -70,7 +70,7 @@ class _Chat:
     async def start(self, services: Services, caller: Identity) -> Generation:
         """Ask the model."""
         body = self._body
-        deployment = services.router.find(body.model)
+        deployment = services.router.find(body.model, caller)
         engine = await deployment.engine()
         asked = self._prompt = await asyncio.to_thread(chat_prompt, engine, self._conversation)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

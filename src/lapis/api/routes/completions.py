@@ -47,7 +47,7 @@ class _Completion:
     async def start(self, services: Services, caller: Identity) -> Generation:
         """Ask the model."""
         body = self._body
-        deployment = services.router.find(body.model)
+        deployment = services.router.find(body.model, caller)
         prompts = await asyncio.to_thread(self._prompts, await deployment.engine())
         ask = Ask(new_id("cmpl"), caller, body.model, prompts, body.tried)
         return await Generation.start(ask, deployment, services.meter, services.counters)

@@ -34,7 +34,7 @@ async def create_embeddings(request: Request, services: ServicesOf, caller: User
 
 
 async def _answer(services: Services, caller: Identity, body: EmbeddingRequest) -> EmbeddingList:
-    deployment = services.router.find(body.model)
+    deployment = services.router.find(body.model, caller)
     texts = await asyncio.to_thread(_ids, await deployment.engine(), body)
     vectors, usage = await embed(
         new_id("embd"), caller, body.model, texts, body.pooling or "mean",

@@ -14,16 +14,15 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(services: ServicesOf, caller: Reader) -> ModelList:
-    """Every model that is served. Facts of its engine are null until it is loaded, at its first use."""
-    return ModelList(
-        data=[_describe(servable, deployment) for servable, deployment in services.router.models()]
-    )
+    """Every model that the caller may use. Facts of its engine are null until it is loaded, at its first use."""
+    served = services.router.models(caller)
+    return ModelList(data=[_describe(servable, deployment) for servable, deployment in served])
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, services: ServicesOf, caller: Reader) -> ModelObject:
     """One model by name."""
-    servable, deployment = services.router.lookup(name)
+    servable, deployment = services.router.lookup(name, caller)
     return _describe(servable, deployment)
 
 
@@ -32,8 +31,8 @@ def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
     facts = engine.stats() if engine else {}
     return ModelObject(
         id=servable.name,
-        created=deployment.since,
-        owned_by="lapis",
+        created=int(servable.created_at or deployment.since),
+        owned_by=servable.owner,
         digest=servable.digest,
         kind=servable.kind,
         parent=servable.base,

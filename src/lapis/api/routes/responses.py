@@ -54,7 +54,7 @@ async def create_response(request: Request, services: ServicesOf, caller: User, 
 async def count_input_tokens(services: ServicesOf, caller: User, body: InputBody) -> InputTokens:
     """How many tokens a response to this input would be computed from."""
     conversation = await _conversation(body, body.items, services, caller)
-    engine = await services.router.find(body.model).engine()
+    engine = await services.router.find(body.model, caller).engine()
     asked = await asyncio.to_thread(chat_prompt, engine, conversation)
     return InputTokens(input_tokens=len(asked.ids))
 
@@ -138,7 +138,7 @@ class _Answer:
     async def start(self) -> Generation:
         """Ask the model."""
         body, services = self._body, self._services
-        deployment = services.router.find(body.model)
+        deployment = services.router.find(body.model, self._caller)
         conversation = await _conversation(body, self._items, services, self._caller)
         engine = await deployment.engine()
         asked = self._prompt = await asyncio.to_thread(chat_prompt, engine, conversation)

@@ -22,7 +22,7 @@ DetokenizeBody = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeReques
 @router.post("/tokenize", openapi_extra=json_schema(TokenizeRequest))
 async def tokenize(services: ServicesOf, caller: User, body: TokenizeBody) -> Tokens:
     """The token ids of a text or a chat, exactly as an answer to it would be computed from."""
-    engine = await services.router.find(body.model).engine()
+    engine = await services.router.find(body.model, caller).engine()
     ids = await asyncio.to_thread(_ids, engine, body)
     shown = [engine.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
     return Tokens(
@@ -36,7 +36,7 @@ async def tokenize(services: ServicesOf, caller: User, body: TokenizeBody) -> To
 @router.post("/detokenize", openapi_extra=json_schema(DetokenizeRequest))
 async def detokenize(services: ServicesOf, caller: User, body: DetokenizeBody) -> Text:
     """The text of token ids."""
-    engine = await services.router.find(body.model).engine()
+    engine = await services.router.find(body.model, caller).engine()
     size = engine.tokenizer.vocab_size
     wrong = next((id for id in body.tokens if not 0 <= id < size), None)
     if wrong is not None:
