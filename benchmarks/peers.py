@@ -1,6 +1,7 @@
 """Installs the engines that Lapis is measured against, each in an environment of its own below .peers/.
 
     python benchmarks/peers.py [llama.cpp] [openvino] [vllm] [litgpt] [nanogpt] [datatrove] [tiktoken] [trafilatura]
+        [litellm]
 
 Exact versions, from the package index only; what is there already is left as it is. It takes 10 to 30 minutes and
 6 GB: llama.cpp is compiled, OpenVINO's models are exported. What the commands print is kept in .peers/PEER.log.
@@ -17,6 +18,7 @@ Exact versions, from the package index only; what is there already is left as it
 * datatrove, for data: its wheel and what its blocks of FineWeb's order need.
 * tiktoken, for encoding: its wheel and what it needs.
 * trafilatura, for text out of HTML: its wheel and what it needs.
+* LiteLLM, for the gateway: its proxy and what that needs.
 * transformers is a test dependency of Lapis and needs nothing here.
 """
 
@@ -56,6 +58,7 @@ VERSIONS = {
     "datatrove": "datatrove 0.10.1",
     "tiktoken": "tiktoken 0.14.0",
     "trafilatura": "trafilatura 2.3.1",
+    "litellm": "litellm VERSION",
 }
 CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "GGML_OPENMP=ON", "GGML_CCACHE=OFF", "BUILD_SHARED_LIBS=OFF",
@@ -68,7 +71,14 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "int4": ("--group-size", "32", "--ratio", "1.0"),
 }
-MODEL_FREE = {"nanogpt", "litgpt", "datatrove", "tiktoken", "trafilatura"}  # these install without the model
+MODEL_FREE = {
+    "nanogpt",
+    "litgpt",
+    "datatrove",
+    "tiktoken",
+    "trafilatura",
+    "litellm",
+}  # these install without the model
 SHOWN_EVERY = 20  # steps of a build
 
 
@@ -203,6 +213,11 @@ def install_trafilatura(log: Log, model: Path) -> None:
     log.environment("trafilatura")
 
 
+def install_litellm(log: Log, model: Path) -> None:
+    """One environment."""
+    log.environment("litellm")
+
+
 INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "llama.cpp": install_llama_cpp,
     "openvino": install_openvino,
@@ -212,6 +227,7 @@ INSTALL: dict[str, Callable[[Log, Path], None]] = {
     "datatrove": install_datatrove,
     "tiktoken": install_tiktoken,
     "trafilatura": install_trafilatura,
+    "litellm": install_litellm,
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lapis.config import parse
 from lapis.data.pipeline import prepare
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.shards import Dataset
@@ -55,7 +56,7 @@ def config(folder: Path, **settings: object) -> DataConfig:
         },
         **settings,
     }
-    return DataConfig.model_validate_json(json.dumps(whole))
+    return parse(whole, DataConfig)
 
 
 def text_of(dataset: Dataset) -> str:
@@ -122,3 +123,18 @@ def test_a_gate_that_fails_ends_the_preparation(folder: Path) -> None:
     with pytest.raises(InputError, match="decontamination gate failed") as failure:
         prepare(config(folder, decontamination=blind), SMALL, Home(folder / "home"), workers=1)
     assert failure.value.hint
+
+
+def test_lines_that_c4_drops_are_not_trained_on(tmp_path: Path) -> None:
+    bad = ["Home | About | Contact", "We use cookies to make this better for you.", "Too short."]
+    good = [[f"{prose(100 * n + line, 12).replace('.', '')} here." for line in range(9)] for n in range(12)]
+    rows = [{"text": "\n".join([bad[n % 3], *lines, bad[(n + 1) % 3]])} for n, lines in enumerate(good)]
+    (tmp_path / "code.py").write_text("def f(x):\n    return {x: 'no line of this ends in a mark'}\n" * 3)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(tmp_path / "texts.jsonl")}, {"path": str(tmp_path / "code.py")}]
+    settings = {"filters": {"rules": ["c4"]}, "decontamination": {}}
+    dataset = prepare(config(tmp_path, sources=sources, **settings), SMALL, Home(tmp_path / "home"))
+    text = text_of(dataset)
+    assert "return {x: 'no line of this ends in a mark'}" in text
+    assert all(lines[0] in text for lines in good)
+    assert not any(line in text for line in bad)

@@ -11,10 +11,11 @@ from data_pii import labelled, scores
 from lapis.data.annotate import Chunk
 from lapis.data.document import Document
 from lapis.data.identifiers import is_card, is_iban
-from lapis.data.masking import PiiAnnotator, TrainingTexts, pii_rules
+from lapis.data.masking import PiiAnnotator, pii_rules
 from lapis.data.phones import is_american, is_international
 from lapis.data.pii import find, find_all, masked
 from lapis.data.recipe import PII_KINDS, PiiConfig
+from lapis.data.training_texts import TrainingTexts
 
 EVERY = frozenset(PII_KINDS)
 # Labels at least, recall and precision at least. What has check digits has to be found nearly always.

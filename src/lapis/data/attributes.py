@@ -20,12 +20,12 @@ from lapis.data.boilerplate import boilerplate_sources, remove_boilerplate
 from lapis.data.columns import Columns, Rows
 from lapis.data.documents import DocumentTable, Lost, PartFacts, ReadTask, Sample
 from lapis.data.formats.part import Part
-from lapis.data.masking import TrainingTexts
 from lapis.data.readers import plan_parts
 from lapis.data.recipe import DataConfig
 from lapis.data.report import merged, read_report, write_report
 from lapis.data.sources import Listing
 from lapis.data.stage import Stage
+from lapis.data.training_texts import TrainingTexts
 from lapis.data.workers import run_tasks
 from lapis.log import Progress
 from lapis.storage import storage_errors
@@ -88,9 +88,13 @@ class Annotated:
         return [self.documents, *sorted((stage for _, stage in self.attributes), key=lambda one: one.name)]
 
     def training_texts(self, data: DataConfig) -> TrainingTexts:
-        """The documents with placeholders for what the recipe masks."""
-        spans = {one.name: stage.folder for one, stage in self.attributes}.get("pii")
-        return TrainingTexts(self.documents.folder, spans, data.pii.kinds("mask"))
+        """The documents with placeholders for what the recipe masks, and without the lines that it cuts."""
+        made = {one.name: stage.folder for one, stage in self.attributes}
+        prose = data.filters.prose
+        cut = made["quality"] if data.filters.enabled and prose.cut_lines else None
+        return TrainingTexts(
+            self.documents.folder, made.get("pii"), data.pii.kinds("mask"), cut, prose.c4_line_end
+        )
 
     def columns(self) -> dict[str, Columns]:
         """What is known about every document: a table for "documents" and for each annotator's name."""

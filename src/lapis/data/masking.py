@@ -6,9 +6,8 @@ can be changed without looking again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ from numpy.typing import NDArray
 from lapis.data.annotate import Chunk
 from lapis.data.columns import Columns, Mask
 from lapis.data.decide import Attributes, Rule
-from lapis.data.document import Document
-from lapis.data.documents import DocumentTable
-from lapis.data.pii import PII_VERSION, Span, find_all, masked
+from lapis.data.pii import PII_VERSION, find_all
 from lapis.data.recipe import PII_KINDS, PiiConfig
 
 SCHEMA = pa.schema(
@@ -80,38 +77,3 @@ def count_spans(spans: Columns, kinds: tuple[str, ...]) -> NDArray[np.int64]:
         zero_copy_only=False
     )
     return np.bincount(parent[wanted], minlength=len(spans)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class TrainingTexts:
-    """The documents as they are trained on: with placeholders for some kinds of personal data."""
-
-    documents: Path
-    spans: Path | None = None  # the folder of the pii stage, if something is masked
-    kinds: tuple[str, ...] = ()
-
-    @cached_property
-    def _open(self) -> tuple[DocumentTable, Columns | None]:
-        return DocumentTable(self.documents), Columns(self.spans, SCHEMA) if self.spans else None
-
-    def document(self, row: int) -> Document:
-        """One document; its id stays that of the text as it was read."""
-        table, spans = self._open
-        document = table.document(row)
-        if spans is None:
-            return document
-        part, place = spans.place(row)
-        found = [
-            Span(*values)
-            for values in zip(*(part[name][place].as_py() for name in ("start", "end", "what")), strict=True)
-        ]
-        return (
-            replace(document, text=masked(document.text, found, frozenset(self.kinds))) if found else document
-        )
-
-    def sizes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes of every text as it was read."""
-        return self._open[0].sizes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"documents": self.documents, "spans": self.spans, "kinds": self.kinds}

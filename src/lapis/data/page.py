@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lapis.data.columns import Rows
-from lapis.data.masking import TrainingTexts
 from lapis.data.recipe import DataConfig
 from lapis.data.remove import Removal, covered
 from lapis.data.report import Step
 from lapis.data.shards import Dataset
+from lapis.data.training_texts import TrainingTexts
 from lapis.data.verdicts import Decided
 from lapis.storage import write_text
 

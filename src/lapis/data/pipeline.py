@@ -27,7 +27,6 @@ from lapis.data.croissant import FILE as CARD
 from lapis.data.croissant import write_card
 from lapis.data.documents import DocumentTable
 from lapis.data.language import language_counts
-from lapis.data.masking import TrainingTexts
 from lapis.data.page import Shown, shown_texts, write_page
 from lapis.data.policy import note_overlap, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
@@ -37,6 +36,7 @@ from lapis.data.shards import Dataset, write_heldout, write_manifest, write_shar
 from lapis.data.sources import Listing, list_inputs
 from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
+from lapis.data.training_texts import TrainingTexts
 from lapis.data.verdicts import Decided
 from lapis.data.workers import Room, run_tasks, tasks_elsewhere, worker_count
 from lapis.errors import NotFoundError

@@ -162,6 +162,11 @@ def _c4_verdict(line: str, must_end: bool) -> str:
     return "policy" if any(policy in lowered for policy in _POLICIES) else "kept"
 
 
+def cut_lines(text: str, must_end: bool) -> str:
+    """The lines of a text that C4's line rules keep; `must_end`: in a mark that ends sentences."""
+    return "\n".join(line for line in text.split("\n") if _c4_verdict(line.strip(), must_end) == "kept")
+
+
 def _sentences(line: str) -> int:
     """Sentences end behind a word's last mark, and behind a mark beyond ASCII inside a word: 。 needs no space."""
     words = line.split()

@@ -36,7 +36,13 @@ RULE_SETS: dict[RuleSet, dict[str, Any]] = {
     "lapis": {**_QUALITY, "max_word": 1000, **_REPETITION},
     "gopher-quality": {**_QUALITY, "max_words": 100_000, "min_stop_words": 2},
     "gopher-repetition": _REPETITION,
-    "c4": {"c4_line_end": True, "min_sentences": 5, "lorem_ipsum": False, "curly_brackets": False},
+    "c4": {
+        "c4_line_end": True,
+        "min_sentences": 5,
+        "cut_lines": True,
+        "lorem_ipsum": False,
+        "curly_brackets": False,
+    },
     "fineweb": {
         "min_ended_lines": 0.12,
         "max_short_lines": 0.67,
@@ -87,6 +93,8 @@ class ProseRules(Section):
     """Fewest sentences in lines that C4's line rules keep (C4: 5)."""
     c4_line_end: bool = False
     """Whether those lines must end in . ? ! or a quotation mark (C4: true; FineWeb's use of C4: false)."""
+    cut_lines: bool = False
+    """Whether the lines that C4's line rules drop are taken out of the texts that are kept (C4: true)."""
     lorem_ipsum: bool = True
     """Whether texts with "lorem ipsum" are kept (C4: false)."""
     curly_brackets: bool = True
@@ -99,6 +107,12 @@ class ProseRules(Section):
     """Most characters in lines that repeat an earlier one, line ends not counted (FineWeb's paper: 0.1)."""
     max_newlines: Limit | None = None
     """Most line ends per word (FineWeb: 0.3)."""
+
+    @model_validator(mode="after")
+    def _texts_remain(self) -> ProseRules:
+        if self.cut_lines and not self.min_sentences:
+            raise ValueError("cut_lines may leave nothing of a text: set min_sentences too")
+        return self
 
 
 class CodeRules(Section):
