@@ -58,7 +58,7 @@ VERSIONS = {
     "datatrove": "datatrove 0.10.1",
     "tiktoken": "tiktoken 0.14.0",
     "trafilatura": "trafilatura 2.3.1",
-    "litellm": "litellm VERSION",
+    "litellm": "litellm 1.108.7",
 }
 CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "GGML_OPENMP=ON", "GGML_CCACHE=OFF", "BUILD_SHARED_LIBS=OFF",
