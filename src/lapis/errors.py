@@ -59,11 +59,13 @@ class ConflictError(LapisError):
 
 
 class LimitError(LapisError):
-    """Carries `retry_after`, the seconds after which another try makes sense."""
+    """Carries `retry_after`, the seconds after which another try makes sense; None: something must change first."""
 
     code, http_status, exit_status = "rate_limited", 429, 6
 
-    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str = "", param: str | None = None):
+    def __init__(
+        self, message: str, *, retry_after: float | None = 1.0, hint: str = "", param: str | None = None
+    ):
         super().__init__(message, hint=hint, param=param)
         self.retry_after = retry_after
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from lapis.api.errors import ErrorObject, add_error_handlers
 from lapis.api.middleware import Envelope
-from lapis.api.routes import chat, completions, embeddings, health, missing, models, responses, tokens
+from lapis.api.routes import chat, completions, embeddings, files, health, missing, models, responses, tokens
 from lapis.gateway.loops import keep_running
 from lapis.gateway.services import Services
 
@@ -21,6 +21,7 @@ ROUTES = (
     responses.router,
     embeddings.router,
     models.router,
+    files.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does

@@ -77,8 +77,8 @@ def error_headers(error: LapisError) -> dict[str, str]:
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
     if error.http_status == 401:
         return {"www-authenticate": "Bearer"}
-    # The official client repeats 409 and 5xx by itself; these would only fail again.
-    return {"x-should-retry": "false"} if error.http_status in (409, 500) else {}
+    # The official client repeats 409, 429 and 5xx by itself; these would only fail again.
+    return {"x-should-retry": "false"} if error.http_status in (409, 429, 500) else {}
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -8,6 +8,7 @@ from sqlalchemy.engine import Engine as Database
 
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
+from lapis.gateway.files import FileStore
 from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
@@ -26,11 +27,14 @@ class Services:
     meter: Meter
     counters: Counters = field(default_factory=Counters)
     responses: StoredResponses = field(init=False)
+    files: FileStore = field(init=False)
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
 
     def __post_init__(self) -> None:
         self.responses = StoredResponses(self.db)
+        self.files = FileStore(self.home.files, self.db)
+        self.loops.append(self.files.tidy)
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""
