@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lapis.api.errors import ErrorObject, add_error_handlers
+from lapis.api.inside import InsideApp
 from lapis.api.middleware import Envelope
 from lapis.api.routes import chat, completions, embeddings, files, health, missing, models, responses, tokens
 from lapis.gateway.loops import keep_running
@@ -46,6 +47,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(Envelope, services=services)
     for router in ROUTES:
         app.include_router(router)
+    services.post = InsideApp(app)
     return app
 
 

@@ -6,6 +6,11 @@ from lapis.errors import AuthError
 from lapis.tenants.keys import LOCAL, MARK, ApiKeys, Identity
 
 
+def priority_of(identity: Identity) -> int:
+    """The priority in the engine of what somebody asks for: the lower one waits and gives up its place."""
+    return -1 if identity.background else 0
+
+
 class Admission:
     """A server's door. Without `keys_required` (loopback only) whoever shows no key is the local user."""
 

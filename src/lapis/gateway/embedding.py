@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 
 from lapis.errors import LapisError
+from lapis.gateway.admission import priority_of
 from lapis.gateway.counters import Counters
 from lapis.gateway.deployment import Deployment
 from lapis.gateway.metering import Meter
@@ -33,9 +34,9 @@ async def embed(
     Raises InputError for what the model cannot read, LimitError for a quota or a full queue.
     """
     engine, adapter = await deployment.engine_for(model)
-    params = SamplingParams(max_tokens=0)
+    params, priority = SamplingParams(max_tokens=0), priority_of(identity)
     requests = [
-        Request(f"{id}-{number}", text, params, identity.project_id, adapter=adapter, pooling=pooling)
+        Request(f"{id}-{number}", text, params, identity.project_id, priority, adapter, pooling)
         for number, text in enumerate(texts)
     ]
     for request in requests:

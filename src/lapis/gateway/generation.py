@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lapis.errors import LapisError
+from lapis.gateway.admission import priority_of
 from lapis.gateway.counters import Counters
 from lapis.gateway.deployment import Deployment
 from lapis.gateway.metering import Meter, Meterage
@@ -144,11 +145,12 @@ class Generation:
 
     def _submit(self, engine: Engine, adapter: str | None) -> None:
         tenant = self.ask.identity.project_id
+        priority = priority_of(self.ask.identity)
         for number, prompt in enumerate(self.ask.prompts):
             for choice in range(self.ask.choices):
                 params = _seeded(prompt.params, choice)
                 name = f"{self.ask.id}-{number}-{choice}"
-                request = Request(name, prompt.ids, params, tenant=tenant, adapter=adapter)
+                request = Request(name, prompt.ids, params, tenant, priority, adapter)
                 self._streams.append(engine.submit(request))
 
     def _note(self, index: int, output: Output) -> None:

@@ -9,6 +9,7 @@ from sqlalchemy.engine import Engine as Database
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
 from lapis.gateway.files import FileStore
+from lapis.gateway.inside import Post, no_handlers
 from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
@@ -28,6 +29,7 @@ class Services:
     counters: Counters = field(default_factory=Counters)
     responses: StoredResponses = field(init=False)
     files: FileStore = field(init=False)
+    post: Post = no_handlers  # the API's own handlers, once there is an app
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
 

@@ -57,6 +57,7 @@ class Identity:
     project_id: str
     key_id: str | None
     scopes: frozenset[Scope]
+    background: bool = False  # a batch's or an eval's request: live traffic goes before it
 
     def require(self, scope: Scope) -> None:
         """Raises AuthError if the scope is not among the identity's."""
