@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 
 import httpx
 import pytest
+import websockets
 
 from lapis.console import mount
+from lapis.console.session import COOKIE
 from lapis.db import open_database
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
 from lapis.server import RunningServer, running_server
 from lapis.tenants.keys import ApiKeys
 from lapis.train.run import Run
+from tests.browsers import browser_at, sign_in
 from tests.served import model_folder
 
 pytest.importorskip("nicegui", reason="the console extra is not installed")
@@ -42,7 +46,7 @@ def server(key: tuple[Home, str]) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def browser(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url.removesuffix("/v1"), follow_redirects=True) as made:
+    with browser_at(server.url) as made:
         yield made
 
 
@@ -52,18 +56,18 @@ def test_without_a_session_it_asks_for_a_key(browser: httpx.Client) -> None:
         assert answer.status_code == 401
         assert "API key" in answer.text
         assert "poems" not in answer.text
-    wrong = browser.post("/console/sign-in", data={"key": "lapis_x_<b>"})
+    wrong = sign_in(browser, "lapis_x_<b>")
     assert wrong.status_code == 401
     assert "not valid" in wrong.text
     assert browser.post("/console/sign-in", content=b"x" * 10_000).status_code == 413
 
 
 def test_a_key_opens_the_pages(browser: httpx.Client, key: tuple[Home, str]) -> None:
-    opened = browser.post("/console/sign-in", data={"key": key[1]})
+    opened = sign_in(browser, key[1])
     assert opened.status_code == 200
     cookie = opened.history[0].headers["set-cookie"]
     assert "HttpOnly" in cookie
-    assert "SameSite=strict" in cookie
+    assert "SameSite=lax" in cookie
     assert key[1] not in cookie
     assert "loads at first use" in opened.text
     assert "Apache-2.0" in opened.text
@@ -75,16 +79,31 @@ def test_a_key_opens_the_pages(browser: httpx.Client, key: tuple[Home, str]) -> 
     assert "There is no run" in browser.get("/console/runs/nothing").text
 
 
+def test_the_pages_socket_opens_for_a_session_of_this_site(
+    browser: httpx.Client, key: tuple[Home, str]
+) -> None:
+    sign_in(browser, key[1])
+    base = str(browser.base_url).rstrip("/")
+    headers = {"Cookie": f"{COOKIE}={browser.cookies[COOKIE]}", "Origin": base}
+    path = "/console/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
+
+    async def first() -> str:
+        async with websockets.connect(f"ws{base[4:]}{path}", additional_headers=headers) as socket:
+            return str(await socket.recv())
+
+    assert asyncio.run(first()).startswith("0{")
+
+
 def test_a_revoked_key_closes_them_again(browser: httpx.Client, server: RunningServer) -> None:
     keys = ApiKeys(server.services.db)
     text = keys.create("other", "test")[1]
-    assert browser.post("/console/sign-in", data={"key": text}).status_code == 200
+    assert sign_in(browser, text).status_code == 200
     keys.revoke(text.split("_")[1], "test")
     assert browser.get("/console/").status_code == 401
 
 
 def test_other_sites_are_refused(browser: httpx.Client, key: tuple[Home, str]) -> None:
-    browser.post("/console/sign-in", data={"key": key[1]})
+    sign_in(browser, key[1])
     assert browser.get("/console/", headers={"origin": "https://evil.example"}).status_code == 403
 
 

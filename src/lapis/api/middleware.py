@@ -46,7 +46,9 @@ class Envelope:
                 status = message["status"]
                 spent = f"{(time.perf_counter() - started) * 1000:.0f}"
                 headers = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", spent.encode())]
-                message = {**message, "headers": [*message["headers"], *headers, *HEADERS]}
+                own = {name for name, _ in message["headers"]}
+                safe = [header for header in HEADERS if header[0] not in own]
+                message = {**message, "headers": [*message["headers"], *headers, *safe]}
             await send(message)
 
         if self.services.draining:

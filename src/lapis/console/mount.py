@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import importlib
 import importlib.util
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from urllib.parse import parse_qs, urlsplit
 
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from lapis.api.auth import is_local
-from lapis.console.session import COOKIE, Sessions
-from lapis.errors import AuthError
+from lapis.console.door import PAGES_POLICY, SAFE, foreign, security_headers
+from lapis.console.guard import Guard
+from lapis.console.session import Session, Visitors
+from lapis.console.sign_in import PATH, SignIn, allowed, refused
 from lapis.gateway.services import Services
+from lapis.gateway.sessions import Sessions
 
-PATH = "/console"
-FORM_LIMIT = 4096  # bytes
-SIGN_IN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Lapis: sign in</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:22rem;margin:18vh auto;padding:0 1rem}}
-input,button{{font:inherit;width:100%;padding:.6rem;margin-top:.6rem;box-sizing:border-box}}</style>
-<h1>Lapis</h1><form method="post" action="{path}/sign-in"><label for="key">API key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
-<button>Sign in</button></form><p role="alert">{message}</p>
-<p><code>lapis keys create NAME</code> makes a key.</p></html>"""
+ASSETS = "/_nicegui"  # NiceGUI's own: files, and messages that carry the random id of the page they belong to
 
 
 def has_console() -> bool:
@@ -61,57 +54,69 @@ class Console:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.sessions = Sessions(services.admission)
+        self.visitors = Visitors(Sessions(services.db), services.admission)
+        self.sign_in = SignIn(self.visitors)
         self._pages: ASGIApp | None = None
         self._running = AsyncExitStack()
         self._building = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request or websocket."""
-        connection = HTTPConnection(scope)
-        refusal = await asyncio.to_thread(self._refusal, connection)
-        if refusal is None and scope["path"].endswith("/sign-in") and scope.get("method") == "POST":
-            refusal = await self._sign_in(Request(scope, receive))
-        if refusal is None:
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        send = _with_headers(send, request.url.scheme == "https")
+        answer = self._refusal(request) or await self._door(request)
+        if answer is None:
             await (await self._built())(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await WebSocketClose(1008)(scope, receive, send)
         else:
-            await refusal(scope, receive, send)
+            await answer(scope, receive, send)
 
     async def close(self) -> None:
         """End the pages, if any were shown."""
         await self._running.aclose()
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
-        """Why a request is not let in, as the answer to it."""
+        """Why a request is not let in, whoever it is, as the answer to it."""
         if not self.services.admission.keys_required and not is_local(connection):
             return PlainTextResponse("Without API keys this server answers only to localhost.", 403)
-        origin = connection.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != connection.headers.get("host"):
-            return PlainTextResponse("Requests from other sites are refused.", 403)
-        if connection.scope["path"].endswith("/sign-in"):
-            return None if connection.scope["method"] == "POST" else RedirectResponse(PATH, 303)
-        try:
-            connection.scope["lapis.session"] = self.sessions.of(connection)
-        except AuthError as error:
-            return _sign_in_page(error.message)
+        changes = connection.scope.get("method", "WEBSOCKET") not in SAFE
+        reason = foreign(connection.headers, changes)
+        return PlainTextResponse(reason, 403) if reason else None
+
+    async def _door(self, request: Request) -> Response | None:
+        """Sign-in, sign-out, or the session put into the scope; None when the pages may answer."""
+        path, get = _path(request.scope), request.method in SAFE
+        if path == "/sign-in":
+            return RedirectResponse(PATH, 303) if get else await self.sign_in.by_key(request)
+        session = await asyncio.to_thread(self._session, request, not path.startswith(ASSETS))
+        if session is None:
+            return self.sign_in.page(request)
+        if path == "/sign-out" and not get:
+            return await self.sign_in.sign_out(request, session)
+        if not get and not path.startswith(ASSETS) and not await allowed(request, session):
+            return refused()
+        request.scope["lapis.session"] = session
         return None
 
-    async def _sign_in(self, request: Request) -> Response:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > FORM_LIMIT:
-                return PlainTextResponse("The form is too large.", 413)
-        key = parse_qs(body.decode("utf-8", "replace")).get("key", [""])[0].strip()
-        try:
-            token = await asyncio.to_thread(self.sessions.open, key)
-        except AuthError as error:
-            return _sign_in_page(error.message)
-        answer = RedirectResponse(PATH, 303)
-        answer.set_cookie(COOKIE, token, path=PATH, httponly=True, samesite="strict")
-        return answer
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = HTTPConnection(scope)
+        session = None
+        if self._refusal(connection) is None:
+            session = await asyncio.to_thread(self._session, connection, False)
+        if session is None:
+            await WebSocketClose(1008)(scope, receive, send)
+            return
+        scope["lapis.session"] = session
+        guard = Guard(session, receive, send)
+        await (await self._built())(scope, guard.receive, guard.send)
+
+    def _session(self, connection: HTTPConnection, act: bool) -> Session | None:
+        session = self.visitors.of(connection)
+        if session is not None and act:
+            session.touch()
+        return session
 
     async def _built(self) -> ASGIApp:
         async with self._building:
@@ -126,7 +131,18 @@ class Console:
             return self._pages
 
 
-def _sign_in_page(message: str) -> Response:
-    return HTMLResponse(
-        SIGN_IN.format(path=PATH, message=html.escape(message)), 401, {"cache-control": "no-store"}
-    )
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _with_headers(send: Send, https: bool) -> Send:
+    """A `send` that adds the security headers; an answer that sets one itself keeps its own."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, text in security_headers(PAGES_POLICY, https).items():
+                headers.setdefault(name, text)
+        await send(message)
+
+    return sending

@@ -168,6 +168,16 @@ class ApiKeys:
             raise AuthError(f"The API key {row.prefix} is {state}.", hint="lapis keys create NAME")
         return Identity(row.organization_id, row.project_id, row.id, _key(row).scopes)
 
+    def identity(self, key_id: str) -> Identity:
+        """Whose key this is, by its id: for who showed it before. Raises AuthError once it has ended."""
+        query = sa.select(api_keys, projects.c.organization_id).join(projects).where(api_keys.c.id == key_id)
+        with self.db.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        state = "gone" if row is None else _key(row).state(self.clock())
+        if row is None or state != "active":
+            raise AuthError(f"The API key is {state}.", hint="lapis keys create NAME")
+        return Identity(row.organization_id, row.project_id, row.id, _key(row).scopes)
+
 
 def parse_scopes(names: Iterable[str]) -> frozenset[Scope]:
     """Scopes by their names. Raises InputError naming the nearest one."""
