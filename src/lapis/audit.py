@@ -63,15 +63,19 @@ class AuditLog:
         target: str,
         facts: Mapping[str, Any] | None = None,
     ) -> AuditEntry:
-        """Add one entry in the caller's `db.write` transaction: act and entry stand or fall together."""
+        """Add one entry in the caller's `db.write` transaction: act and entry stand or fall together.
+
+        `project_id` and `organization_id` among the facts say whose entry it is.
+        """
         # On PostgreSQL the other writers wait here for the end of the chain.
         head = connection.execute(sa.select(audit_head).with_for_update()).one()
-        sequence, at, text = head.sequence + 1, self.clock(), canonical_json(dict(facts or {}))
+        sequence, at, known = head.sequence + 1, self.clock(), dict(facts or {})
+        text = canonical_json(known)
         digest = _digest(sequence, at, actor, action, target, text, head.digest)
         connection.execute(
             audit_entries.insert().values(
                 sequence=sequence, at=at, actor=actor, action=action, target=target,
-                facts=text, previous=head.digest, digest=digest,
+                facts=text, previous=head.digest, digest=digest, **_owners(known),
             )
         )  # fmt: skip
         connection.execute(audit_head.update().values(sequence=sequence, digest=digest))
@@ -121,11 +125,17 @@ def _digest(sequence: int, at: float, actor: str, action: str, target: str, fact
     return digest_json([sequence, at, actor, action, target, facts, previous])
 
 
+def _owners(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that an entry is found by: they repeat its facts."""
+    return {name: facts.get(name) for name in ("organization_id", "project_id")}
+
+
 def _check(row: Row[Any], expected: int, previous: str) -> None:
     if row.sequence != expected:
         raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
     digest = _digest(row.sequence, row.at, row.actor, row.action, row.target, row.facts, row.previous)
-    if row.previous != previous or row.digest != digest:
+    found = {"organization_id": row.organization_id, "project_id": row.project_id}
+    if row.previous != previous or row.digest != digest or found != _owners(json.loads(row.facts)):
         raise IntegrityError(
             f"The audit log is broken: entry {row.sequence} ({row.action} of {row.target} by {row.actor}) "
             "was changed."

@@ -35,6 +35,7 @@ from lapis.inference.engine import Engine, LocalEngine
 from lapis.model import manifest
 from lapis.release.registry import Registry, Servable
 from lapis.release.release import SERVABLE
+from lapis.tenants.admin_keys import AdminKeys
 from lapis.tenants.keys import ApiKeys
 from lapis.tenants.usage import UsageLedger
 
@@ -145,7 +146,7 @@ def make_services(
     db = open_database(home.database_url)
     try:
         keys = ApiKeys(db)
-        have_keys = keys.exist()
+        have_keys = keys.exist() or AdminKeys(db).exist()
         if not have_keys and not _is_loopback(host):
             raise ConfigError(
                 f"{host} can be reached from other machines, and there is no API key yet.",

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from lapis.errors import AuthError
 from lapis.gateway.services import Services
+from lapis.tenants.admin_keys import Administrator
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
 
@@ -26,13 +27,36 @@ def identify(request: Request) -> Identity:
     known = getattr(request.state, "identity", None)  # what the server asks itself, see api/inside.py
     if known is not None:
         return cast(Identity, known)
+    key = _key(request)
+    return services_of(request).admission.identify(key)
+
+
+def administrate(request: Request) -> Administrator:
+    """Who administrates, by admin key or as the local user; a reader only looks. Raises AuthError.
+
+    It reads the database: runs in a thread.
+    """
+    key = _key(request)
+    return services_of(request).admission.administrator(key)
+
+
+def _key(request: Request) -> str | None:
     admission = services_of(request).admission
     if not admission.keys_required and not is_local(request):
         raise HTTPException(403, "Without API keys this server answers only to localhost.")
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme and scheme.lower() != "bearer":
         raise AuthError("Only bearer keys are accepted.", hint="Send `Authorization: Bearer KEY`.")
-    return admission.identify(key.strip() or None)
+    return key.strip() or None
+
+
+def _owner(request: Request) -> Administrator:
+    administrator = administrate(request)
+    try:
+        administrator.require_owner()
+    except AuthError as error:  # known, but may only look
+        raise HTTPException(403, str(error)) from error
+    return administrator
 
 
 def _reader(request: Request) -> Identity:
@@ -83,3 +107,5 @@ User = Annotated[Identity, Depends(_user)]
 Viewer = Annotated[Identity, Depends(_viewer)]  # may see the project's work
 Worker = Annotated[Identity, Depends(_worker)]  # may make and end it
 Admin = Annotated[Identity, Depends(_admin)]
+OrganizationReader = Annotated[Administrator, Depends(administrate)]  # may look at all of an organization
+OrganizationOwner = Annotated[Administrator, Depends(_owner)]  # may change it

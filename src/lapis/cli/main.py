@@ -25,6 +25,8 @@ COMMANDS = {
     "serve": ("serve", "Serve models through the OpenAI-compatible API."),
     "chat": ("chat", "Talk with a model in the terminal."),
     "keys": ("keys", "Create, list and revoke API keys."),
+    "projects": ("projects", "Create, list and archive projects."),
+    "users": ("users", "Add, list and remove users."),
     "config": ("config", "Print every setting of a recipe."),
     "doctor": ("doctor", "Tell what this machine has, what is missing, and where things lie."),
 }

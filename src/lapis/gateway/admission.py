@@ -1,9 +1,11 @@
-"""Who may come in: a bearer key becomes an Identity. Limits follow where work begins: metering, the queue."""
+"""Who may come in: a bearer key becomes an Identity, or an Administrator. Limits follow where work begins."""
 
 from __future__ import annotations
 
 from lapis.errors import AuthError
-from lapis.tenants.keys import LOCAL, MARK, ApiKeys, Identity
+from lapis.tenants.admin_keys import ADMIN_MARK, LOCAL_OWNER, Administrator, AdminKeys
+from lapis.tenants.keys import LOCAL, ApiKeys, Identity
+from lapis.tenants.secret import MARK
 
 
 def priority_of(identity: Identity) -> int:
@@ -16,11 +18,18 @@ class Admission:
 
     def __init__(self, keys: ApiKeys, keys_required: bool) -> None:
         self.keys = keys
+        self.admin_keys = AdminKeys(keys.db, keys.clock)
         self.keys_required = keys_required
 
     def identify(self, key: str | None) -> Identity:
         """Whose key this is, looked up each time: a revoked key is refused at once. Raises AuthError."""
         if key is not None and (self.keys_required or key.startswith(f"{MARK}_")):
+            if key.startswith(f"{ADMIN_MARK}_"):
+                self.admin_keys.verify(key)
+                raise AuthError(
+                    "An admin key administrates its organization; it does no work in a project.",
+                    hint="Send a project's key; `lapis keys create NAME` makes one.",
+                )
             return self.keys.verify(key)
         if self.keys_required:
             raise AuthError(
@@ -28,3 +37,20 @@ class Admission:
                 hint="Send it as `Authorization: Bearer KEY`; `lapis keys create NAME` makes one.",
             )
         return LOCAL  # with no key, or with the placeholder that the official client insists on
+
+    def administrator(self, key: str | None) -> Administrator:
+        """Whose admin key this is, looked up each time. Raises AuthError."""
+        if key is not None and (self.keys_required or key.startswith(f"{MARK}_")):
+            if key.startswith(f"{MARK}_") and not key.startswith(f"{ADMIN_MARK}_"):
+                self.keys.verify(key)
+                raise AuthError(
+                    "A project's key does not administrate its organization.",
+                    hint="Send an admin key (OPENAI_ADMIN_KEY); `lapis keys create NAME --admin` makes one.",
+                )
+            return self.admin_keys.verify(key)
+        if self.keys_required:
+            raise AuthError(
+                "No admin key was given.",
+                hint="Send it as `Authorization: Bearer KEY`; `lapis keys create NAME --admin` makes one.",
+            )
+        return LOCAL_OWNER

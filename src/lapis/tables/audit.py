@@ -18,6 +18,10 @@ audit_entries = sa.Table(  # append-only (a trigger refuses UPDATE and DELETE)
     Column("facts", Text, nullable=False),  # canonical JSON: the digest covers this text
     Column("previous", Text, nullable=False),
     Column("digest", Text, nullable=False),
+    Column("organization_id", Text),  # as in the facts, to find them by
+    Column("project_id", Text),
+    sa.Index("ix_audit_entries_organization_id", "organization_id", "sequence"),
+    sa.Index("ix_audit_entries_project_id", "project_id", "sequence"),
 )
 
 audit_head = sa.Table(  # one row: where the chain ends, so that a dropped tail is noticed

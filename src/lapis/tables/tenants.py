@@ -1,4 +1,4 @@
-"""Organizations, their projects, and keys."""
+"""Organizations, their projects, and keys: those of projects, and those of who administrates an organization."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ projects = sa.Table(
     Column("organization_id", Text, ForeignKey("organizations.id"), nullable=False),
     Column("name", Text, nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("archived_at", Double),  # from then on its keys open nothing
     Column("requests_per_minute", Integer),  # NULL = no limit, for all three
     Column("tokens_per_minute", BigInteger),
     Column("tokens_per_day", BigInteger),
@@ -42,4 +43,28 @@ api_keys = sa.Table(
     Column("created_by", Text, nullable=False),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("last_used_at", Double),  # to a minute
+    # Whose it is, if anybody's. Plain ids: the key's history outlives its owner.
+    Column("user_id", Text),
+    Column("service_account_id", Text),
+    sa.Index("ix_api_keys_project_id", "project_id"),
+)
+
+admin_keys = sa.Table(
+    "admin_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("organization_id", Text, ForeignKey("organizations.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False, unique=True),
+    Column("salt", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("role", Text, nullable=False),  # owner or reader; never more than its user's
+    Column("created_at", Double, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+    Column("last_used_at", Double),
+    Column("user_id", Text),  # NULL: made at the machine
+    sa.Index("ix_admin_keys_organization_id", "organization_id"),
 )

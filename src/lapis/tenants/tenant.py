@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine, Row
+from sqlalchemy.engine import Connection, Engine, Row
 
 from lapis.audit import AuditLog
 from lapis.db import write
@@ -69,6 +69,7 @@ class Project:
     name: str
     created_at: float
     quota: Quota
+    archived_at: float | None = None
 
 
 class Tenants:
@@ -89,10 +90,10 @@ class Tenants:
         """An organization's projects, oldest first."""
         query = sa.select(projects).where(projects.c.organization_id == organization_id)
         with self.db.connect() as connection:
-            return [_project(row) for row in connection.execute(query.order_by(projects.c.created_at))]
+            return [project_of(row) for row in connection.execute(query.order_by(projects.c.created_at))]
 
     def project(self, name: str, organization_id: str = DEFAULT) -> Project:
-        """A project by its id or its name. Raises NotFoundError naming the nearest one."""
+        """A project by its id or its name, archived ones too. Raises NotFoundError naming the nearest one."""
         known = self.projects(organization_id)
         for project in known:
             if name in (project.id, project.name):
@@ -107,7 +108,8 @@ class Tenants:
         try:
             with write(self.db) as connection:
                 connection.execute(organizations.insert().values(**asdict(made)))
-                self.audit.append_in(connection, actor, "organization.create", made.id, {"name": name})
+                facts = {"name": name, "organization_id": made.id}
+                self.audit.append_in(connection, actor, "organization.create", made.id, facts)
         except sa.exc.IntegrityError as error:
             raise ConflictError(f"There is an organization {name!r} already.") from error
         return made
@@ -122,7 +124,7 @@ class Tenants:
         try:
             with write(self.db) as connection:
                 connection.execute(projects.insert().values(**row))
-                self.audit.append_in(connection, actor, "project.create", made.id, {"name": name})
+                self._note(connection, actor, "create", made.id, organization_id, {"name": name})
         except sa.exc.IntegrityError as error:
             raise ConflictError(f"There is a project {name!r} already.") from error
         return made
@@ -132,13 +134,71 @@ class Tenants:
         found = self.project(project, organization_id)
         with write(self.db) as connection:
             connection.execute(projects.update().where(projects.c.id == found.id).values(**asdict(quota)))
-            self.audit.append_in(connection, actor, "project.set_quota", found.id, asdict(quota))
+            self._note(connection, actor, "set_quota", found.id, organization_id, asdict(quota))
         return self.project(found.id, organization_id)
 
+    def rename(self, project: str, name: str, actor: str, organization_id: str = DEFAULT) -> Project:
+        """Give a project another name. Raises NotFoundError, ConflictError if the name is taken, InputError."""
+        found = self.project(project, organization_id)
+        values = {"name": _checked(name, "project")}
+        try:
+            with write(self.db) as connection:
+                connection.execute(projects.update().where(projects.c.id == found.id).values(**values))
+                self._note(connection, actor, "update", found.id, organization_id, values)
+        except sa.exc.IntegrityError as error:
+            raise ConflictError(f"There is a project {name!r} already.") from error
+        return self.project(found.id, organization_id)
 
-def _project(row: Row[Any]) -> Project:
+    def archive(self, project: str, actor: str, organization_id: str = DEFAULT) -> Project:
+        """Close a project for good: its keys open nothing from the next request on, its records stay.
+
+        Raises NotFoundError, ConflictError for the default project. Again, it changes nothing.
+        """
+        found = self.project(project, organization_id)
+        if found.id == DEFAULT:
+            raise ConflictError(
+                "The default project cannot be archived: whoever is at the machine works in it."
+            )
+        with write(self.db) as connection:
+            mine = (projects.c.id == found.id) & projects.c.archived_at.is_(None)
+            if connection.execute(projects.update().where(mine).values(archived_at=self.clock())).rowcount:
+                self._note(connection, actor, "archive", found.id, organization_id, {"name": found.name})
+        return self.project(found.id, organization_id)
+
+    def _note(
+        self,
+        connection: Connection,
+        actor: str,
+        act: str,
+        project_id: str,
+        organization_id: str,
+        facts: dict[str, Any],
+    ) -> None:
+        where = {"project_id": project_id, "organization_id": organization_id}
+        self.audit.append_in(connection, actor, f"project.{act}", project_id, {**facts, **where})
+
+
+def require_project(connection: Connection, project_id: str, organization_id: str) -> Row[Any]:
+    """The row of an organization's project. Raises NotFoundError for one that is not its own."""
+    mine = (projects.c.id == project_id) & (projects.c.organization_id == organization_id)
+    row = connection.execute(sa.select(projects).where(mine)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"There is no project {project_id[:60]!r}.")
+    return row
+
+
+def require_open_project(connection: Connection, project_id: str, organization_id: str) -> Row[Any]:
+    """As `require_project`; raises ConflictError for one that is archived, in which nothing is begun."""
+    row = require_project(connection, project_id, organization_id)
+    if row.archived_at is not None:
+        raise ConflictError(f"The project {project_id} is archived.")
+    return row
+
+
+def project_of(row: Row[Any]) -> Project:
+    """A row of `projects`."""
     quota = Quota(row.requests_per_minute, row.tokens_per_minute, row.tokens_per_day)
-    return Project(row.id, row.organization_id, row.name, row.created_at, quota)
+    return Project(row.id, row.organization_id, row.name, row.created_at, quota, row.archived_at)
 
 
 def _checked(name: str, what: str) -> str:
