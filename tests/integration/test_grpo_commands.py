@@ -26,6 +26,7 @@ from lapis.home import Home
 from lapis.log import silent
 from lapis.model.manifest import Source
 from lapis.model.weights import write_model
+from lapis.tokenizer.chat import CHATML
 from lapis.train.base import fine_tuning
 from lapis.train.export import last_checkpoint
 from lapis.train.objective import Objective, StepBatch
@@ -280,6 +281,59 @@ def test_graders_need_no_code(place: Path, home: Home) -> None:
     assert [goal.reward(asked, text) for text in (" fox\n", "foxes")] == [1.0, 0.0]  # type: ignore[attr-defined]
     missing = refused(InputError, "train", str(recipe(place, lines=lines, exact="answers")))
     assert "Did you mean 'answer'?" in missing
+
+
+PROGRAM = """
+def grade(sample, item):
+    assert item["messages"][0]["role"] == "user"
+    return sample["output_text"].count(item["wanted"]) / max(1, len(sample["output_text"]))
+"""
+
+
+def test_the_graders_of_the_api_are_rewards(place: Path, home: Home) -> None:
+    """A program does what the same function does; a model grades with an engine of its own."""
+    program = {"grader.type": "python", "grader.name": "share", "grader.source": PROGRAM}
+    goals = [fine_tuning(config.load(recipe(place, **other), Recipe), home) for other in ({}, program)]
+    asked = goals[0].prompts.trained[0]  # type: ignore[attr-defined]
+    for text in ("eel", "e", "", "x"):
+        assert (
+            goals[1].reward(asked, text)
+            == goals[0].reward(asked, text)
+            == text.count("e") / max(1, len(text))
+        )  # type: ignore[attr-defined]
+    assert goals[1].facts()["reward"] == "grader share"  # type: ignore[attr-defined]
+
+    judge = {
+        "type": "score_model", "name": "judge", "model": "judge", "range": [0, 2],
+        "sampling_params": {"max_completions_tokens": 300},
+        "input": [{"role": "user", "content": "{{ sample.output_text }}"}],
+    }  # fmt: skip
+    shape, tokens = small_models.config(), small_models.tokenizer()
+    state, source = small_models.random_state(shape), Source("run", "test")
+    write_model(home.models / "judge", shape, state, tokens, source=source, chat_template=CHATML)
+    read = config.load(recipe(place), Recipe)
+    assert read.grpo is not None
+    grpo = read.grpo.model_copy(update={"reward": None, "grader": judge})
+    goal = fine_tuning(read.model_copy(update={"grpo": grpo}), home)
+    assert 0 <= goal.reward(asked, "hi") <= 2  # type: ignore[attr-defined]
+
+
+def test_a_grader_that_cannot_grade_ends_the_run_and_an_answer_that_cannot_be_graded_earns_nothing(
+    place: Path, home: Home
+) -> None:
+    check = {"grader.type": "string_check", "grader.name": "same", "grader.operation": "eq"}
+    texts = {"grader.input": "{{ sample.output_json.x }}", "grader.reference": "{{ item.wanted }}"}
+    goal = fine_tuning(config.load(recipe(place, **check, **texts), Recipe), home)
+    asked = goal.prompts.trained[0]  # type: ignore[attr-defined]
+    assert [goal.reward(asked, text) for text in ('{"x": "e"}', '{"x": "f"}', "no JSON")] == [1.0, 0.0, 0.0]  # type: ignore[attr-defined]
+    texts["grader.reference"] = "{{ item.want }}"
+    goal = fine_tuning(config.load(recipe(place, **check, **texts), Recipe), home)
+    with pytest.raises(InputError, match=r"The reward grader same failed for .*no 'want' in item"):
+        goal.reward(asked, '{"x": "e"}')  # type: ignore[attr-defined]
+    said = refused(ConfigError, "train", str(recipe(place, **check)))
+    assert "input: field required" in said
+    program = {"grader.type": "python", "grader.name": "code", "grader.source": "def grade(sample) return 1"}
+    assert "cannot be run: SyntaxError" in refused(InputError, "train", str(recipe(place, **program)))
 
 
 def ranks(path: Path, mesh: str, *sets: str) -> list[subprocess.CompletedProcess[str]]:

@@ -10,6 +10,7 @@ from lapis.data.recipe import ExamplesConfig
 from lapis.data.samples import Encoder, Samples, prepare_samples, template_of
 from lapis.errors import ConfigError, InputError
 from lapis.home import Home
+from lapis.inference.engine import LocalEngine
 from lapis.log import Progress, silent
 from lapis.model import layout
 from lapis.model.store import ModelStore, StoredModel, open_folder
@@ -106,7 +107,9 @@ def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Obje
     if recipe.grpo is not None:
         longest, answer = section.sequence, recipe.grpo.max_tokens
         prompts = base.prompts(examples, longest=longest, max_tokens=answer, progress=progress)
-        reward = reward_of(recipe.grpo, prompts)
+        reward = reward_of(
+            recipe.grpo, prompts, lambda name: LocalEngine.load(model_folder(name, home), name)
+        )
         return GroupRelative(
             section, recipe.grpo, prompts, reward, base.tokenizer, base.stored.manifest, facts
         )

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from lapis.config import Section
 from lapis.data.recipe import DataConfig, ExamplesConfig, MixtureConfig, TokenizerConfig
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, InputError
+from lapis.evaluate.graders.grader import read_grader
 from lapis.hashing import digest_json
 from lapis.model.config import NAMED, ModelConfig
 from lapis.train.mesh import Mesh
@@ -208,7 +209,9 @@ class GrpoSection(Section):
     """Group relative policy optimisation (Shao et al. 2024): of sampled answers, the better graded become likelier."""
 
     reward: str | None = None
-    """A function that grades an answer: "path/to/file.py:function". Give this, `regex` or `exact`."""
+    """A function that grades an answer: "path/to/file.py:function". Give this, `grader`, `regex` or `exact`."""
+    grader: dict[str, Any] | None = None
+    """A grader as OpenAI's API writes it, e.g. { type = "string_check", … }; docs/evaluate.md tells all kinds."""
     regex: str | None = None
     """The reward is 1 for an answer in which this regular expression is found, else 0."""
     exact: str | None = None
@@ -226,8 +229,14 @@ class GrpoSection(Section):
 
     @model_validator(mode="after")
     def _one_reward(self) -> Self:
-        if sum(value is not None for value in (self.reward, self.regex, self.exact)) != 1:
-            raise ValueError("give exactly one of grpo.reward, grpo.regex and grpo.exact")
+        given = (self.reward, self.grader, self.regex, self.exact)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of grpo.reward, grpo.grader, grpo.regex and grpo.exact")
+        if self.grader is not None:
+            try:
+                read_grader(self.grader, "grader")
+            except InputError as error:
+                raise ValueError(error.message) from error
         if self.reward is not None and not all(self.reward.rpartition(":")):
             raise ValueError(f'reward = {self.reward!r} names no function: write "path/to/file.py:function"')
         try:

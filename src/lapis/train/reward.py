@@ -1,4 +1,4 @@
-"""What an answer is worth: a function of the user's, a regular expression, or the right answer itself. No torch."""
+"""What an answer is worth: a function of the user's, a grader, a regular expression, or the right answer. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from types import ModuleType
 from typing import Any
 
 from lapis.data.prompts import Asked, Prompts
-from lapis.errors import InputError, nearest
+from lapis.errors import InputError, UnavailableError, nearest
+from lapis.evaluate.graders.engine_ask import EngineAsk, Load
+from lapis.evaluate.graders.grader import Grader, read_grader
+from lapis.evaluate.graders.grading import Means, check, grade
+from lapis.evaluate.graders.python_grader import PythonSandbox
 from lapis.hashing import digest_bytes
 from lapis.train.recipe import GrpoSection
 
@@ -54,8 +58,13 @@ class Reward:
         )
 
 
-def reward_of(section: GrpoSection, prompts: Prompts) -> Reward:
-    """The reward that a recipe asks for. Raises InputError for a function that cannot be had, or a missing field."""
+def reward_of(section: GrpoSection, prompts: Prompts, load: Load) -> Reward:
+    """The reward that a recipe asks for; `load` gives an engine for a model that grades.
+
+    Raises InputError for a function that cannot be had, a grader's program that does not load, a missing field.
+    """
+    if section.grader is not None:
+        return graded(read_grader(section.grader), Means(EngineAsk(load), PythonSandbox()))
     if section.regex is not None:
         pattern = re.compile(section.regex)
         return Reward(f"regex {section.regex}", lambda _, answer, fields: float(bool(pattern.search(answer))))
@@ -63,6 +72,27 @@ def reward_of(section: GrpoSection, prompts: Prompts) -> Reward:
         return _exact(section.exact, prompts)
     assert section.reward is not None, "the recipe was checked"
     return _function(section.reward)
+
+
+def graded(grader: Grader, means: Means) -> Reward:
+    """A grader as a reward; the example's messages and other fields are its `item`.
+
+    An answer that cannot be graded, such as one that is no JSON or makes the grader's program raise, is worth 0.
+    What no answer could mend ends the run: a field that examples lack, a model that cannot be asked, no sandbox.
+    """
+    check(grader, means.sandbox)
+
+    def reward(question: Any, answer: str, fields: dict[str, Any]) -> float:
+        item = fields if isinstance(question, str) else {"messages": question, **fields}
+        grading = grade(grader, answer, item, means)
+        errors = grading.errors
+        if errors.invalid_variable_error or errors.other_error:
+            raise InputError(grading.message)
+        if errors.model_grader_server_error or errors.python_grader_server_error:
+            raise UnavailableError(grading.message)
+        return grading.reward
+
+    return Reward(f"grader {grader.name}", reward)
 
 
 def _exact(field: str, prompts: Prompts) -> Reward:
