@@ -34,7 +34,8 @@ TORCH_FREE = (
     "inference/scheduler.py", "inference/fake.py", "inference/structured.py", "tokenizer",
     "train/goodput.py", "train/bad_step.py",
     "model/config.py", "train/recipe.py", "train/run.py", "train/supervisor.py", "train/launch.py",
-    "train/nursery.py", "train/heartbeat.py", "train/health.py",
+    "train/nursery.py", "train/heartbeat.py", "train/health.py", "train/agent.py", "train/nodes.py",
+    "train/allocation.py",
 )  # fmt: skip
 
 

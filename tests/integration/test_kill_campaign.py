@@ -126,11 +126,12 @@ class Campaign:
 
 def supervised(recipe: Recipe, objective: Pretraining, run: Run, ranks: int, attack: Campaign | None) -> None:
     """Train a run to its end by several ranks and a spare one, under attack or not."""
-    with Group(program(Home(run.folder.parent.parent), run, objective), ranks, run.folder / "ranks") as group:
+    ranks_program = program(Home(run.folder.parent.parent), run, objective)
+    with Group(ranks_program, ranks, run.folder / "ranks", spares=1) as group:
         attacker = threading.Thread(target=attack, args=(group,)) if attack else None
         if attacker:
             attacker.start()
-        end = supervise(group, 1, PATIENT, run.events, lambda: newest_step(run.checkpoints))
+        end = supervise(group, PATIENT, run.events, lambda: newest_step(run.checkpoints))
         if attack and attacker:
             attack.over.set()
             attacker.join()

@@ -41,10 +41,8 @@ def run(
 ) -> End:
     """Run the small program on two ranks to its end."""
     program = Program("tests.rank_program", (str(folder), str(steps), str(every), str(step_s), *faults))
-    with Group(program, 2, folder / "ranks") as group:
-        end = supervise(
-            group, spares, section, events_of(folder), lambda: newest_step(folder / "checkpoints")
-        )
+    with Group(program, 2, folder / "ranks", spares) as group:
+        end = supervise(group, section, events_of(folder), lambda: newest_step(folder / "checkpoints"))
         assert None not in group.exits
     return end
 

@@ -10,10 +10,15 @@ import click
 from lapis.cli.output import json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from lapis.home import Home
     from lapis.train.inspection import ShownText
+    from lapis.train.launch import Program, Ranks
     from lapis.train.objective import Objective
     from lapis.train.recipe import Recipe
+    from lapis.train.run import Run, RunSummary
 
 SHOWN = 6  # texts of a batch; --json has all
 
@@ -30,6 +35,11 @@ SHOWN = 6  # texts of a batch; --json has all
     type=click.IntRange(min=0),
     default=0,
     help="Devices beyond --ranks, to replace one that is lost.",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    help="In a Slurm job: spread --ranks over so many of its nodes; the others are spare.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what each of --ranks would hold, and start nothing.")
 @click.option(
@@ -51,6 +61,7 @@ def command(
     workers: int,
     ranks: int | None,
     spares: int,
+    nodes: int | None,
     dry_run: bool,
     memory: float | None,
     new_segment: bool,
@@ -80,6 +91,8 @@ def command(
         return
     if resolved.data is not None:
         resolved = with_own_tokenizer(resolved, home)
+    if nodes is not None and (ranks is None or spares):
+        raise click.UsageError("--nodes spreads --ranks over nodes; all other nodes of the job are spare.")
     size = ranks or started()
     mesh = resolved.mesh(size)
     if not inspect:
@@ -108,20 +121,39 @@ def command(
         with progress("train") as report:
             train(resolved, objective, run, report)
     else:
-        train_ranks(
-            run, program(home, run, objective, resolved.train.mesh), ranks, spares, resolved.supervisor
+        launch = _launch(
+            program(home, run, objective, resolved.train.mesh), ranks, spares, nodes, resolved, run
         )
+        train_ranks(run, launch, resolved.supervisor)
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))
         return
-    say(f"{run.id}: step {summary.step:,}, loss {summary.loss:.4f}, {summary.seconds:,.0f} s of training")
-    if resolved.data is None:
-        say(f"Next: lapis models export {run.id} FOLDER   lapis release create NAME --run {run.id}")
-        return
-    say(
-        f"Next: lapis evaluate {run.id}   lapis runs plot {run.id}   lapis release create NAME --run {run.id}"
-    )
+    _say_summary(run.id, summary, evaluable=resolved.data is not None)
+
+
+def _say_summary(run_id: str, summary: RunSummary, evaluable: bool) -> None:
+    say(f"{run_id}: step {summary.step:,}, loss {summary.loss:.4f}, {summary.seconds:,.0f} s of training")
+    release = f"lapis release create NAME --run {run_id}"
+    if evaluable:
+        say(f"Next: lapis evaluate {run_id}   lapis runs plot {run_id}   {release}")
+    else:
+        say(f"Next: lapis models export {run_id} FOLDER   {release}")
+
+
+def _launch(
+    program: Program, ranks: int, spares: int, nodes: int | None, recipe: Recipe, run: Run
+) -> Callable[[Path], AbstractContextManager[Ranks]]:
+    """How the ranks are started: here, or over the nodes of the Slurm job that this runs in."""
+    from lapis.train.allocation import slurm_allocation
+    from lapis.train.launch import Group
+    from lapis.train.nodes import NodeGroup
+
+    if nodes is None:
+        return lambda folder: Group(program, ranks, folder, spares)
+    allocation = slurm_allocation(ranks, nodes)
+    lease = recipe.supervisor.node_seconds
+    return lambda folder: NodeGroup(program, ranks, nodes, folder, allocation, lease, run.events)
 
 
 def _dry_run(recipe: Recipe, home: Home, ranks: int | None, memory: float | None, as_json: bool) -> None:

@@ -12,12 +12,12 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from lapis.train.heartbeat import SIZE, VARIABLE, Beat, decode
 
@@ -61,18 +61,68 @@ def free_port() -> int:
         return port
 
 
-class Group:
-    """The rank processes of one run, as the supervisor sees them. `with` ends them all.
+class Ranks(Protocol):
+    """The rank processes of a run, wherever they run, as the supervisor sees them.
 
-    `folder` takes the ranks' output (rank-0000.log …) and heartbeats. Only what the first one tells while all is
-    well, such as its progress, goes to the terminal.
+    A slot is a place for a rank: there are `spares` more of them than ranks, and those of one node, `block` of them,
+    are taken and left together. `gone` are those whose node is lost.
     """
 
-    def __init__(self, program: Program, ranks: int, folder: Path) -> None:
-        self.program, self.ranks, self.folder = program, ranks, folder
+    ranks: int
+    spares: int
+    block: int
+    exits: list[int | None]
+    order: list[int]  # the ranks that ended, the first one first
+
+    def start(self, slots: Sequence[int]) -> None:
+        """Start all ranks anew, at a new meeting point, with fresh heartbeats. All earlier ones must have ended."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every living rank."""
+
+    def renew(self) -> None:
+        """Kill what the ranks come from, and them with it."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until something happens to a rank; then `exits` and `order` are up to date."""
+
+    def beats(self) -> list[Beat | None]:
+        """The last heartbeat of each rank; None where there is none yet."""
+
+    def frozen(self) -> tuple[int, ...]:
+        """The ranks that the kernel does not let run."""
+
+    def gone(self) -> tuple[int, ...]:
+        """The slots that are lost for good."""
+
+    def log(self, rank: int) -> Path:
+        """The file with a rank's output."""
+
+
+class Group:
+    """The rank processes of this machine, from one nursery. `with` ends them all.
+
+    `folder` takes the ranks' output (rank-0000.log …), `beats` their heartbeats; `near`: the run has no ranks
+    elsewhere. Only what the first one tells while all is well, such as its progress, goes to the terminal.
+    """
+
+    block = 1
+
+    def __init__(
+        self,
+        program: Program,
+        ranks: int,
+        folder: Path,
+        spares: int = 0,
+        beats: Path | None = None,
+        near: bool = True,
+    ) -> None:
+        self.program, self.ranks, self.folder, self.spares = program, ranks, folder, spares
         self.exits: list[int | None] = [None] * ranks
         self.order: list[int] = []  # the ranks that ended, the first one first
         self.pids: list[int | None] = [None] * ranks
+        self._near = near
+        self._beats_folder = beats or folder
         self._beats: list[int] = []
         self._unread = b""
         self._nursery = self._new_nursery()
@@ -89,22 +139,26 @@ class Group:
 
     def start(self, slots: Sequence[int]) -> None:
         """Start all ranks anew, at a new meeting point, with fresh heartbeats. All earlier ones must have ended."""
+        port = free_port()
+        self.bear([environment(rank, slots, port) for rank in range(self.ranks)])
+
+    def bear(self, environments: Sequence[Mapping[str, str]]) -> None:
+        """Start anew those ranks of a group that are here, each with what it is to find in its environment."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in self._beats:
             os.close(file)
-        self._beats = [_fresh(self.heartbeat(rank)) for rank in range(self.ranks)]
+        self._beats = [_fresh(self.heartbeat(index)) for index in range(self.ranks)]
         if self._nursery.poll() is not None:
             self.renew()
         self.exits, self.order, self.pids = [None] * self.ranks, [], [None] * self.ranks
-        port = free_port()
         members = [
             {
-                "rank": rank,
-                "environment": environment(rank, slots, port) | {VARIABLE: str(self.heartbeat(rank))},
-                "output": str(self.log(rank)),
-                "speaks": rank == 0,
+                "rank": index,
+                "environment": {**told, VARIABLE: str(self.heartbeat(index))},
+                "output": str(self.log(int(told["RANK"]))),
+                "speaks": told["RANK"] == "0",
             }
-            for rank in range(self.ranks)
+            for index, told in enumerate(environments)
         ]
         self._order({"start": members})
 
@@ -146,18 +200,22 @@ class Group:
         """The ranks that the kernel does not let run: stopped, or in a call to a device that does not answer."""
         return tuple(rank for rank, pid in enumerate(self.pids) if pid is not None and _state(pid) in "TtD")
 
+    def gone(self) -> tuple[int, ...]:
+        """No slot is lost while the machine is there."""
+        return ()
+
     def log(self, rank: int) -> Path:
         """The file with a rank's output."""
         return self.folder / f"rank-{rank:04d}.log"
 
     def heartbeat(self, rank: int) -> Path:
         """The file that a rank writes its heartbeat to."""
-        return self.folder / f"rank-{rank:04d}.beat"
+        return self._beats_folder / f"rank-{rank:04d}.beat"
 
     def _new_nursery(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "lapis.train.nursery", self.program.module, str(os.getpid())]
         surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads_per_rank(self.ranks))}
-        if any(name == "lo" for _, name in socket.if_nameindex()):
+        if self._near and any(name == "lo" for _, name in socket.if_nameindex()):
             surroundings.setdefault(
                 "GLOO_SOCKET_IFNAME", "lo"
             )  # a host name that does not resolve is no matter

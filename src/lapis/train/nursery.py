@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from lapis.errors import LapisError
 
 PR_SET_PDEATHSIG = 1
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     module, parent, *rest = arguments
     die_with(int(parent))
+    for number in STOPS:  # whoever stops a whole job means the ranks, which the supervisor tells
+        signal.signal(number, signal.SIG_IGN)
     channel = os.dup(1)
     os.set_inheritable(channel, False)
     os.dup2(2, 1)  # what the program prints while it is imported does not belong into the channel
@@ -116,7 +119,8 @@ class _Nursery:
             die_with(parent)
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, *STOPS):
+                signal.signal(number, signal.SIG_DFL)
             os.close(self.woken)
             os.close(self.channel)
             _redirect(member["output"], member["speaks"])

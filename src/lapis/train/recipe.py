@@ -276,6 +276,8 @@ class SupervisorSection(Section):
     """The same limit where a rank is not stepping: it starts, compiles, loads or saves."""
     slow_factor: Annotated[float, Field(gt=1)] = 1.5
     """A rank is slow when its own work takes so many times that of the other ranks."""
+    node_seconds: Annotated[float, Field(ge=1)] = 10.0
+    """A node is lost when it gives no sign for so long (`--nodes`); it then has ended its ranks by itself."""
 
 
 class Recipe(Section):

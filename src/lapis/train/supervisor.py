@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from lapis.log import EventLog, logger
 from lapis.train import health
 from lapis.train.health import Health
 from lapis.train.heartbeat import Beat
-from lapis.train.launch import Group, Program
+from lapis.train.launch import Ranks
 from lapis.train.recipe import SupervisorSection
 from lapis.train.run import WATCH, Run
 
@@ -36,6 +36,7 @@ CLEAR_S = 5.0  # for killed ranks to be gone, before their nursery is killed too
 WORDS = 8  # lines of a rank's output that are looked at for why it ended
 INTERRUPTED = 130  # a rank that ended on request, its state in a checkpoint
 FAILED = TrainingError.exit_status
+NO_PLACE = 75  # EX_TEMPFAIL of sysexits.h: started again on other nodes, it goes on
 FATAL = (2, 3, 4, 5, 7, 9)  # a recipe, data or disk that is no better the next time; see lapis.errors
 
 Phase = Literal["running", "settling", "clearing", "stopping", "ended"]
@@ -52,6 +53,7 @@ class Facts:
     frozen: tuple[int, ...] = ()  # the ranks that the kernel does not let run
     checkpoint: int = -1  # the newest one's step; -1 without any
     stops: int = 0  # how often the supervisor was asked to stop
+    gone: tuple[int, ...] = ()  # the slots whose node is lost
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class State:
     causes: tuple[Cause, ...] = ()  # of the attempts that brought no new checkpoint, the last one included
     slow: frozenset[int] = frozenset()
     end: End | None = None  # how it ends once all ranks have ended; None: it starts again
+    block: int = 1  # slots of one node, which are taken and left together
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -131,10 +134,10 @@ class State:
 Step = tuple[State, tuple[Action, ...]]
 
 
-def begin(ranks: int, spares: int, now: float, checkpoint: int = -1) -> Step:
+def begin(ranks: int, spares: int, now: float, checkpoint: int = -1, block: int = 1) -> Step:
     """The first state, and the actions that lead to it."""
     slots = tuple(range(ranks + spares))
-    state = State(ranks, slots, health.newborn(ranks, now), since=now, checkpoint=checkpoint)
+    state = State(ranks, slots, health.newborn(ranks, now), since=now, checkpoint=checkpoint, block=block)
     return state, (Start(state.used),)
 
 
@@ -201,15 +204,26 @@ def _lose(state: State, facts: Facts, cause: Cause, section: SupervisorSection) 
     if (
         cause.exit is None or cause.exit < 0
     ):  # the place may be to blame: another one is taken if there is one
-        spared = state.slots[state.ranks :]
-        used = list(state.used)
-        if spared:
-            used[cause.rank], spared = spared[0], (*spared[1:], used[cause.rank])
-        slots = (*used, *spared)
+        slots = _without(state, (*facts.gone, state.used[cause.rank]), facts.gone)
     state = replace(state, phase="clearing", since=facts.now, causes=causes, checkpoint=checkpoint, end=end)
     facts_ = {"rank": cause.rank, "cause": cause.text, "exit": cause.exit, "step": cause.step}
     report = Report("rank_lost", {**facts_, "attempt": state.attempt}, str(cause))
     return replace(state, slots=slots), (report, Signal(signal.SIGKILL))
+
+
+def _without(state: State, bad: Sequence[int], gone: Sequence[int]) -> tuple[int, ...]:
+    """The slots in a new order: each node in use that has a bad one changes place with a spare one that is not gone."""
+    starts = range(0, len(state.slots), state.block)
+    nodes = [state.slots[start : start + state.block] for start in starts]
+    count = state.ranks // state.block
+    used, spared = nodes[:count], nodes[count:]
+    for place, node in enumerate(used):
+        fresh = next((spare for spare in spared if not set(spare) & set(gone)), None)
+        if set(node) & set(bad) and fresh is not None:
+            spared.remove(fresh)
+            spared.append(node)
+            used[place] = fresh
+    return tuple(slot for node in (*used, *spared) for slot in node)
 
 
 def _clearing(state: State, facts: Facts, section: SupervisorSection) -> Step:
@@ -219,6 +233,10 @@ def _clearing(state: State, facts: Facts, section: SupervisorSection) -> Step:
         if facts.now - state.since < CLEAR_S:
             return state, ()
         return replace(state, since=facts.now), (Renew(),)
+    slots = _without(state, facts.gone, facts.gone)
+    state = replace(state, slots=slots)
+    if state.end is None and set(state.used) & set(facts.gone):
+        state = replace(state, end=End("gave_up", NO_PLACE, "no node is left in place of one that was lost"))
     if state.end is not None:
         return _ended(state, state.end), _farewell(state)
     state = replace(
@@ -281,6 +299,8 @@ def _status(cause: Cause) -> int:
 def _failure(state: State, facts: Facts, rank: int) -> Cause:
     code = facts.exits[rank]
     assert code is not None
+    if state.used[rank] in facts.gone:
+        return Cause(rank, "was lost with its node", code, state.health.step)
     text = f"ended with status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
     return Cause(rank, text, code, state.health.step)
 
@@ -302,20 +322,22 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def train_ranks(run: Run, program: Program, ranks: int, spares: int, section: SupervisorSection) -> None:
-    """Train a run by several ranks of this machine, to its end; a finished run is left as it is.
+def train_ranks(
+    run: Run, launch: Callable[[Path], AbstractContextManager[Ranks]], section: SupervisorSection
+) -> None:
+    """Train a run by the ranks that `launch` makes for a folder, to its end; a finished run is left as it is.
 
     Raises KeyboardInterrupt after SIGINT or SIGTERM, when the ranks have saved; ConflictError if another process
     trains this run; TrainingError, with the exit status of the rank to blame, when it is given up.
     """
     if run.status() == "finished":
         return
-    with run.hold(WATCH), Group(program, ranks, run.folder / "ranks") as group:
-        end = supervise(group, spares, section, run.events, lambda: newest_step(run.checkpoints))
+    with run.hold(WATCH), launch(run.folder / "ranks") as ranks:
+        end = supervise(ranks, section, run.events, lambda: newest_step(run.checkpoints))
         if end.outcome == "stopped":
             raise KeyboardInterrupt
         if end.outcome == "gave_up":
-            raise _given_up(run, group, end)
+            raise _given_up(run, ranks, end)
 
 
 def newest_step(checkpoints: Path) -> int:
@@ -324,7 +346,7 @@ def newest_step(checkpoints: Path) -> int:
     return max((name.step for path in paths if (name := parse_name(path.name))), default=-1)
 
 
-def _given_up(run: Run, group: Group, end: End) -> TrainingError:
+def _given_up(run: Run, group: Ranks, end: End) -> TrainingError:
     causes = run.events.read("gave_up")[-1]["causes"]
     told = "".join(f"\n  {cause}" for cause in causes)
     blamed = run.events.read("rank_lost")[-1]["rank"]
@@ -334,7 +356,7 @@ def _given_up(run: Run, group: Group, end: End) -> TrainingError:
     kept = f"The checkpoint of step {step:,} is kept: the same command goes on from it. " if step >= 0 else ""
     error = TrainingError(
         f"The run {run.id} was given up: {end.reason}.{told}",
-        hint=f"{kept}All that the ranks said: {group.folder}/rank-*.log",
+        hint=f"{kept}All that the ranks said: {run.folder}/ranks/rank-*.log",
     )
     error.exit_status = end.status
     return error
@@ -348,15 +370,13 @@ def last_words(log: Path) -> str:
     return "\n".join(lines[errors[-1] if errors else -1 :])
 
 
-def supervise(
-    group: Group, spares: int, section: SupervisorSection, events: EventLog, newest: Callable[[], int]
-) -> End:
+def supervise(group: Ranks, section: SupervisorSection, events: EventLog, newest: Callable[[], int]) -> End:
     """Run a group to its end. `newest` tells the step of the newest checkpoint, -1 without any.
 
     SIGINT and SIGTERM are passed on as SIGTERM, so that the ranks save and end; the second one kills them.
     """
     clock, last = 0.0, time.monotonic()
-    state, actions = begin(group.ranks, spares, clock, newest())
+    state, actions = begin(group.ranks, group.spares, clock, newest(), group.block)
     with _stops() as stops:
         while True:
             for action in actions:
@@ -370,11 +390,11 @@ def supervise(
                 now,
             )  # time in which it did not look is not counted
             exits, beats, order = tuple(group.exits), tuple(group.beats()), tuple(group.order)
-            seen = Facts(clock, exits, beats, order, group.frozen(), newest(), len(stops))
+            seen = Facts(clock, exits, beats, order, group.frozen(), newest(), len(stops), group.gone())
             state, actions = decide(state, seen, section)
 
 
-def _act(action: Action, group: Group, events: EventLog) -> None:
+def _act(action: Action, group: Ranks, events: EventLog) -> None:
     if isinstance(action, Start):
         group.start(action.slots)
     elif isinstance(action, Signal):
