@@ -47,9 +47,9 @@ def on_disk(store: FileStore) -> list[str]:
 
 
 def test_a_file_is_what_was_written_and_has_its_digest(store: FileStore, tmp_path: Path) -> None:
-    made = store.create(LOCAL, "a.jsonl", "batch", [b"one ", b"two"])
+    made = store.create(LOCAL, "a.jsonl", "user_data", [b"one ", b"two"])
     assert store.get("default", made.id) == made
-    assert (made.bytes, made.filename, made.purpose, made.key_id) == (7, "a.jsonl", "batch", None)
+    assert (made.bytes, made.filename, made.purpose, made.key_id) == (7, "a.jsonl", "user_data", None)
     with store.open("default", made.id) as file:
         assert file.read() == b"one two"
     assert digest_file(store.path("default", made.id)) == made.digest

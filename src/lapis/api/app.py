@@ -12,7 +12,18 @@ from fastapi import FastAPI
 from lapis.api.errors import ErrorObject, add_error_handlers
 from lapis.api.inside import InsideApp
 from lapis.api.middleware import Envelope
-from lapis.api.routes import chat, completions, embeddings, files, health, missing, models, responses, tokens
+from lapis.api.routes import (
+    chat,
+    completions,
+    embeddings,
+    files,
+    health,
+    missing,
+    models,
+    responses,
+    tokens,
+    uploads,
+)
 from lapis.gateway.loops import keep_running
 from lapis.gateway.services import Services
 
@@ -23,6 +34,7 @@ ROUTES = (
     embeddings.router,
     models.router,
     files.router,
+    uploads.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does

@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ from lapis.errors import InputError, LapisError, LimitError, NotFoundError
 from lapis.gateway.paging import Order, page
 from lapis.storage import storage_errors, sync_folder
 from lapis.tables.files import files
+from lapis.tables.uploads import upload_parts, uploads
 from lapis.tenants.keys import Identity
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -32,8 +33,10 @@ ABANDONED_SECONDS = (
 )
 TIDY_SECONDS = 600.0  # what has expired is not seen any more; its bytes go a little later
 MAX_NAME = 255  # characters of a file's name
-PART = ".part"
+JSON_LINES = ("batch", "fine-tune")  # purposes whose files have one JSON object a line
+HEAD = 4096  # bytes that are looked at
 
+Within = Callable[[Connection], None]
 StorageLimit = Callable[[str], int | None]  # bytes that a project may store, by its id; None: no limit
 
 
@@ -55,10 +58,10 @@ class StoredFile:
 class Incoming:
     """Bytes on their way to a file; unless they are kept, they are removed at the end of its `with` block."""
 
-    def __init__(self, folder: Path) -> None:
-        self.id = f"file-{secrets.token_hex(12)}"
+    def __init__(self, folder: Path, id: str | None = None) -> None:
+        self.id = id or f"file-{secrets.token_hex(12)}"
         self.bytes = 0
-        self._path = folder / f".{self.id}{PART}"
+        self._path = folder / f".{self.id}.part"
         self._digest = hashlib.sha256()
         with storage_errors(folder):
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,11 +97,11 @@ class Incoming:
             sync_folder(place.parent)
         return place
 
-    def head(self, size: int) -> bytes:
+    def head(self) -> bytes:
         """The first bytes that were written."""
         self._file.flush()
         with self._path.open("rb") as file:
-            return file.read(size)
+            return file.read(HEAD)
 
 
 class FileStore:
@@ -124,7 +127,7 @@ class FileStore:
         source: Iterable[bytes],
         expires_at: float | None = None,
     ) -> StoredFile:
-        """Store a caller's bytes. Raises InputError for the name, LimitError if the project's storage is full."""
+        """Store a caller's bytes. Raises as `keep`."""
         with self.receive(identity.project_id) as incoming:
             for data in source:
                 incoming.write(data)
@@ -140,18 +143,16 @@ class FileStore:
     ) -> StoredFile:
         """Store a result for a project, whatever its limit: the work is done and paid for."""
         with Incoming(self.folder / project_id) as incoming:
-            for data in [content] if isinstance(content, bytes) else _blocks(content):
+            for data in [content] if isinstance(content, bytes) else blocks(content):
                 incoming.write(data)
             made = self._facts(incoming, project_id, None, filename, purpose, expires_at)
-            self._record(incoming, made, limit=None)
+            self._record(incoming, made)
         return made
 
     def receive(self, project_id: str) -> Incoming:
         """Begin a file. Raises LimitError if the project's storage is full already, StorageError."""
-        limit = self.storage_limit(project_id)
-        if limit is not None:
-            with self.db.connect() as connection:
-                _check_room(self._used(connection, project_id), 1, limit)
+        with self.db.connect() as connection:
+            self.check_room(connection, project_id, 1)
         return Incoming(self.folder / project_id)
 
     def keep(
@@ -161,13 +162,25 @@ class FileStore:
         filename: str,
         purpose: str,
         expires_at: float | None = None,
+        within: Within | None = None,
     ) -> StoredFile:
-        """Make a file of what was received. Raises InputError for the name, LimitError, StorageError."""
-        made = self._facts(
-            incoming, identity.project_id, identity.key_id, checked_name(filename), purpose, expires_at
-        )
-        self._record(incoming, made, self.storage_limit(identity.project_id))
+        """Make a file of what was received; `within` is done in the same transaction instead of asking for room.
+
+        Raises InputError for its name or for what its purpose cannot use, LimitError if the project's storage is
+        full, StorageError.
+        """
+        project_id, name = identity.project_id, checked_name(filename)
+        check_form(name, purpose, incoming.head())
+        made = self._facts(incoming, project_id, identity.key_id, name, purpose, expires_at)
+        room = lambda connection: self.check_room(connection, project_id, made.bytes)  # noqa: E731
+        self._record(incoming, made, within or room)
         return made
+
+    def check_room(self, connection: Connection, project_id: str, more: int) -> None:
+        """Raises LimitError if a project may not store so many bytes more. Holds under the lock `files:PROJECT`."""
+        limit = self.storage_limit(project_id)
+        if limit is not None:
+            _check_room(self._used(connection, project_id), more, limit)
 
     def get(self, project_id: str, id: str) -> StoredFile:
         """A file's facts. Raises NotFoundError."""
@@ -214,7 +227,7 @@ class FileStore:
         (self.folder / project_id / id).unlink(missing_ok=True)
 
     def used(self, project_id: str) -> int:
-        """Bytes that a project stores."""
+        """Bytes that a project stores, and has promised to upload in parts."""
         with self.db.connect() as connection:
             return self._used(connection, project_id)
 
@@ -237,8 +250,9 @@ class FileStore:
             known: set[str] = set()
             if old:
                 with self.db.connect() as connection:
-                    ids = sa.select(files.c.id).where(files.c.project_id == project.name)
-                    known = set(connection.execute(ids).scalars())
+                    for table in (files, upload_parts):
+                        ids = sa.select(table.c.id).where(table.c.project_id == project.name)
+                        known |= set(connection.execute(ids).scalars())
             for path in old:
                 if path.name not in known:
                     path.unlink(missing_ok=True)
@@ -266,12 +280,12 @@ class FileStore:
             incoming.id, project_id, filename, purpose, incoming.bytes, incoming.digest, now, expires_at, key_id
         )  # fmt: skip
 
-    def _record(self, incoming: Incoming, made: StoredFile, limit: int | None) -> None:
+    def _record(self, incoming: Incoming, made: StoredFile, within: Within = lambda connection: None) -> None:
+        """Put the bytes into their place, then write their row and what else belongs into its transaction."""
         place = incoming.place()
         try:
             with write(self.db, lock=f"files:{made.project_id}") as connection:
-                if limit is not None:
-                    _check_room(self._used(connection, made.project_id), made.bytes, limit)
+                within(connection)
                 connection.execute(files.insert().values(**vars(made)))
         except LapisError:
             place.unlink(missing_ok=True)
@@ -279,7 +293,13 @@ class FileStore:
 
     def _used(self, connection: Connection, project_id: str) -> int:
         mine = self._mine(project_id).subquery()
-        return int(connection.execute(sa.select(sa.func.sum(mine.c.bytes))).scalar() or 0)
+        promised = sa.select(sa.func.sum(uploads.c.bytes)).where(
+            uploads.c.project_id == project_id,
+            uploads.c.status == "pending",
+            uploads.c.expires_at > self.clock(),
+        )
+        sums = (sa.select(sa.func.sum(mine.c.bytes)), promised)
+        return sum(int(connection.execute(query).scalar() or 0) for query in sums)
 
     def _mine(self, project_id: str) -> sa.Select[Any]:
         lives = files.c.expires_at.is_(None) | (files.c.expires_at > self.clock())
@@ -306,7 +326,27 @@ def checked_name(filename: str) -> str:
     return name
 
 
-def _blocks(path: Path) -> Iterable[bytes]:
+def check_form(name: str, purpose: str, head: bytes) -> None:
+    """Whether a file can serve its purpose, by its name and its first bytes. Raises InputError."""
+    if purpose not in JSON_LINES:
+        return
+    check_ending(name, purpose)
+    if not head.strip():
+        raise InputError("The file is empty.", param="file")
+    if not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
+        raise InputError("The file's first line is not a JSON object.", param="file")
+
+
+def check_ending(name: str, purpose: str) -> None:
+    """Raises InputError where a file of JSON lines is wanted and the name is another one's."""
+    if purpose in JSON_LINES and not name.lower().endswith(".jsonl"):
+        raise InputError(
+            f"A file for {purpose} has JSON lines (.jsonl); {name[:80]!r} has not.", param="file"
+        )
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, some at a time."""
     with path.open("rb") as file:
         while data := file.read(BLOCK):
             yield data

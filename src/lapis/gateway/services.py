@@ -14,6 +14,7 @@ from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
 from lapis.gateway.stored import StoredResponses
+from lapis.gateway.uploads import UploadStore
 from lapis.home import Home
 
 
@@ -29,6 +30,7 @@ class Services:
     counters: Counters = field(default_factory=Counters)
     responses: StoredResponses = field(init=False)
     files: FileStore = field(init=False)
+    uploads: UploadStore = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
@@ -36,7 +38,8 @@ class Services:
     def __post_init__(self) -> None:
         self.responses = StoredResponses(self.db)
         self.files = FileStore(self.home.files, self.db)
-        self.loops.append(self.files.tidy)
+        self.uploads = UploadStore(self.files)
+        self.loops += [self.files.tidy, self.uploads.tidy]
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""

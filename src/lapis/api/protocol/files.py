@@ -16,7 +16,6 @@ AnyPurpose = Purpose | Literal["assistants_output", "batch_output", "fine-tune-r
 PURPOSES = get_args(Purpose)
 FilesLimit = Annotated[int, Query(ge=1, le=10_000)]
 HOUR, MONTH = 3600, 30 * 86_400  # seconds; the bounds of an expiry
-JSON_LINES = ("batch", "fine-tune")  # purposes whose files have one JSON value a line
 EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 
 
@@ -79,16 +78,6 @@ def checked_lifetime(seconds: int) -> float:
             param="expires_after.seconds",
         )
     return float(seconds)
-
-
-def check_json_lines(filename: str, head: bytes) -> None:
-    """Whether a file can be one of JSON lines, by its name and its first bytes. Raises InputError."""
-    if not filename.lower().endswith(".jsonl"):
-        raise InputError(f"The file must be of JSON lines (.jsonl), not {filename[:80]!r}.", param="file")
-    if not head.strip():
-        raise InputError("The file is empty.", param="file")
-    if not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
-        raise InputError("The file's first line is not a JSON object.", param="file")
 
 
 FORM_SCHEMA: dict[str, Any] = {

@@ -14,10 +14,8 @@ from lapis.api.auth import ServicesOf, Viewer, Worker
 from lapis.api.form import read_form
 from lapis.api.protocol.files import (
     FORM_SCHEMA,
-    JSON_LINES,
     FileObject,
     FilesLimit,
-    check_json_lines,
     file_object,
     read_fields,
 )
@@ -26,7 +24,6 @@ from lapis.gateway.files import BLOCK, FileStore, Incoming
 from lapis.tenants.keys import Identity
 
 FILE_LIMIT = 512 << 20  # bytes of one file
-HEAD = 4096  # bytes that are looked at
 TYPES = {  # what is never run by a browser; everything else is only bytes
     ".jsonl": "application/jsonl",
     ".json": "application/json",
@@ -111,7 +108,5 @@ def _keep(
     purpose: str,
     lifetime: float | None,
 ) -> FileObject:
-    if purpose in JSON_LINES:
-        check_json_lines(filename, incoming.head(HEAD))
     expires_at = None if lifetime is None else store.clock() + lifetime
     return file_object(store.keep(incoming, caller, filename, purpose, expires_at))

@@ -14,7 +14,6 @@ NOT_OFFERED = {
     "responses/compact": "Responses are not compacted.",
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
     "moderations": "Moderation is not offered yet.",
-    "uploads": "Uploads are not offered yet; `lapis data prepare` reads files of this machine.",
     "batches": "Batches are not offered yet.",
     "fine_tuning": "Fine-tuning through the API is not offered yet; `lapis train` trains.",
     "evals": "Evals through the API are not offered yet; `lapis evaluate` measures.",
