@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lapis.api.errors import ErrorObject, add_error_handlers
+from lapis.api.idempotency import Idempotency
 from lapis.api.inside import InsideApp
 from lapis.api.middleware import Envelope
 from lapis.api.routes import (
@@ -56,6 +57,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     add_error_handlers(app)
+    app.add_middleware(Idempotency, services=services)
     app.add_middleware(Envelope, services=services)
     for router in ROUTES:
         app.include_router(router)

@@ -9,6 +9,7 @@ from sqlalchemy.engine import Engine as Database
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
 from lapis.gateway.files import FileStore
+from lapis.gateway.idempotency import IdempotencyKeys
 from lapis.gateway.inside import Post, no_handlers
 from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
@@ -31,6 +32,7 @@ class Services:
     responses: StoredResponses = field(init=False)
     files: FileStore = field(init=False)
     uploads: UploadStore = field(init=False)
+    idempotency: IdempotencyKeys = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
@@ -39,7 +41,8 @@ class Services:
         self.responses = StoredResponses(self.db)
         self.files = FileStore(self.home.files, self.db)
         self.uploads = UploadStore(self.files)
-        self.loops += [self.files.tidy, self.uploads.tidy]
+        self.idempotency = IdempotencyKeys(self.db)
+        self.loops += [self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""
