@@ -8,13 +8,14 @@ export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.
 BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start quality serving
 
-.PHONY: help install quickstart test test-long test-cluster lint bench bench-peers clean
+.PHONY: help install quickstart test test-long test-cluster test-postgres lint bench bench-peers clean
 
 help:
 	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
 	@echo "make test         install what tests need, then run all tests"
 	@echo "make test-long    the long campaigns as well"
 	@echo "make test-cluster the tests on a small Ray cluster, after installing Ray and Daft (400 MB)"
+	@echo "make test-postgres the tests of what the database holds, on PostgreSQL"
 	@echo "make bench        speed, side by side with named peers"
 	@echo "make bench-peers  install the peers that make bench measures too, in .peers (up to 30 minutes, 6 GB)"
 	@echo "make lint         format and type checks"
@@ -48,6 +49,12 @@ test-long: $(VENV)/.installed-dev
 test-cluster: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
 	@$(BIN)/python -m pytest tests/integration/test_data_cluster.py
+
+# Debian's PostgreSQL, that of a wheel, or a server named by LAPIS_TEST_POSTGRES=postgresql://user@host/postgres
+test-postgres: $(VENV)/.installed-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[postgres]'
+	@$(BIN)/python -m tests.postgres || apt-get install -qy postgresql || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'pgserver>=0.1.4'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --postgres
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -1,30 +1,85 @@
-"""What all tests share: a home of their own, hypothesis without deadlines or chance."""
+"""What all tests share: a home of their own, hypothesis without deadlines or chance, the choice of the database."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from lapis.home import Home
+from tests import postgres
+from tests.postgres import Databases, pytest_addoption
+
+__all__ = ["pytest_addoption"]  # pytest finds it here
 
 settings.register_profile("lapis", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("lapis")
+URL = "LAPIS_DATABASE_URL"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --postgres: one server for the whole run. A test that drops connections is no leak."""
+    if config.option.postgres:
+        postgres.start(config)
+        config.addinivalue_line("filterwarnings", "ignore:<psycopg.Connection:ResourceWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --postgres: only files that have to do with the database, without what is SQLite's alone."""
+    if not config.option.postgres:
+        return
+    keep = {path: postgres.concerns(path) for path in {item.path for item in items}}
+    chosen = [item for item in items if keep[item.path] and item.get_closest_marker("sqlite") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def databases(request: pytest.FixtureRequest) -> Iterator[Databases | None]:
+    """The databases of this run on PostgreSQL; None on SQLite."""
+    if not request.config.option.postgres:
+        yield None
+        return
+    made = Databases(os.environ[postgres.SERVER])
+    ours = Home.database_url
+
+    def of_home(home: Home) -> str:
+        named = os.environ.get(URL)
+        return named if named and named not in made.made.values() else made.of(home)
+
+    Home.database_url = property(of_home)  # type: ignore[assignment,method-assign]
+    yield made
+    Home.database_url = ours  # type: ignore[method-assign]
+    made.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _database(databases: Databases | None) -> None:
+    """Chosen before any home is made."""
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, databases: Databases | None) -> None:
     """No test touches the user's home, whatever the environment says."""
     monkeypatch.setenv("LAPIS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("LAPIS_DATABASE_URL", raising=False)
+    monkeypatch.delenv(URL, raising=False)
+    if databases is not None:  # for the processes that the test starts
+        monkeypatch.setenv(URL, databases.of(Home(tmp_path / "home")))
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """A fresh home."""
     return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def database_url(home: Home) -> str:
+    """The database of the fresh home: a SQLite file that is not there yet, or one of PostgreSQL."""
+    return home.database_url
 
 
 # Small models in several processes at once: one thread each, or they wait for each other at every barrier.

@@ -35,8 +35,8 @@ Controller(queue, LocalExecutor(Path(sys.argv[2]))).run(threading.Event(), secon
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'lapis.db'}"
+def url(database_url: str) -> str:
+    return database_url
 
 
 @pytest.fixture

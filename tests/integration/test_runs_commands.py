@@ -155,7 +155,7 @@ def test_evaluate_keeps_in_the_run_what_the_engine_measures_too(trained: Trained
 
 
 def test_a_draft_release_is_measured_on_the_data_of_its_run(trained: Trained, tmp_path: Path) -> None:
-    registry = Registry(trained.home, open_database(f"sqlite:///{trained.home.root / 'lapis.db'}"))
+    registry = Registry(trained.home, open_database(trained.home.database_url))
     with exported_run(trained.home, trained.run.id) as exported:
         registry.create("tiny-release", exported.folder, trained.run.id, None, "tester", exported.lineage)
         shutil.copytree(exported.folder, tmp_path / "folder")

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Engine
 
 from lapis.db import open_database
 from lapis.errors import ConflictError, LimitError
+from lapis.home import Home
 from lapis.tenants.keys import LOCAL
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
@@ -27,7 +28,7 @@ STEPS = st.tuples(
 
 @pytest.fixture(scope="module")
 def db(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path_factory.mktemp('ledger') / 'lapis.db'}")
+    engine = open_database(Home(tmp_path_factory.mktemp("ledger")).database_url)
     Tenants(engine).set_quota("default", Quota(tokens_per_day=LIMIT), "os:ana")
     yield engine
     engine.dispose()

@@ -5,20 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from lapis.audit import GENESIS, AuditLog, os_user
 from lapis.db import open_database, write
 from lapis.errors import IntegrityError
+from tests.tampering import tamper
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'lapis.db'}"
+def url(database_url: str) -> str:
+    return database_url
 
 
 @pytest.fixture
@@ -34,15 +33,6 @@ def log(db: Engine) -> AuditLog:
     for number in range(1, 6):
         log.append("os:ana", "key.create", f"key_{number}", {"project": "default", "number": number})
     return log
-
-
-def tamper(db: Engine, *statements: str) -> None:
-    """What somebody with the file in hands can do: take the guards away, then write."""
-    with write(db) as connection:
-        for act in ("update", "delete"):
-            connection.execute(sa.text(f"DROP TRIGGER IF EXISTS audit_entries_no_{act}"))
-        for statement in statements:
-            connection.execute(sa.text(statement))
 
 
 def test_a_whole_log_is_verified_and_read_back(log: AuditLog) -> None:

@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -54,8 +53,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def queue(tmp_path: Path, clock: Clock) -> Iterator[JobQueue]:
-    db = open_database(f"sqlite:///{tmp_path / 'lapis.db'}")
+def queue(database_url: str, clock: Clock) -> Iterator[JobQueue]:
+    db = open_database(database_url)
     yield JobQueue(db, clock, lease_seconds=10)
     db.dispose()
 

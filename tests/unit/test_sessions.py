@@ -24,8 +24,8 @@ class Clock:
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path / 'home' / 'lapis.db'}")
+def db(database_url: str) -> Iterator[Engine]:
+    engine = open_database(database_url)
     yield engine
     engine.dispose()
 
@@ -57,6 +57,7 @@ def test_a_session_is_found_by_its_cookie_on_every_server(
     assert sessions.find("") is None
 
 
+@pytest.mark.sqlite
 def test_the_database_does_not_hold_the_cookie(
     sessions: Sessions, db: Engine, tmp_path: Path, key_id: str
 ) -> None:
