@@ -18,6 +18,7 @@ from lapis.api.routes import (
     completions,
     embeddings,
     files,
+    graders,
     health,
     missing,
     models,
@@ -36,6 +37,7 @@ ROUTES = (
     models.router,
     files.router,
     uploads.router,
+    graders.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does

@@ -19,6 +19,7 @@ BODY_LIMIT = 8 * 1024 * 1024  # bytes; a prompt of a million tokens fits
 BODY_SECONDS = 60.0  # from the end of the headers
 MAX_DEPTH = 700  # levels of nested objects and arrays; what walks them by recursion has room for more
 CLOSE = {"connection": "close"}  # the rest of a body that is too large is not read
+DROPPED = ("$defs", "discriminator")  # of a schema whose parts are in their places: both only name parts
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -151,7 +152,7 @@ def _inlined(schema: Any, named: dict[str, Any]) -> Any:
         return schema
     if "$ref" in schema:
         return _inlined(named[schema["$ref"].removeprefix("#/$defs/")], named)
-    return {name: _inlined(part, named) for name, part in schema.items() if name != "$defs"}
+    return {name: _inlined(part, named) for name, part in schema.items() if name not in DROPPED}
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> InputError:

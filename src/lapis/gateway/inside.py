@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lapis.tenants.keys import Identity
+
+BUSY = (429, 503)
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,16 @@ class Answer:
         """The body, which is JSON whenever the request did not ask for a stream."""
         return json.loads(self.body)
 
+    @property
+    def failure(self) -> str | None:
+        """What an error says; None where it is an answer."""
+        if self.status < 400:
+            return None
+        try:
+            return str(self.json()["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            return f"The API answered with status {self.status}."
+
 
 # POST a JSON body to a path (`/v1/…`) in somebody's name. `Identity.background` makes it yield to live traffic.
 # Cancelling it is what hanging up is for a client.
@@ -31,3 +46,18 @@ Post = Callable[[Identity, str, bytes], Awaitable[Answer]]
 async def no_handlers(identity: Identity, path: str, body: bytes) -> Answer:
     """What `Services.post` is until an app is made over the services."""
     raise AssertionError("there is no app over these services yet")
+
+
+async def post_patiently(
+    post: Post, identity: Identity, path: str, body: bytes, seconds: float = math.inf
+) -> Answer:
+    """As `post`; while a limit or a busy server refuses it, wait as it says and ask again, for so many seconds."""
+    loop = asyncio.get_running_loop()
+    until, pause = loop.time() + seconds, FIRST_PAUSE
+    while True:
+        answer = await post(identity, path, body)
+        if answer.status not in BUSY or loop.time() >= until:
+            return answer
+        told = float(answer.headers.get("retry-after-ms", 0)) / 1000
+        await asyncio.sleep(min(max(pause, told), LONGEST_PAUSE, max(0.0, until - loop.time())))
+        pause *= 2

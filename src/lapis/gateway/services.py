@@ -9,14 +9,16 @@ from sqlalchemy.engine import Engine as Database
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
 from lapis.gateway.files import FileStore
+from lapis.gateway.graders import Graders
 from lapis.gateway.idempotency import IdempotencyKeys
-from lapis.gateway.inside import Post, no_handlers
+from lapis.gateway.inside import Answer, Post, no_handlers
 from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
 from lapis.gateway.stored import StoredResponses
 from lapis.gateway.uploads import UploadStore
 from lapis.home import Home
+from lapis.tenants.keys import Identity
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Services:
     files: FileStore = field(init=False)
     uploads: UploadStore = field(init=False)
     idempotency: IdempotencyKeys = field(init=False)
+    graders: Graders = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
@@ -43,9 +46,15 @@ class Services:
         self.uploads = UploadStore(self.files)
         self.idempotency = IdempotencyKeys(self.db)
         self.loops += [self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
+        self.graders = Graders(self._post, self.router)
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""
+        self.graders.close()
         self.router.close()
         self.meter.close()
         self.db.dispose()
+
+    async def _post(self, identity: Identity, path: str, body: bytes) -> Answer:
+        """The handlers of the app that is made over these services later."""
+        return await self.post(identity, path, body)
