@@ -8,7 +8,7 @@ export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.
 BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start quality serving
 
-.PHONY: help install quickstart test test-long test-cluster test-postgres lint bench bench-peers clean
+.PHONY: help install quickstart test test-long test-cluster test-postgres test-browser lint bench bench-peers clean
 
 help:
 	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-long    the long campaigns as well"
 	@echo "make test-cluster the tests on a small Ray cluster, after installing Ray and Daft (400 MB)"
 	@echo "make test-postgres the tests of what the database holds, on PostgreSQL"
+	@echo "make test-browser the console in a real Chromium, after installing Chromium and Playwright"
 	@echo "make bench        speed, side by side with named peers"
 	@echo "make bench-peers  install the peers that make bench measures too, in .peers (up to 30 minutes, 6 GB)"
 	@echo "make lint         format and type checks"
@@ -55,6 +56,13 @@ test-postgres: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[postgres]'
 	@$(BIN)/python -m tests.postgres || apt-get install -qy postgresql || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'pgserver>=0.1.4'
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --postgres
+
+# Debian's Chromium, driven by Playwright; axe-core looks at every page.
+test-browser: $(VENV)/.installed-dev
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@test -f $(VENV)/axe.min.js || { cd $(VENV) && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz --strip-components=1 package/axe.min.js; } || echo "axe-core could not be fetched: its checks will be skipped."
+	@$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -86,12 +86,18 @@ class AuditLog:
         query = sa.select(audit_entries).where(audit_entries.c.sequence > after)
         with self.db.connect() as connection:
             rows = connection.execute(query.order_by(audit_entries.c.sequence).limit(limit)).all()
-        return [
-            AuditEntry(
-                row.sequence, row.at, row.actor, row.action, row.target, json.loads(row.facts), row.digest
-            )
-            for row in rows
-        ]
+        return [_entry(row) for row in rows]
+
+    def newest(self, limit: int, actor: str = "", action: str = "", target: str = "") -> list[AuditEntry]:
+        """The last entries, the newest first, whose actor, action and target contain these texts."""
+        columns = audit_entries.c
+        asked = ((columns.actor, actor), (columns.action, action), (columns.target, target))
+        query = sa.select(audit_entries).order_by(columns.sequence.desc()).limit(limit)
+        for column, text in asked:
+            if text:
+                query = query.where(column.contains(text, autoescape=True))
+        with self.db.connect() as connection:
+            return [_entry(row) for row in connection.execute(query)]
 
     def verify(self) -> AuditSummary:
         """Walk the whole chain. Raises IntegrityError naming the first entry edited, dropped or moved."""
@@ -128,6 +134,11 @@ def _digest(sequence: int, at: float, actor: str, action: str, target: str, fact
 def _owners(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that an entry is found by: they repeat its facts."""
     return {name: facts.get(name) for name in ("organization_id", "project_id")}
+
+
+def _entry(row: Row[Any]) -> AuditEntry:
+    facts = json.loads(row.facts)
+    return AuditEntry(row.sequence, row.at, row.actor, row.action, row.target, facts, row.digest)
 
 
 def _check(row: Row[Any], expected: int, previous: str) -> None:

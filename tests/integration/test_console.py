@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 import websockets
 
 from lapis.console import mount
+from lapis.console.door import csrf_token
 from lapis.console.session import COOKIE
 from lapis.db import open_database
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
+from lapis.jobs.job import JobSpec
+from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer, running_server
 from lapis.tenants.keys import ApiKeys
+from lapis.tenants.tenant import DEFAULT, Role, Tenants
 from lapis.train.run import Run
 from tests.browsers import browser_at, sign_in
 from tests.served import model_folder
@@ -34,7 +39,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, str]]:
             "step", step=step, loss=5.0 - step, lr=0.1, tokens=step, tokens_per_s=9.0, seconds=1.0
         )
     db = open_database(home.database_url)
-    yield home, ApiKeys(db).create("me", "test")[1]
+    yield home, ApiKeys(db).create("me", "test", scopes=Role.OWNER.scopes)[1]
     db.dispose()
 
 
@@ -51,7 +56,12 @@ def browser(server: RunningServer) -> Iterator[httpx.Client]:
 
 
 def test_without_a_session_it_asks_for_a_key(browser: httpx.Client) -> None:
-    for path in ("/console", "/console/runs", "/console/runs/x", "/console/_nicegui_ws/socket.io/"):
+    for path in (
+        "/console",
+        "/console/training",
+        "/console/training/runs/x",
+        "/console/_nicegui_ws/socket.io/",
+    ):
         answer = browser.get(path)
         assert answer.status_code == 401
         assert "API key" in answer.text
@@ -72,11 +82,11 @@ def test_a_key_opens_the_pages(browser: httpx.Client, key: tuple[Home, str]) -> 
     assert "loads at first use" in opened.text
     assert "Apache-2.0" in opened.text
     run = Run.list(key[0])[0]
-    assert run.id in browser.get("/console/runs").text
-    page = browser.get(f"/console/runs/{run.id}").text
+    assert run.id in browser.get("/console/training").text
+    page = browser.get(f"/console/training/runs/{run.id}").text
     assert "[3,2.0]" in page.replace(" ", "")
     assert "seed = 7" in page
-    assert "There is no run" in browser.get("/console/runs/nothing").text
+    assert "There is no run" in browser.get("/console/training/runs/nothing").text
 
 
 def test_the_pages_socket_opens_for_a_session_of_this_site(
@@ -92,6 +102,53 @@ def test_the_pages_socket_opens_for_a_session_of_this_site(
             return str(await socket.recv())
 
     assert asyncio.run(first()).startswith("0{")
+
+
+def test_a_member_sees_nothing_of_other_projects(browser: httpx.Client, server: RunningServer) -> None:
+    keys, store = ApiKeys(server.services.db), server.services.files
+    Tenants(server.services.db).create_project("other", "test")
+    member = keys.create("member", "test", project="other")
+    sign_in(browser, member[1])
+    mine = store.put(member[0].project_id, "mine.txt", "user_data", b"mine")
+    foreign = store.put(DEFAULT, "unseen.txt", "user_data", b"foreign")
+    job = JobQueue(server.services.db).submit(JobSpec("unseen", ("true",)), "test")
+    run = Run.list(server.services.home)[0]
+    assert browser.get(f"/console/files/{mine.id}/content").text == "mine"
+    unknown = browser.get(f"/console/files/{mine.id}x/content")
+    refused = browser.get(f"/console/files/{foreign.id}/content")
+    assert refused.status_code == unknown.status_code == 404
+    assert refused.text.replace(foreign.id, "") == unknown.text.replace(f"{mine.id}x", "")
+    for path in (
+        "/",
+        "/training",
+        f"/training/runs/{run.id}",
+        "/jobs",
+        f"/jobs/{job.id}",
+        "/files",
+        "/members",
+    ):
+        page = browser.get(f"/console{path}").text
+        assert "unseen" not in page and "seed = 7" not in page
+        assert not any(other.id in page for other in keys.list(DEFAULT))
+    for path in ("/audit", "/models/poet:1"):
+        assert "it lacks the scope" in browser.get(f"/console{path}").text
+
+
+def test_an_upload_needs_the_session_s_token(
+    browser: httpx.Client, server: RunningServer, key: tuple[Home, str]
+) -> None:
+    sign_in(browser, key[1])
+    form: Any = {"data": {"purpose": "user_data"}, "files": {"file": ("a.txt", b"text")}}
+    assert browser.post("/console/files/upload", **form).status_code == 403
+    assert (
+        browser.post("/console/files/upload", **form, headers={"x-csrf-token": "guessed"}).status_code == 403
+    )
+    token = {"x-csrf-token": csrf_token(browser.cookies[COOKIE])}
+    sent = browser.post("/console/files/upload", **form, headers=token)
+    assert server.services.files.get(DEFAULT, sent.json()["id"]).filename == "a.txt"
+    wrong = browser.post("/console/files/upload", **{**form, "data": {"purpose": "fun"}}, headers=token)
+    assert wrong.status_code == 400
+    assert "purpose must be one of" in wrong.json()["message"]
 
 
 def test_a_revoked_key_closes_them_again(browser: httpx.Client, server: RunningServer) -> None:

@@ -63,6 +63,10 @@ class Router:
         found = [known[name] for name in sorted(known) if not _is_named_shorter(known[name], known)]
         return [(servable, self._deployments[self._base(servable).digest]) for servable in found]
 
+    def engines(self) -> list[Engine]:
+        """The engines that are loaded, whoever may use their models."""
+        return [one.loaded for one in self._deployments.values() if one.loaded is not None]
+
     def load(self, names: Sequence[str]) -> None:
         """Load these models now. Raises NotFoundError, IntegrityError, ConfigError if they do not fit together."""
         deployments = list(dict.fromkeys(self.find(name) for name in names))

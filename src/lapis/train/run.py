@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -167,6 +168,21 @@ class Run:
     def status(self) -> Status:
         """Whether a process trains this run now, and if not, how the last one ended."""
         return status_of(self._held(), self.events.read())
+
+    def interrupt(self) -> None:
+        """Ask the process of this machine that trains the run to save and stop. Raises ConflictError without one."""
+        for name in (WATCH, LOCK):  # the supervisor stops its ranks itself
+            path = self.folder / name
+            if _is_locked(path):
+                try:
+                    os.kill(int(path.read_text()), signal.SIGINT)
+                    return
+                except (ValueError, ProcessLookupError, PermissionError):
+                    continue  # it has just ended, or it is not a process of ours
+        raise ConflictError(
+            f"No process of this machine trains the run {self.id}.",
+            hint="Stop it where it was started: Ctrl-C, or cancel its job.",
+        )
 
     def summary(self) -> RunSummary:
         """The run in one line."""

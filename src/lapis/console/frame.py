@@ -1,0 +1,81 @@
+"""What surrounds every page: navigation, who is signed in, the theme, and the place where messages appear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from nicegui import ui
+
+from lapis.console.parts import Text, link
+from lapis.console.session import FIELD, Session
+from lapis.console.view import PATH, View
+from lapis.gateway.services import Services
+from lapis.tenants.keys import Identity
+
+ASSETS = Path(__file__).with_name("assets")
+
+
+class Link(NamedTuple):
+    """A place in the navigation."""
+
+    href: str
+    title: str
+
+
+@contextmanager
+def frame(
+    services: Services, session: Session, identity: Identity, title: str, links: Sequence[Link], here: str
+) -> Iterator[View]:
+    """Draw the frame; what is drawn inside is the page."""
+    ui.add_head_html(f"<script>{_asset('page.js')}</script><style>{_asset('style.css')}</style>")
+    ui.context.client.content.classes(remove="nicegui-content")
+    with ui.element("div").classes("shell"):
+        with ui.element("div").classes("side"):
+            link("Lapis", PATH + "/", "brand")
+            _menu(session, identity, links, here)
+        with ui.element("div").classes("page").props('tabindex="-1"') as page:
+            with ui.element("div").classes("head"):
+                Text(title, "h1")
+            status = ui.element("div").classes("status").props('role="status" aria-live="polite"')
+            yield View(services, session, identity, status)
+    ui.skip_link("Skip to the page", target=page)
+
+
+def _menu(session: Session, identity: Identity, links: Sequence[Link], here: str) -> None:
+    # On a phone the links are behind this button; on a wide screen it is not there.
+    opener = Text("Menu", "button").classes("button opener").props('type="button" aria-expanded="false"')
+    opener.on(
+        "click",
+        js_handler="(e) => e.currentTarget.setAttribute('aria-expanded', "
+        "e.currentTarget.parentElement.classList.toggle('open'))",
+    )
+    with ui.element("nav").classes("links").props('aria-label="Pages"'):
+        for place in links:
+            made = link(place.title, PATH + place.href)
+            if place.href == here:
+                made.props["aria-current"] = "page"
+    with ui.element("div").classes("who"):
+        Text(_who(identity)).classes("name")
+        Colours()
+        if not session.local:
+            with ui.element("form").props(f'method="post" action="{PATH}/sign-out"'):
+                ui.element("input").props(f'type="hidden" name="{FIELD}" value="{session.csrf}"')
+                Text("Sign out", "button").classes("button")
+
+
+class Colours(ui.element, component="assets/colours.js"):
+    """The choice of light or dark."""
+
+
+def _who(identity: Identity) -> str:
+    who = "You, on this machine" if identity.key_id is None else identity.key_id
+    return f"{who} · project {identity.project_id}"
+
+
+@cache
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text()

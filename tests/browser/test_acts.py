@@ -1,0 +1,171 @@
+"""What people do in the console: chat, make keys, approve, cancel, upload, filter, verify."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from lapis.home import Home
+from lapis.jobs.job import State
+from lapis.jobs.queue import JobQueue
+from lapis.server import RunningServer
+from lapis.tenants.keys import ApiKeys
+from lapis.tenants.tenant import Role
+from tests.browser.conftest import Visit
+
+Furnished = tuple[Home, str]
+
+
+def test_a_chat_is_streamed_and_tells_how_likely_each_token_was(visit: Visit) -> None:
+    page = visit("/playground?model=tiny")
+    page.get_by_label("Your message").fill("Tell me of the river.")
+    page.get_by_label("Your message").press("Enter")
+    page.wait_for_selector("text=/\\d+ tokens, /")
+    answer = page.get_by_role("group", name="Answer of tiny")
+    assert re.fullmatch(r"[A-Z][a-z .A-Z]+\.", answer.inner_text())
+    answer.press("ArrowRight")
+    assert re.search(r'^".+" +61 % — instead: ".+" 14 %', page.locator(".odds").inner_text())
+
+
+def test_two_models_answer_side_by_side_and_can_be_stopped(visit: Visit) -> None:
+    page = visit("/playground")
+    page.get_by_label("Compare two models").check()
+    page.get_by_label("Model").nth(1).wait_for()
+    page.get_by_label("Your message").fill("Tell me a long story.")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for()
+    assert page.get_by_role("group", name=re.compile("Answer of (tiny|harbour-1b)")).count() == 2
+
+
+def test_the_python_code_asks_the_same(visit: Visit, server: RunningServer, tmp_path: Path) -> None:
+    page = visit("/playground?model=tiny")
+    page.get_by_label("Your message").fill('It\'s "quoted"\nand has two lines.')
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_role("button", name="Copy as Python").click()
+    code = page.locator(".q-dialog pre").inner_text()
+    program = tmp_path / "asked.py"
+    program.write_text(code)
+    key = ApiKeys(server.services.db).create("program", "test")[1]
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OPENAI_API_KEY": key},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[A-Z][a-z .A-Z]+\.", done.stdout.strip())
+
+
+def test_a_key_is_shown_once_and_ends_its_sessions_when_revoked(visit: Visit) -> None:
+    page = visit("/members")
+    page.get_by_role("button", name="Create a key").click()
+    page.get_by_label("Name").fill("grace")
+    page.get_by_role("button", name="Create", exact=True).click()
+    text = page.locator(".secret").inner_text()
+    assert text.startswith("lapis_")
+    page.get_by_role("button", name="I have it").click()
+    other = visit("/", key=text)
+    assert other.get_by_role("link", name="Audit").count() == 0
+    row = page.get_by_role("row").filter(has_text="grace")
+    row.get_by_role("button", name=re.compile("Revoke")).click()
+    page.get_by_role("button", name="Revoke it").click()
+    page.get_by_role("row").filter(has_text="grace").filter(has_text="revoked").wait_for()
+    other.wait_for_selector("#key")  # it asks for a key again
+    page.goto("/console/members")
+    page.wait_for_selector("text=grace")
+    assert text not in page.content()
+
+
+def test_a_gate_that_refuses_needs_a_reason_to_be_overridden(visit: Visit) -> None:
+    page = visit("/models")
+    row = page.get_by_role("row").filter(has_text="poet:2")
+    row.get_by_role("button", name=re.compile("Approve")).click()
+    page.wait_for_selector("text=evaluation: There is no evaluation.")
+    page.get_by_role("button", name="Override and approve").click()
+    page.wait_for_selector("text=Overriding a gate needs a reason.")
+    row.get_by_role("button", name=re.compile("Approve")).click()
+    page.get_by_label("Reason (needed").fill("tried by hand")
+    page.get_by_role("button", name="Override and approve").click()
+    page.get_by_role("row").filter(has_text="poet:2").filter(has_text="approved").wait_for()
+    page.get_by_role("link", name="poet:2").click()
+    page.wait_for_selector("text=tried by hand")
+
+
+def test_a_waiting_job_is_cancelled(visit: Visit, server: RunningServer) -> None:
+    page = visit("/jobs")
+    row = page.get_by_role("row").filter(has_text="train letters").first
+    row.get_by_role("button", name=re.compile("Cancel")).click()
+    page.get_by_role("button", name="Cancel the job").click()
+    page.locator("section[aria-label=Ended] tr", has_text="train letters").wait_for()
+    found = JobQueue(server.services.db).list(State.CANCELLED)
+    assert next(job for job in found if job.spec.name == "train letters").reason.startswith(
+        "cancelled by key:"
+    )
+
+
+def test_a_file_goes_up_and_down_and_away(visit: Visit, tmp_path: Path) -> None:
+    page = visit("/files")
+    local = tmp_path / "talks.jsonl"
+    local.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
+    )
+    page.get_by_label("File", exact=True).set_input_files(local)
+    page.get_by_role("button", name="Upload").click()
+    page.wait_for_selector("text=talks.jsonl is there as file-")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="talks.jsonl").click()
+    assert Path(download.value.path()).read_text() == local.read_text()
+    page.get_by_role("button", name=re.compile("Delete file-")).click()
+    page.get_by_role("button", name="Delete it").click()
+    page.wait_for_selector("text=No file yet.")
+
+
+def test_the_audit_log_is_filtered_and_verified(visit: Visit) -> None:
+    page = visit("/audit")
+    page.get_by_role("button", name="Verify the chain").click()
+    page.wait_for_selector("text=entries are there, unchanged and in order")
+    page.get_by_label("Did").fill("project.create")
+    page.wait_for_function("document.querySelectorAll('tbody tr').length === 2")
+
+
+def test_runs_are_compared_in_one_chart(visit: Visit) -> None:
+    page = visit("/training")
+    boxes = page.get_by_role("checkbox", name=re.compile("Compare poems"))
+    boxes.nth(0).check()
+    boxes.nth(1).check()
+    chart = page.get_by_role("img", name=re.compile(r"Loss .*Last values: poems-.*, poems-"))
+    chart.wait_for()
+    page.get_by_role("link", name=re.compile("poems-")).first.click()
+    page.wait_for_selector("text=productive steps")
+    page.wait_for_selector("text=steps = 400")
+
+
+def test_usage_is_exported_as_it_is_shown(visit: Visit) -> None:
+    page = visit("/usage")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export CSV").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    tokens = sum(int(line.split(",")[4]) + int(line.split(",")[6]) for line in lines[1:] if ",model," in line)
+    shown = page.locator("section[aria-label='By model'] td[data-label=Tokens]").all_inner_texts()
+    assert tokens == sum(int(text.replace(",", "")) for text in shown) > 0
+
+
+def test_a_member_sees_only_the_own_project(visit: Visit, server: RunningServer) -> None:
+    reader = ApiKeys(server.services.db).create(
+        "reader", "test", project="support", scopes=Role.READER.scopes
+    )[1]
+    page = visit("/usage", key=reader)
+    page.wait_for_selector("text=Nothing was used in these days.")
+    links = page.locator("nav a").all_inner_texts()
+    assert "Audit" not in links and "Playground" not in links
+    page.goto("/console/audit")
+    page.wait_for_selector("text=it lacks the scope 'admin'")
+    for path, text in (("/training", "No run yet."), ("/jobs", "Nothing waits"), ("/members", "reader")):
+        page.goto(f"/console{path}")
+        page.wait_for_selector(f"text={text}")
+        assert "poems" not in page.content() and "nightly" not in page.content()
