@@ -49,6 +49,11 @@ class Home:
         return self.root / "jobs"
 
     @property
+    def fine_tuning(self) -> Path:
+        """What fine-tuning through the API works on and makes, one folder per job."""
+        return self.root / "fine-tuning"
+
+    @property
     def database_url(self) -> str:
         """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
         return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

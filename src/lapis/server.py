@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,8 @@ from lapis.db import open_database
 from lapis.errors import ConfigError, ConflictError, IntegrityError, NotFoundError
 from lapis.gateway.admission import Admission
 from lapis.gateway.deployment import Build
+from lapis.gateway.fine_tuned import FineTunedModels
+from lapis.gateway.loops import in_thread
 from lapis.gateway.memory import MemoryBudget
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
@@ -32,6 +35,8 @@ from lapis.gateway.services import Services
 from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.inference.engine import Engine, LocalEngine
+from lapis.jobs.controller import Controller
+from lapis.jobs.executors.local import LocalExecutor
 from lapis.model import manifest
 from lapis.release.registry import Registry, Servable
 from lapis.release.release import SERVABLE
@@ -46,6 +51,7 @@ INTERRUPT_SECONDS = 1  # what Ctrl-C gives to them
 # idle connection for alive for 5 s, so a shorter time would cut off requests that are just being sent.
 HEADER_SECONDS = 20.0
 PORTS_TO_TRY = 100
+CONTROL_SECONDS = 0.5  # between two looks at the queue of jobs
 # How long a thread may keep the interpreter: with Python's 5 ms the engine's thread waits for the event loop, and 16
 # streams get a third fewer tokens.
 SWITCH_SECONDS = 0.0005
@@ -153,17 +159,23 @@ def make_services(
                 hint="Make one first: lapis keys create NAME",
             )
         registry = Registry(home, db)
-        router = Router(_catalog(registry, models), _builder(registry, load), memory)
+        catalog = _catalog(registry, FineTunedModels(home, db), models)
+        router = Router(catalog, _builder(registry, load), memory)
         admission = Admission(keys, keys_required=have_keys or not _is_loopback(host))
         ledger = UsageLedger(db)
         ledger.expire()  # what a killed server had reserved
-        return Services(home, db, router, admission, Meter(ledger))
+        services = Services(home, db, router, admission, Meter(ledger))
+        controller = Controller(services.queue, LocalExecutor(home.jobs))
+        services.loops.append(in_thread(partial(controller.run, seconds=CONTROL_SECONDS)))
+        return services
     except BaseException:
         db.dispose()
         raise
 
 
-def _catalog(registry: Registry, models: Sequence[str]) -> Callable[[], list[Servable]]:
+def _catalog(
+    registry: Registry, fine_tuned: FineTunedModels, models: Sequence[str]
+) -> Callable[[], list[Servable]]:
     found = {servable.name for servable in registry.servables()}
     if not found and not models:
         raise NotFoundError(
@@ -178,7 +190,8 @@ def _catalog(registry: Registry, models: Sequence[str]) -> Callable[[], list[Ser
         found = registry.servables()
         bases = {servable.base for servable in found if servable.name in models}
         wanted = {*models, *bases}
-        return [servable for servable in found if not models or servable.name in wanted]
+        served = [servable for servable in found if not models or servable.name in wanted]
+        return served + fine_tuned.servables(served)
 
     return catalog
 

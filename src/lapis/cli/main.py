@@ -31,6 +31,8 @@ COMMANDS = {
     "doctor": ("doctor", "Tell what this machine has, what is missing, and where things lie."),
 }
 
+HIDDEN = {"finetuning": "finetuning"}  # what the server's queue starts
+
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -41,16 +43,17 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        name = HIDDEN.get(cmd_name) or COMMANDS.get(cmd_name, ("",))[0]
+        if not name:
             return None
-        module = importlib.import_module(f"lapis.cli.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(f"lapis.cli.{name}")
         found: click.Command = getattr(module, "group", None) or module.command
         return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        if args and not args[0].startswith("-") and args[0] not in {**COMMANDS, **HIDDEN}:
             ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 

@@ -78,6 +78,13 @@ class Line:
         return f"{self.path}:{self.number}"
 
 
+def is_chat(example: Example) -> bool:
+    """Whether a chat template is needed to read an example."""
+    if isinstance(example, Preference):
+        return isinstance(example.chosen, Chat)
+    return isinstance(example, Chat) or (isinstance(example, Prompt) and not isinstance(example.asked, str))
+
+
 def read_examples(paths: Sequence[Path], kind: Kind) -> list[Line]:
     """All lines of all files, each one checked to be of that kind.
 

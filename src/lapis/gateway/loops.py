@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from lapis.errors import LapisError
 from lapis.log import logger
@@ -11,6 +13,22 @@ from lapis.log import logger
 Loop = Callable[[], Awaitable[None]]  # goes on until it is cancelled
 
 AGAIN_SECONDS = 1.0  # between a loop's failure and its next try
+
+
+def in_thread(run: Callable[[threading.Event], None]) -> Loop:
+    """A loop that blocks, in a thread of its own: `run` goes on until its event is set, and is waited for."""
+
+    async def loop() -> None:
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="loop") as pool:
+            running = asyncio.get_running_loop().run_in_executor(pool, run, stop)
+            try:
+                await asyncio.shield(running)
+            finally:
+                stop.set()
+                await running
+
+    return loop
 
 
 async def keep_running(loop: Loop) -> None:

@@ -82,6 +82,10 @@ class Router:
         for deployment in deployments:
             deployment.load()
 
+    def refresh(self) -> None:
+        """Read the catalog at once: it has just been changed."""
+        self._refresh(at_once=True)
+
     def close(self) -> None:
         """End every engine."""
         for deployment in self._deployments.values():

@@ -9,6 +9,9 @@ from sqlalchemy.engine import Engine as Database
 from lapis.gateway.admission import Admission
 from lapis.gateway.counters import Counters
 from lapis.gateway.files import FileStore
+from lapis.gateway.fine_tuned import FineTunedModels
+from lapis.gateway.fine_tuning import FineTuning
+from lapis.gateway.fine_tuning_loop import FineTuningLoop
 from lapis.gateway.graders import Graders
 from lapis.gateway.idempotency import IdempotencyKeys
 from lapis.gateway.inside import Answer, Post, no_handlers
@@ -18,6 +21,7 @@ from lapis.gateway.router import Router
 from lapis.gateway.stored import StoredResponses
 from lapis.gateway.uploads import UploadStore
 from lapis.home import Home
+from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import Identity
 
 
@@ -37,6 +41,9 @@ class Services:
     idempotency: IdempotencyKeys = field(init=False)
     graders: Graders = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
+    queue: JobQueue = field(init=False)
+    fine_tuning: FineTuning = field(init=False)
+    fine_tuned: FineTunedModels = field(init=False)
     loops: list[Loop] = field(default_factory=list)  # run beside the requests
     draining: bool = False  # what is under way is finished, nothing new is begun
 
@@ -45,8 +52,12 @@ class Services:
         self.files = FileStore(self.home.files, self.db)
         self.uploads = UploadStore(self.files)
         self.idempotency = IdempotencyKeys(self.db)
+        self.queue = JobQueue(self.db)
+        self.fine_tuning = FineTuning(self.home, self.db, self.queue, self.files)
+        self.fine_tuned = FineTunedModels(self.home, self.db)
         self.loops += [self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
         self.graders = Graders(self._post, self.router)
+        self.loops.append(FineTuningLoop(self.fine_tuning).run)
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""

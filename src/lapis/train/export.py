@@ -24,7 +24,7 @@ from lapis.model.manifest import Source
 from lapis.model.weights import DTYPES, read_model, write_model
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.base import Base, model_folder
-from lapis.train.lora import attach, merged
+from lapis.train.lora import Lora, attach, merged
 from lapis.train.recipe import Recipe
 from lapis.train.run import RECIPE, Run
 
@@ -95,6 +95,24 @@ def export_adapter(run: Run, folder: Path, *, best: bool = False) -> str:
     return name
 
 
+def adapter_of(run: Run, checkpoint: Checkpoint) -> tuple[ModelConfig, Adapter]:
+    """The shape of a run's base and the adapter in one of its checkpoints; the base's weights are not read.
+
+    Raises ConflictError for a run without adapters, IntegrityError for a damaged checkpoint.
+    """
+    recipe, loaded = _recipe(run), load(checkpoint)
+    if recipe.lora is None:
+        raise ConflictError(f"The run {run.id} trained whole weights, not an adapter.")
+    shape = ModelConfig(**loaded.state["model"])
+    lora = Lora(recipe.lora, shape, recipe.train.seed, DTYPES[recipe.train.dtype])
+    return shape, _filled(lora, loaded.groups["model"])
+
+
+def _filled(lora: Lora, state: Mapping[str, Tensor]) -> Adapter:
+    lora.load_state_dict({name.removeprefix("lora."): weight for name, weight in state.items()})
+    return lora.adapter()
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a checkpoint holds as a whole model: an adapter is merged into the model that it was trained beside."""
@@ -112,9 +130,7 @@ def trained_weights(run: Run, loaded: Loaded, *, average: bool = False) -> Train
         return Trained(shape, state, None)
     model = read_model(base_of(run).stored.folder, dtype=DTYPES[recipe.train.dtype]).model
     whole = dict(model.state_dict())
-    lora = attach(model, recipe.lora, recipe.train.seed)
-    lora.load_state_dict({name.removeprefix("lora."): weight for name, weight in state.items()})
-    adapter = lora.adapter()
+    adapter = _filled(attach(model, recipe.lora, recipe.train.seed), state)
     return Trained(shape, merged(whole, adapter), adapter)
 
 

@@ -26,18 +26,25 @@ from lapis.train.recipe import LoraSection
 class Lora(nn.Module):
     """The trainable pairs of all layers: A random, as PEFT starts it, B zero, so that at first nothing changes."""
 
-    def __init__(self, section: LoraSection, base: Decoder, seed: int) -> None:
+    def __init__(
+        self,
+        section: LoraSection,
+        config: ModelConfig,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
-        self.config, self.rank, self.scale = base.config, section.rank, section.alpha / section.rank
-        self.modules_of_layer = chosen_modules(base.config, section.targets)
+        self.config, self.rank, self.scale = config, section.rank, section.alpha / section.rank
+        self.modules_of_layer = chosen_modules(config, section.targets)
         self.layers = nn.ModuleList()
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(base.config.layers):
+        for _ in range(config.layers):
             pairs = nn.ModuleDict()
             for name, (rows, columns) in self.modules_of_layer.items():
                 bound = columns**-0.5  # kaiming_uniform_ with a = √5
                 a_RK = torch.empty(section.rank, columns).uniform_(-bound, bound, generator=generator)
-                pairs[_key(name)] = Low(a_RK.to(base.ops.device, base.dtype), rows)
+                pairs[_key(name)] = Low(a_RK.to(device, dtype), rows)
             self.layers.append(pairs)
 
     def forward(self, batch: Batch) -> Batch:
@@ -92,7 +99,7 @@ class Low(nn.Module):
 def attach(model: Decoder, section: LoraSection, seed: int) -> Lora:
     """Freeze a model and give it adapters to train in its place. Raises ConfigError for unknown targets."""
     model.requires_grad_(False)
-    lora = Lora(section, model, seed)
+    lora = Lora(section, model.config, seed, model.dtype, model.ops.device)
     model.lora = lora
     return lora
 

@@ -12,19 +12,34 @@ from lapis.hashing import digest_json
 from lapis.kernels.variants import cpu_flags
 from lapis.model.families import Decoder
 
-SIZE = 1536
+SIZE, SMALL = 1536, 128
+TRY_S = 0.02  # what one try may take; a slow machine multiplies smaller matrices
+TYPES = (
+    torch.bfloat16,
+    torch.float32,
+)  # a CPU without instructions for bf16 is quicker in fp32, a hundredfold
 
 
 def gemm_flops(repeats: int = 5) -> float:
-    """FLOP/s of a bf16 product of two 1536 × 1536 matrices, the best of a few tries (about 0.1 s)."""
-    left, right = (torch.randn(SIZE, SIZE, dtype=torch.bfloat16) for _ in range(2))
+    """FLOP/s of a product of two matrices in bf16 or fp32, whichever this machine multiplies faster.
+
+    The best of a few tries at up to 1536 × 1536 (about 0.1 s).
+    """
+    rates = {dtype: _rate(SMALL, dtype, repeats=2) for dtype in TYPES}
+    dtype = max(TYPES, key=lambda dtype: rates[dtype])
+    fitting = int((rates[dtype] * TRY_S / 2) ** (1 / 3)) // SMALL * SMALL
+    return _rate(max(SMALL, min(SIZE, fitting)), dtype, repeats)
+
+
+def _rate(size: int, dtype: torch.dtype, repeats: int) -> float:
+    left, right = (torch.randn(size, size, dtype=dtype) for _ in range(2))
     torch.mm(left, right)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
-    return 2 * SIZE**3 / best
+    return 2 * size**3 / best
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,37 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from lapis.api.protocol.chat import ChatLogprob
 from lapis.api.protocol.formats import one_form, read_format, read_structure
 from lapis.api.protocol.generation import SEED, Body, SampledRequest, number_or
 from lapis.api.protocol.items import MAX_ITEMS, Item, read_items
+from lapis.api.protocol.metadata import Metadata
 from lapis.errors import InputError
 from lapis.inference.request import MAX_TOP_LOGPROBS, SamplingParams
 from lapis.tokenizer.grammar import Grammar
 from lapis.tokenizer.tools import ToolChoice, read_choice, read_tools
 
 LOGPROBS = "message.output_text.logprobs"  # the only part of `include` that concerns text
-MAX_METADATA = 16
 INPUT = {
     "anyOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MAX_ITEMS},
     ]
 }
-
-
-def _metadata(value: object) -> object:
-    """Up to 16 pairs of short texts."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or len(value) > MAX_METADATA:
-        raise ValueError(f"must be an object of at most {MAX_METADATA} texts")
-    for name, text in value.items():
-        if len(name) > 64 or not isinstance(text, str) or len(text) > 512:
-            raise ValueError("names have at most 64 characters, values are strings of at most 512")
-    return value
 
 
 class TextOptions(Body):
@@ -99,7 +87,7 @@ class ResponseRequest(InputRequest):
     store: bool | None = True
     max_output_tokens: Annotated[int, Field(ge=1, le=SEED)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=SEED)] | None = None  # of OpenAI's own tools: none here
-    metadata: Annotated[dict[str, str], BeforeValidator(_metadata)] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
     include: Annotated[list[str], Field(max_length=8)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 

@@ -15,7 +15,7 @@ NOT_OFFERED = {
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
     "moderations": "Moderation is not offered yet.",
     "batches": "Batches are not offered yet.",
-    "fine_tuning": "Fine-tuning through the API is not offered yet; `lapis train` trains.",
+    "fine_tuning/alpha": "Graders by themselves are not offered yet; reinforcement fine-tuning takes them.",
     "evals": "Evals through the API are not offered yet; `lapis evaluate` measures.",
     "organization": "Administration through the API is not offered yet; `lapis keys` handles keys.",
     "vector_stores": "Vector stores are not offered.",

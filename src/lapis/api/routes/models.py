@@ -1,11 +1,16 @@
-"""GET /v1/models and /v1/models/{name}."""
+"""GET /v1/models, GET and DELETE /v1/models/{name}."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
 
-from lapis.api.auth import Reader, ServicesOf
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+
+from lapis.api.auth import Reader, ServicesOf, Worker
+from lapis.api.protocol.lists import Deleted
 from lapis.api.protocol.models import ModelList, ModelObject
+from lapis.errors import NotFoundError
 from lapis.gateway.deployment import Deployment
 from lapis.release.registry import Servable
 
@@ -24,6 +29,21 @@ async def retrieve_model(name: str, services: ServicesOf, caller: Reader) -> Mod
     """One model by name."""
     servable, deployment = services.router.lookup(name, caller)
     return _describe(servable, deployment)
+
+
+@router.delete("/v1/models/{name:path}")
+async def delete_model(name: str, services: ServicesOf, caller: Worker) -> Deleted:
+    """Remove a model that the project has fine-tuned; no other can be removed here."""
+    servable, _ = services.router.lookup(name, caller)
+    try:
+        await asyncio.to_thread(services.fine_tuned.delete, caller.project_id, name, caller.actor)
+    except NotFoundError as error:  # it is visible, and not the project's own
+        what = "another project's" if servable.kind == "fine_tuned" else f"a {servable.kind} model"
+        raise HTTPException(
+            403, f"{name!r} is {what}: only a project's own fine-tuned models are deleted here."
+        ) from error
+    services.router.refresh()
+    return Deleted(id=name, object="model")
 
 
 def _describe(servable: Servable, deployment: Deployment) -> ModelObject:
