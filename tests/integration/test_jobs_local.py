@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from lapis.errors import ConflictError
 from lapis.jobs.controller import Controller
 from lapis.jobs.executors.local import LocalExecutor
 from lapis.jobs.job import ENDED, Job, JobSpec, Resources, State
+from lapis.jobs.policy import Policy
 from lapis.jobs.queue import JobQueue
+from lapis.tenants.tenant import Tenants
 
 LEASE = 0.3
 
@@ -266,3 +269,49 @@ def test_a_controller_that_slept_too_long_starts_nothing(
     with pytest.raises(ConflictError):
         executor.start(asleep)
     assert runs.read_text() == "run\n"
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+saved = Path(sys.argv[1])
+done = int(saved.read_text()) if saved.exists() else 0
+def stop(*_):
+    saved.write_text(str(done))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+print("from", done, flush=True)
+while done < int(sys.argv[2]):
+    time.sleep(0.01)
+    done += 1
+saved.write_text("all")
+"""
+
+
+def test_a_job_saves_stops_for_another_and_goes_on_where_it_was(
+    queue: JobQueue, executor: LocalExecutor, tmp_path: Path
+) -> None:
+    controller = Controller(queue, executor, policy=Policy(minimum_run=0.0, grace=30.0))
+    saved, gate = tmp_path / "saved", tmp_path / "gate"
+    other = Tenants(queue.db).create_project("other", "os:ana").id
+    argv = (sys.executable, "-c", SAVES, str(saved), "30")
+    long = queue.submit(JobSpec("long", argv, Resources(4), preemptible=True), "os:ana")
+    until(lambda: queue.get(long.id).state is State.RUNNING, controller)
+    until(lambda: executor.log(queue.get(long.id)).read_text() == "from 0\n")
+    wait = f"while [ ! -e {gate} ]; do sleep 0.02; done"
+    short = queue.submit(shell(wait, cpus=2), "os:bo", project_id=other)
+    until(lambda: queue.get(short.id).state is State.RUNNING, controller)
+    stopped = queue.get(long.id)
+    assert (stopped.state, stopped.attempt, stopped.exit_code) == (State.QUEUED, 1, 143)
+    assert stopped.reason == f"stopped for {short.id}; it goes on when there is room"
+    assert 0 <= int(saved.read_text()) < 30
+    gate.touch()
+    ended = settled(queue, controller, long)
+    assert (ended.state, ended.attempt, saved.read_text()) == (State.SUCCEEDED, 2, "all")
+    assert executor.log(ended).read_text() != "from 0\n"
+
+
+def test_a_job_ends_at_its_time_limit(queue: JobQueue, controller: Controller) -> None:
+    job = queue.submit(replace(shell("sleep 600"), time_limit=0.2), "os:ana")
+    ended = settled(queue, controller, job)
+    assert (ended.state, ended.reason) == (State.FAILED, "it ran into its time limit of 0.2 s")

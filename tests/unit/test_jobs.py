@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lapis.audit import AuditLog
 from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
-from lapis.jobs.controller import choose, decide
+from lapis.jobs.controller import decide
 from lapis.jobs.executor import Status
 from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Node, Place, Resources, State, check_move
 from lapis.jobs.queue import JobQueue
@@ -175,6 +173,33 @@ def test_what_runs_goes_on_until_somebody_cancels_it() -> None:
     assert decide(asked, running, 105.0, warned=True, grace=5).act == "kill"
 
 
+def test_what_ran_into_its_limit_is_ended_and_fails() -> None:
+    job = replace(JOB, spec=replace(SPEC, time_limit=60), started_at=100.0)
+    running = Status("running")
+    assert decide(job, running, 159.9, warned=False).act == "wait"
+    assert decide(job, running, 160.0, warned=False, grace=5).act == "terminate"
+    assert decide(job, running, 165.0, warned=True, grace=5).act == "kill"
+    for status in (Status("lost"), Status("exited", 143)):
+        decision = decide(job, status, 166.0, warned=True)
+        assert (decision.state, decision.reason) == (State.FAILED, "it ran into its time limit of 60 s")
+    assert decide(job, Status("exited", 0), 166.0, warned=True).state is State.SUCCEEDED
+
+
+def test_what_stops_for_another_has_time_to_save_and_comes_back() -> None:
+    job = replace(JOB, preempt_at=100.0, preempt_for="job_2")
+    running = Status("running")
+    assert decide(job, running, 100.0, warned=False).act == "terminate"
+    assert decide(job, running, 159.0, warned=True, checkpoint_grace=60).act == "wait"
+    assert decide(job, running, 160.0, warned=True, checkpoint_grace=60).act == "kill"
+    for status in (Status("lost"), Status("exited", 130)):
+        decision = decide(job, status, 120.0, warned=True)
+        assert decision.act == "preempt" and "job_2" in decision.reason
+    assert decide(job, Status("exited", 0), 120.0, warned=True).state is State.SUCCEEDED  # it was done
+    cancelled = replace(job, cancel_at=110.0)
+    assert decide(cancelled, running, 121.0, warned=True, grace=10).act == "kill"
+    assert decide(cancelled, Status("lost"), 121.0, warned=True).state is State.CANCELLED
+
+
 @pytest.mark.parametrize(
     ("status", "cancelled", "losses", "state", "reason"),
     [
@@ -195,24 +220,6 @@ def test_what_ended_is_settled(
     assert (decision.act, decision.state) == ("requeue" if state is None else "finish", state)
     assert reason in decision.reason
     assert state is None or state in ENDED
-
-
-def sized(cpus: int, gpus: int) -> Job:
-    return replace(JOB, spec=replace(SPEC, resources=Resources(cpus, gpus)))
-
-
-SIZES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)).map(lambda size: sized(*size)), max_size=8)
-
-
-@given(SIZES, SIZES)
-def test_what_is_started_fits_and_nobody_is_overtaken(waiting: list[Job], running: list[Job]) -> None:
-    capacity = Resources(6, 3)
-    chosen = choose(waiting, running, capacity)
-    assert chosen == waiting[: len(chosen)]
-    total = sum((job.spec.resources for job in [*running, *chosen]), Resources(0, 0))
-    assert not chosen or total.fits(capacity)
-    if len(chosen) < len(waiting):
-        assert not (total + waiting[len(chosen)].spec.resources).fits(capacity)
 
 
 NODES = (Node("a", Resources(4, 2, 100)),)

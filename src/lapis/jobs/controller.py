@@ -5,70 +5,81 @@ All it knows lies in the queue's table and with the executor: a new one takes ov
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lapis.errors import ConflictError, LapisError, StorageError, UnavailableError
 from lapis.jobs.executor import Executor, Status
-from lapis.jobs.job import ACTIVE, Job, Resources, State
+from lapis.jobs.fairshare import schedule
+from lapis.jobs.job import ACTIVE, Job, Node, State
+from lapis.jobs.policy import Policy
 from lapis.jobs.queue import JobQueue, Lease
+from lapis.jobs.shares import shares
 from lapis.log import logger
 
 GRACE = 10.0  # seconds between asking a cancelled job to end and ending it
+SEEN_SECONDS = 5.0  # between two notes of what the executor has
 
 
 @dataclass(frozen=True)
 class Decision:
     """What to do with a job next, and why."""
 
-    act: Literal["wait", "terminate", "kill", "finish", "requeue"]
+    act: Literal["wait", "terminate", "kill", "finish", "requeue", "preempt"]
     state: State | None = None  # of a job that is finished
     reason: str = ""
 
 
-def decide(job: Job, status: Status, now: float, warned: bool, grace: float = GRACE) -> Decision:
+def decide(
+    job: Job,
+    status: Status,
+    now: float,
+    warned: bool,
+    grace: float = GRACE,
+    checkpoint_grace: float = Policy.grace,
+) -> Decision:
     """What to do with a job whose process has this status. `warned`: it was asked to end already."""
     if status.kind == "running":
-        if job.cancel_at is None:
+        limit = None if job.spec.time_limit is None else (job.started_at or now) + job.spec.time_limit
+        reasons = ((job.cancel_at, grace), (limit, grace), (job.preempt_at, checkpoint_grace))
+        patience = [at + given for at, given in reasons if at is not None and now >= at]
+        if not patience:
             return Decision("wait")
-        if now >= job.cancel_at + grace:
+        if now >= min(patience):
             return Decision("kill")
         return Decision("wait" if warned else "terminate")
     if job.cancel_at is not None:
         return Decision("finish", State.CANCELLED, "cancelled on request")
-    if status.kind == "exited":
-        if status.exit_code == 0:
-            return Decision("finish", State.SUCCEEDED)
-        return Decision("finish", State.FAILED, f"exit status {status.exit_code}")
+    if status.kind == "exited" and status.exit_code == 0:
+        return Decision("finish", State.SUCCEEDED)
     if status.kind == "fenced":
         return Decision("requeue", reason=f"attempt {job.attempt} lost its controller before it began")
+    if job.preempt_at is not None:
+        return Decision("preempt", reason=f"stopped for {job.preempt_for}; it goes on when there is room")
+    if job.spec.time_limit is not None and now >= (job.started_at or now) + job.spec.time_limit:
+        return Decision("finish", State.FAILED, f"it ran into its time limit of {job.spec.time_limit:g} s")
+    if status.kind == "exited":
+        return Decision("finish", State.FAILED, f"exit status {status.exit_code}")
     lost = f"its process was lost in attempt {job.attempt}"
     if job.losses < job.spec.retries:
         return Decision("requeue", reason=lost)
     return Decision("finish", State.FAILED, lost)
 
 
-def choose(waiting: Sequence[Job], running: Iterable[Job], capacity: Resources) -> list[Job]:
-    """Which waiting jobs to start now: first come, first served; nobody overtakes one that must wait."""
-    used = sum((job.spec.total for job in running), Resources(0, 0))
-    chosen = []
-    for job in waiting:
-        if not (used + job.spec.total).fits(capacity):
-            break
-        used += job.spec.total
-        chosen.append(job)
-    return chosen
-
-
 class Controller:
     """Moves the jobs of one executor along, a step at each `tick`."""
 
-    def __init__(self, queue: JobQueue, executor: Executor, grace: float = GRACE) -> None:
+    def __init__(
+        self, queue: JobQueue, executor: Executor, grace: float = GRACE, policy: Policy | None = None
+    ) -> None:
         self.queue = queue
         self.executor = executor
         self.grace = grace
+        self.policy = policy or Policy()
+        self._noted_at = -math.inf
         self._leases: dict[str, Lease] = {}
         self._warned: set[str] = set()
 
@@ -107,7 +118,8 @@ class Controller:
             self._forget(lease.job_id)
             return
         status = self.executor.poll(job)
-        decision = decide(job, status, self.queue.clock(), job.id in self._warned, self.grace)
+        now, warned = self.queue.clock(), job.id in self._warned
+        decision = decide(job, status, now, warned, self.grace, self.policy.grace)
         self._apply(lease, job, status, decision)
 
     def _apply(self, lease: Lease, job: Job, status: Status, decision: Decision) -> None:
@@ -116,28 +128,49 @@ class Controller:
             self.executor.terminate(job)
         elif decision.act == "kill":
             self.executor.kill(job)
-        elif decision.act in ("finish", "requeue"):
+        elif decision.act != "wait":
             self.executor.kill(job)  # nothing it left behind may run on beside the next attempt
-            if decision.state is not None:
+            if decision.act == "preempt":
+                self.queue.preempted(lease, decision.reason, status.exit_code)
+            elif decision.state is not None:
                 self.queue.finish(lease, decision.state, decision.reason, status.exit_code)
             else:
                 self.queue.requeue(lease, decision.reason, job.losses + (status.kind == "lost"))
             self._forget(job.id)
 
     def _start_waiting(self) -> None:
-        waiting, nodes = self.queue.list(State.QUEUED), self.executor.nodes
-        if nodes is None:
+        jobs = self.queue.list(State.QUEUED, State.PREEMPTED, *ACTIVE)
+        if any(job.state is State.PREEMPTED for job in jobs):
+            self.queue.queue_preempted()
+            jobs = self.queue.list(State.QUEUED, *ACTIVE)
+        waiting = [job for job in jobs if job.state is State.QUEUED]
+        self._note_nodes()
+        if not waiting:
+            return
+        if self.executor.nodes is None:
             for job in waiting:
                 self._start(job, {})
             return
-        capacity = sum((node.resources for node in nodes), Resources(0, 0))
-        for job in waiting:
-            if not job.spec.total.fits(capacity):
-                self._refuse(job, capacity)
-        active = [job for job in self.queue.list(*ACTIVE) if job.executor == self.executor.name]
-        possible = [job for job in waiting if job.spec.total.fits(capacity)]
-        for job in choose(possible, active, capacity):
-            self._start(job, {nodes[0].name: job.spec.ranks})
+        active = [job for job in jobs if job.state in ACTIVE and job.executor == self.executor.name]
+        self._carry_out(waiting, active, self.executor.nodes)
+
+    def _carry_out(self, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]) -> None:
+        now = self.queue.clock()
+        decided = schedule(waiting, active, nodes, shares(self.queue.db, now), now, self.policy)
+        by_id = {job.id: job for job in (*waiting, *active)}
+        for job_id, reason in decided.refused.items():
+            self._refuse(by_id[job_id], reason)
+        for job_id, claimant in decided.preemptions.items():
+            if self.queue.preempt(by_id[job_id], claimant):
+                logger.info("jobs: %s is to stop for %s", job_id, claimant)
+        for job_id, ranks in decided.starts.items():
+            self._start(by_id[job_id], ranks)
+
+    def _note_nodes(self) -> None:
+        now = self.queue.clock()
+        if now - self._noted_at >= SEEN_SECONDS:
+            self.queue.note_executor(self.executor.name, self.executor.nodes)
+            self._noted_at = now
 
     def _start(self, job: Job, ranks: Mapping[str, int]) -> None:
         lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or ())
@@ -154,11 +187,10 @@ class Controller:
             self.queue.finish(lease, State.FAILED, error.message)
             self._forget(job.id)
 
-    def _refuse(self, job: Job, room: Resources) -> None:
+    def _refuse(self, job: Job, reason: str) -> None:
         lease = self.queue.claim(job, self.executor.name)
         if lease is not None:
-            asked = job.spec.total
-            self.queue.finish(lease, State.FAILED, f"it asks for {asked}; {self.executor.name} has {room}")
+            self.queue.finish(lease, State.FAILED, reason)
 
     def _forget(self, job_id: str) -> None:
         self._leases.pop(job_id, None)

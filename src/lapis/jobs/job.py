@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from lapis.errors import ConflictError, InputError
 
@@ -138,6 +139,13 @@ class JobSpec:
     def total(self) -> Resources:
         """What all ranks occupy together."""
         return self.resources * self.ranks
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """CPUs, GPUs and bytes of each rank, ranks, level, time limit (inf: none), 1 if preemptible."""
+        each, limit = self.resources, math.inf if self.time_limit is None else self.time_limit
+        rank = (float(each.cpus), float(each.gpus), float(each.memory))
+        return *rank, float(self.ranks), float(self.priority.level), limit, float(self.preemptible)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,7 +31,7 @@ from lapis.jobs.job import (
 )
 from lapis.jobs.placement import assign
 from lapis.jobs.shares import add_use_in, note_start_in
-from lapis.tables.jobs import jobs
+from lapis.tables.jobs import executors, jobs
 from lapis.tenants.tenant import DEFAULT
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
@@ -139,6 +140,21 @@ class JobQueue:
             _set(connection, job.id, preempt_at=self.clock(), preempt_for=for_id)
             return True
 
+    def note_executor(self, name: str, nodes: Sequence[Node] | None) -> None:
+        """Say that a controller of this executor lives, and what there is; None: it has a queue of its own."""
+        row = {"nodes": None if nodes is None else canonical_json(list(nodes)), "seen_at": self.clock()}
+        mine = executors.c.name == name
+        with write(self.db, lock=f"executor:{name}") as connection:
+            if not connection.execute(executors.update().where(mine).values(**row)).rowcount:
+                connection.execute(executors.insert().values(name=name, **row))
+
+    def executors(self) -> dict[str, tuple[Node, ...] | None]:
+        """The executors whose controllers were heard of lately, with their nodes."""
+        since = self.clock() - max(self.lease_seconds, LEASE)
+        with self.db.connect() as connection:
+            rows = connection.execute(sa.select(executors).where(executors.c.seen_at >= since)).all()
+        return {row.name: None if row.nodes is None else _nodes(row.nodes) for row in rows}
+
     def orphans(self, executor: str) -> Sequence[Job]:
         """Jobs that this executor started and whose holder has been silent for longer than its lease."""
         now = self.clock()
@@ -228,14 +244,24 @@ def _active(connection: Connection, executor: str) -> list[Job]:
 
 
 def _job(row: Row[Any]) -> Job:
-    facts = json.loads(row.spec)
-    facts |= {"argv": tuple(facts["argv"]), "resources": Resources(**facts["resources"])}
-    facts["priority"] = Priority(facts.get("priority", Priority.NORMAL))
     places = json.loads(row.places) if row.places else ()
     return Job(
-        row.id, row.project_id, JobSpec(**facts), State(row.state), row.reason, row.attempt, row.losses,
+        row.id, row.project_id, _spec(row.spec), State(row.state), row.reason, row.attempt, row.losses,
         row.executor, row.exit_code,
         row.lease_until, row.cancel_at, row.created_at, row.created_by, row.started_at, row.ended_at,
         tuple(Place(place["node"], place["ranks"], tuple(place["gpus"])) for place in places),
         row.preempt_at, row.preempt_for,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=32_768)
+def _spec(text: str) -> JobSpec:
+    """A spec by its JSON. It never changes, and a controller reads all that wait every second."""
+    facts = json.loads(text)
+    facts |= {"argv": tuple(facts["argv"]), "resources": Resources(**facts["resources"])}
+    facts["priority"] = Priority(facts.get("priority", Priority.NORMAL))
+    return JobSpec(**facts)
+
+
+def _nodes(text: str) -> tuple[Node, ...]:
+    return tuple(Node(node["name"], Resources(**node["resources"])) for node in json.loads(text))
