@@ -196,7 +196,7 @@ def test_the_reward_rises(adapters: bool) -> None:
     goal.begin(made)
     replica, rewards = Alone(made, section()), []
     for step in range(20):
-        passed(goal, replica, step, 0.01 if adapters else 0.003)
+        passed(goal, replica, step, 0.02 if adapters else 0.003)
         rewards.append(goal.metrics()["reward"])
     assert statistics.fmean(rewards[-3:]) > statistics.fmean(rewards[:3]) + 0.3
     held = goal.heldout(of_model(made))
