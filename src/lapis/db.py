@@ -66,11 +66,15 @@ def write(db: Engine, lock: str = "") -> Iterator[Connection]:
     with db.connect() as plain:
         connection = plain.execution_options(lapis_write=True)
         with connection.begin():
-            if lock and db.dialect.name == "postgresql":
-                connection.execute(
-                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(lock, 0)))
-                )
+            if lock:
+                take_lock(connection, lock)
             yield connection
+
+
+def take_lock(connection: Connection, lock: str) -> None:
+    """Wait for a named lock until the transaction ends. On SQLite a writer has all of them already."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(lock, 0))))
 
 
 @contextmanager

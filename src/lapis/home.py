@@ -54,6 +54,11 @@ class Home:
         return self.root / "fine-tuning"
 
     @property
+    def prices(self) -> Path:
+        """What work costs, as TOML; without it everything is free."""
+        return self.root / "prices.toml"
+
+    @property
     def database_url(self) -> str:
         """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
         return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

@@ -21,11 +21,12 @@ from typing import Any
 import uvicorn
 
 from lapis.api.app import create_app
+from lapis.audit import AuditLog
 from lapis.console.mount import mount
 from lapis.db import open_database
 from lapis.errors import ConfigError, ConflictError, IntegrityError, NotFoundError
 from lapis.gateway.admission import Admission
-from lapis.gateway.deployment import Build
+from lapis.gateway.deployment import Build, Record
 from lapis.gateway.fine_tuned import FineTunedModels
 from lapis.gateway.loops import in_thread
 from lapis.gateway.memory import MemoryBudget
@@ -42,6 +43,7 @@ from lapis.release.registry import Registry, Servable
 from lapis.release.release import SERVABLE
 from lapis.tenants.admin_keys import AdminKeys
 from lapis.tenants.keys import ApiKeys
+from lapis.tenants.prices import Prices
 from lapis.tenants.usage import UsageLedger
 
 ACTOR = "server"
@@ -160,9 +162,9 @@ def make_services(
             )
         registry = Registry(home, db)
         catalog = _catalog(registry, FineTunedModels(home, db), models)
-        router = Router(catalog, _builder(registry, load), memory)
+        router = Router(catalog, _builder(registry, load), memory, _recorder(AuditLog(db)))
         admission = Admission(keys, keys_required=have_keys or not _is_loopback(host))
-        ledger = UsageLedger(db)
+        ledger = UsageLedger(db, prices=Prices(home.prices))
         ledger.expire()  # what a killed server had reserved
         services = Services(home, db, router, admission, Meter(ledger))
         controller = Controller(services.queue, LocalExecutor(home.jobs))
@@ -203,6 +205,14 @@ def _builder(registry: Registry, load: Load) -> Build:
         return load(servable.folder, servable.name)
 
     return build
+
+
+def _recorder(audit: AuditLog) -> Record:
+    def record(servable: Servable) -> None:
+        facts = {"digest": servable.digest, "kind": servable.kind, "base": servable.base}
+        audit.append(ACTOR, "model.load", servable.name, facts)
+
+    return record
 
 
 def _take_into_service(registry: Registry, servable: Servable) -> None:

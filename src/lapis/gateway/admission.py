@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 from lapis.errors import AuthError
 from lapis.tenants.admin_keys import ADMIN_MARK, LOCAL_OWNER, Administrator, AdminKeys
 from lapis.tenants.keys import LOCAL, ApiKeys, Identity
+from lapis.tenants.limits import Limits
+from lapis.tenants.policy import EVERY_MODEL
 from lapis.tenants.secret import MARK
+
+FRESH = 1.0  # seconds for which the local user's policy is believed
 
 
 def priority_of(identity: Identity) -> int:
@@ -20,6 +27,8 @@ class Admission:
         self.keys = keys
         self.admin_keys = AdminKeys(keys.db, keys.clock)
         self.keys_required = keys_required
+        self._policy = EVERY_MODEL
+        self._looked_at = float("-inf")
 
     def identify(self, key: str | None) -> Identity:
         """Whose key this is, looked up each time: a revoked key is refused at once. Raises AuthError."""
@@ -36,7 +45,15 @@ class Admission:
                 "No API key was given.",
                 hint="Send it as `Authorization: Bearer KEY`; `lapis keys create NAME` makes one.",
             )
-        return LOCAL  # with no key, or with the placeholder that the official client insists on
+        return self._local()  # with no key, or with the placeholder that the official client insists on
+
+    def _local(self) -> Identity:
+        """The local user, with what the default project may use, which is looked up once a second."""
+        now = time.monotonic()
+        if now - self._looked_at >= FRESH:
+            self._policy = Limits(self.keys.db).policy(LOCAL.project_id)
+            self._looked_at = now
+        return LOCAL if self._policy == EVERY_MODEL else replace(LOCAL, models=self._policy)
 
     def administrator(self, key: str | None) -> Administrator:
         """Whose admin key this is, looked up each time. Raises AuthError."""

@@ -15,6 +15,7 @@ from lapis.model.manifest import read_manifest
 from lapis.release.registry import Servable
 
 Build = Callable[[Servable], Engine]
+Record = Callable[[Servable], None]  # that a model is about to be loaded; what it raises stops the load
 
 
 MakeRoom = Callable[["Deployment"], list[Engine]]
@@ -26,7 +27,13 @@ class Deployment:
     `make_room` is asked before a load; what it gives back are engines that end first, in the loading thread.
     """
 
-    def __init__(self, servable: Servable, build: Build, make_room: MakeRoom = lambda deployment: []) -> None:
+    def __init__(
+        self,
+        servable: Servable,
+        build: Build,
+        make_room: MakeRoom = lambda deployment: [],
+        record: Record = lambda servable: None,
+    ) -> None:
         self.servable = servable
         self.since = int(time.time())
         self.active = 0
@@ -37,6 +44,7 @@ class Deployment:
         self._withdrawn: set[str] = set()  # names of adapters that are served no more
         self._build = build
         self._make_room = make_room
+        self._record = record
         self._lock = threading.Lock()
         self._loading: asyncio.Task[Engine] | None = None
 
@@ -97,6 +105,7 @@ class Deployment:
             if adapter.digest in self._adapted:
                 return
             _check_digest(adapter)
+            self._record(adapter)
             engine.add_adapter(adapter.digest, adapter.folder)
             self._adapted[adapter.digest] = adapter.name
 
@@ -118,6 +127,7 @@ class Deployment:
         with self._lock:
             if self.loaded is None:
                 _check_digest(self.servable)
+                self._record(self.servable)
                 started = time.monotonic()
                 self.loaded = self._build(self.servable)
                 logger.info("%s loaded in %.1f s", self.servable.name, time.monotonic() - started)

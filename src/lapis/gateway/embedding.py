@@ -43,7 +43,7 @@ async def embed(
         check_request(request, engine.context, engine.tokenizer.vocab_size)
     deployment.active += 1
     try:
-        meterage = await meter.reserve(identity, model, sum(map(len, texts)))
+        meterage = await meter.reserve(identity, model, sum(map(len, texts)), operation="embeddings")
     except BaseException:
         deployment.active -= 1
         raise

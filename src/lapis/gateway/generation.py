@@ -17,6 +17,7 @@ from lapis.inference.engine import Engine
 from lapis.inference.request import Output, Request, SamplingParams, check_request, join_outputs
 from lapis.inference.stream import Stream
 from lapis.tenants.keys import Identity
+from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import Usage
 
 SEEDS = 2**63  # seeds of further answers wrap below this
@@ -82,19 +83,25 @@ class Generation:
             check_request(
                 Request(ask.id, prompt.ids, prompt.params), engine.context, engine.tokenizer.vocab_size
             )
-        tokens = sum(len(prompt.ids) + ask.choices * prompt.params.max_tokens for prompt in ask.prompts)
+        generated = sum(ask.choices * prompt.params.max_tokens for prompt in ask.prompts)
+        tokens = sum(len(prompt.ids) for prompt in ask.prompts) + generated
         generation = Generation(ask, deployment, counters)
         try:
             # The engine begins while the ledger is written; nothing is given out before that is done.
             if ahead := meter.trusts(ask.identity):
                 generation._submit(engine, adapter)
-            generation._meterage = await meter.reserve(ask.identity, ask.model, tokens)
+            generation._meterage = await meter.reserve(ask.identity, ask.model, tokens, generated=generated)
             if not ahead:
                 generation._submit(engine, adapter)
         except BaseException:
             generation.close()
             raise
         return generation
+
+    @property
+    def limits(self) -> tuple[LimitState, ...]:
+        """What was left of each limit on requests and tokens when the request began."""
+        return () if self._meterage is None else self._meterage.limits
 
     @property
     def usage(self) -> Usage:

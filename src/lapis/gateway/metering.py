@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from lapis.errors import LimitError
 from lapis.log import logger
 from lapis.tenants.keys import Identity
-from lapis.tenants.usage import LIFETIME, Reservation, Usage, UsageLedger
+from lapis.tenants.quota import LimitState
+from lapis.tenants.usage import LIFETIME, Operation, Reservation, Usage, UsageLedger
 
 
 class Meter:
@@ -26,9 +28,18 @@ class Meter:
         """Whether work may begin while its reservation is still being written."""
         return identity.project_id not in self._refused
 
-    async def reserve(self, identity: Identity, model: str, tokens: int) -> Meterage:
-        """Take tokens out of the project's quota. Raises LimitError when it does not allow them."""
-        booking = self._thread.submit(self._ledger.reserve, identity, model, tokens)
+    async def reserve(
+        self,
+        identity: Identity,
+        model: str,
+        tokens: int,
+        *,
+        generated: int = 0,
+        operation: Operation = "completions",
+    ) -> Meterage:
+        """Take tokens, of which so many may be generated, out of the limits. Raises as the ledger's `reserve`."""
+        work = partial(self._ledger.reserve, generated=generated, operation=operation)
+        booking = self._thread.submit(work, identity, model, tokens)
         try:
             reservation = await asyncio.wrap_future(booking)
         except asyncio.CancelledError:
@@ -76,6 +87,11 @@ class Meterage:
         self._meter = meter
         self._renewed = time.monotonic()
         self._closed = False
+
+    @property
+    def limits(self) -> tuple[LimitState, ...]:
+        """What was left of each limit on requests and tokens when the request began."""
+        return self._reservation.limits
 
     def tick(self, now: float) -> None:
         """Say that the request is alive at a monotonic time; renews when half its lifetime is over."""

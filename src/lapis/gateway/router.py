@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from lapis.errors import ConfigError, NotFoundError, UnavailableError, nearest
-from lapis.gateway.deployment import Build, Deployment
+from lapis.gateway.deployment import Build, Deployment, Record
 from lapis.gateway.memory import Held, MemoryBudget, to_unload
 from lapis.inference.engine import Engine
 from lapis.log import logger
@@ -26,9 +26,16 @@ class Router:
     With a memory budget, loading a model unloads those that have been idle for longest, as far as needed.
     """
 
-    def __init__(self, catalog: Catalog, build: Build, memory: MemoryBudget | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        build: Build,
+        memory: MemoryBudget | None = None,
+        record: Record = lambda servable: None,
+    ) -> None:
         self._catalog = catalog
         self._build = build
+        self._record = record  # called before every load
         self._memory = memory
         self._sizes: dict[str, int] = {}  # by digest
         self._deployments: dict[str, Deployment] = {}
@@ -105,7 +112,7 @@ class Router:
                 adapters.setdefault(self._base(item).digest, {})[item.name] = item
                 continue
             deployment = self._deployments.setdefault(
-                item.digest, Deployment(item, self._build, self._make_room)
+                item.digest, Deployment(item, self._build, self._make_room, self._record)
             )
             if deployment.servable.name not in self._servables:
                 deployment.servable = item  # the name it had before was retired
@@ -166,6 +173,9 @@ class Router:
 
 
 def _may_see(viewer: Identity | None, servable: Servable) -> bool:
+    """Whether a model is not another project's, and the viewer's project may use it."""
+    if viewer is not None and not viewer.models.allows(servable.name):
+        return False
     return servable.visible_to(None if viewer is None else viewer.project_id)
 
 

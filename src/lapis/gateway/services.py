@@ -23,6 +23,7 @@ from lapis.gateway.uploads import UploadStore
 from lapis.home import Home
 from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import Identity
+from lapis.tenants.limits import Limits
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.responses = StoredResponses(self.db)
-        self.files = FileStore(self.home.files, self.db)
+        self.files = FileStore(self.home.files, self.db, storage_limit=Limits(self.db).storage)
         self.uploads = UploadStore(self.files)
         self.idempotency = IdempotencyKeys(self.db)
         self.queue = JobQueue(self.db)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Double, ForeignKey, Integer, Text
 
 from lapis.tables.schema import metadata
+
+
+def limits() -> list[Column[Any]]:
+    """What may be used in a minute or a day, and at once. NULL = no limit."""
+    return [
+        Column("requests_per_minute", Integer),
+        Column("tokens_per_minute", BigInteger),
+        Column("tokens_per_day", BigInteger),
+        Column("requests_per_day", BigInteger),
+        Column("concurrent_requests", Integer),
+        Column("batch_tokens_per_day", BigInteger),
+    ]
+
 
 organizations = sa.Table(
     "organizations",
@@ -13,6 +28,7 @@ organizations = sa.Table(
     Column("id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     Column("created_at", Double, nullable=False),
+    Column("spend_per_month", BigInteger),  # cents; NULL = no limit
 )
 
 projects = sa.Table(
@@ -23,10 +39,21 @@ projects = sa.Table(
     Column("name", Text, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("archived_at", Double),  # from then on its keys open nothing
-    Column("requests_per_minute", Integer),  # NULL = no limit, for all three
-    Column("tokens_per_minute", BigInteger),
-    Column("tokens_per_day", BigInteger),
+    *limits(),
+    Column("spend_per_month", BigInteger),  # cents
+    Column("gpu_seconds_per_month", BigInteger),
+    Column("storage_bytes", BigInteger),
+    Column("models_mode", Text),  # allow_list or deny_list; NULL: every model may be used
+    Column("models", Text),  # JSON: the names in that list
     sa.UniqueConstraint("organization_id", "name"),
+)
+
+model_limits = sa.Table(  # of one model in a project, beside the project's own
+    "model_limits",
+    metadata,
+    Column("project_id", Text, ForeignKey("projects.id"), primary_key=True),
+    Column("model", Text, primary_key=True),
+    *limits(),
 )
 
 api_keys = sa.Table(

@@ -17,6 +17,7 @@ from lapis.db import write
 from lapis.errors import AuthError, ConflictError, InputError, NotFoundError, nearest
 from lapis.tables.people import project_users, service_accounts, users
 from lapis.tables.tenants import api_keys, projects
+from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, policy_of
 from lapis.tenants.secret import MARK, LastUsed, Secret, matches, new_secret, prefix_of
 from lapis.tenants.tenant import DEFAULT, Role, Scope, Tenants
 
@@ -26,6 +27,8 @@ _VERIFIED = (
         api_keys,
         projects.c.organization_id,
         projects.c.archived_at,
+        projects.c.models_mode,
+        projects.c.models,
         users.c.role.label("user_role"),
         project_users.c.role.label("project_role"),
         service_accounts.c.role.label("account_role"),
@@ -80,6 +83,7 @@ class Identity:
     background: bool = False  # a batch's or an eval's request: live traffic goes before it
     user_id: str | None = None
     service_account_id: str | None = None
+    models: ModelPolicy = EVERY_MODEL  # which ones the project may use
 
     @property
     def actor(self) -> str:
@@ -269,6 +273,7 @@ class ApiKeys:
         return Identity(
             row.organization_id, key.project_id, key.id, key.scopes,
             user_id=key.user_id, service_account_id=key.service_account_id,
+            models=policy_of(row.models_mode, row.models),
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from lapis.db import write
 from lapis.errors import ConflictError, InputError, NotFoundError, nearest
 from lapis.tables.tenants import organizations, projects
 from lapis.tenants.quota import Quota
+from lapis.tenants.windows import quota_of
 
 DEFAULT = "default"  # the organization and the project that always exist
 
@@ -197,8 +198,7 @@ def require_open_project(connection: Connection, project_id: str, organization_i
 
 def project_of(row: Row[Any]) -> Project:
     """A row of `projects`."""
-    quota = Quota(row.requests_per_minute, row.tokens_per_minute, row.tokens_per_day)
-    return Project(row.id, row.organization_id, row.name, row.created_at, quota, row.archived_at)
+    return Project(row.id, row.organization_id, row.name, row.created_at, quota_of(row), row.archived_at)
 
 
 def _checked(name: str, what: str) -> str:

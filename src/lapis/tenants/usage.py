@@ -9,54 +9,29 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from lapis.db import snapshot, write
+from lapis.db import snapshot, take_lock, write
 from lapis.errors import ConflictError, LimitError, NotFoundError
 from lapis.tables.tenants import projects
-from lapis.tables.usage import open_reservations, usage_entries, usage_windows
+from lapis.tables.usage import open_reservations, usage_entries
 from lapis.tenants.keys import Identity
-from lapis.tenants.quota import DAY, MINUTE, Consumption, Quota, check
+from lapis.tenants.prices import Prices
+from lapis.tenants.quota import Asked, Consumption, LimitState, check
+from lapis.tenants.windows import Change, Standing, count, month_sums, standing
 
 LIFETIME = 600.0  # seconds after which a reservation that nobody renewed belongs to a dead process
-KEEP_WINDOWS = 2 * DAY  # seconds; older sums decide nothing any more
 
+Operation = Literal["completions", "embeddings", "moderations", "compute"]
 
 # Statements that every request runs, made once: making one costs more than running it.
-_entries, _opened, _windows = usage_entries.c, open_reservations.c, usage_windows.c
-_STANDING = (  # a project's limits, and what it used in the two current windows
-    sa.select(projects, _windows.seconds, _windows.requests, _windows.tokens)
-    .join_from(
-        projects,
-        usage_windows,
-        (_windows.project_id == projects.c.id)
-        & (
-            ((_windows.seconds == MINUTE) & (_windows.start == sa.bindparam("minute")))
-            | ((_windows.seconds == DAY) & (_windows.start == sa.bindparam("day")))
-        ),
-        isouter=True,
-    )
-    .where(projects.c.id == sa.bindparam("project"))
-)
 _ENTER = usage_entries.insert()
 _OPEN = open_reservations.insert()
-_REMOVE = open_reservations.delete().where(_opened.id == sa.bindparam("reservation"))
-_COUNT = (
-    usage_windows.update()
-    .where(
-        _windows.project_id == sa.bindparam("project"),
-        ((_windows.seconds == MINUTE) & (_windows.start == sa.bindparam("minute")))
-        | ((_windows.seconds == DAY) & (_windows.start == sa.bindparam("day"))),
-    )
-    .values(
-        requests=_windows.requests + sa.bindparam("more_requests"),
-        tokens=_windows.tokens + sa.bindparam("more_tokens"),
-    )
-)
+_REMOVE = open_reservations.delete().where(open_reservations.c.id == sa.bindparam("reservation"))
 
 
 @dataclass(frozen=True)
@@ -73,9 +48,15 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+NOTHING = Usage(0, 0)
+
+
 @dataclass(frozen=True)
 class Reservation:
-    """Room for one request: settle it with what was used, or release it."""
+    """Room for one request: settle it with what was used, or release it.
+
+    `limits` says what was left of each limit on requests and tokens once it was made.
+    """
 
     id: str
     project_id: str
@@ -83,6 +64,12 @@ class Reservation:
     model: str
     tokens: int
     at: float
+    user_id: str | None = None
+    operation: str = "completions"
+    batch: bool = False
+    prompt_tokens: int = 0
+    cost: int = 0  # in NANO
+    limits: tuple[LimitState, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -111,30 +98,48 @@ class Balance:
 class UsageLedger:
     """Who used how much. Many processes may share one ledger: limits hold exactly across them."""
 
-    def __init__(self, db: Engine, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, db: Engine, clock: Callable[[], float] = time.time, prices: Prices | None = None
+    ) -> None:
         self.db = db
         self.clock = clock
+        self.prices = prices or Prices()
 
-    def reserve(self, identity: Identity, model: str, tokens: int, lifetime: float = LIFETIME) -> Reservation:
-        """Take `tokens` out of the project's quota before work begins; renew within `lifetime` seconds.
+    def reserve(
+        self,
+        identity: Identity,
+        model: str,
+        tokens: int,
+        lifetime: float = LIFETIME,
+        *,
+        generated: int = 0,
+        operation: Operation = "completions",
+    ) -> Reservation:
+        """Take `tokens`, of which `generated` may be generated, out of the limits before work begins.
 
-        Raises LimitError with retry_after when the quota does not allow it, even after the reservations of
-        the project that outlived theirs have been released.
+        Raises LimitError with retry_after when a limit of the project, the model or the organization does not
+        allow it, even after the project's reservations that outlived theirs have been released; ConflictError
+        for an archived project. Renew within `lifetime` seconds.
         """
-        assert tokens >= 0
+        assert tokens >= generated >= 0
         now, project = self.clock(), identity.project_id
-        made = Reservation(f"res_{secrets.token_hex(12)}", project, identity.key_id, model, tokens, now)
+        cost = self.prices.current().tokens(model, tokens - generated, generated)
+        asked = Asked(tokens, tokens - generated, cost, identity.background)
         with write(self.db, lock=f"usage:{project}") as connection:
             try:
-                check(*_standing(connection, project, now), tokens, now)
+                limits = _allowed(connection, project, model, asked, now)
             except LimitError:
                 if not _expire(connection, project, now):
                     raise
-                check(*_standing(connection, project, now), tokens, now)
-            connection.execute(_OPEN, {**vars(made), "expires_at": now + lifetime})
-            connection.execute(_ENTER, _entry(made, "reserve", now, tokens))
-            if _count(connection, made, tokens, requests=1) < 2:
-                _begin_windows(connection, made)
+                limits = _allowed(connection, project, model, asked, now)
+            made = Reservation(
+                f"res_{secrets.token_hex(12)}", project, identity.key_id, model, tokens, now,
+                identity.user_id or identity.service_account_id, operation, identity.background,
+                asked.prompt_tokens, cost, limits,
+            )  # fmt: skip
+            connection.execute(_OPEN, _opening(made, now + lifetime))
+            connection.execute(_ENTER, _entry(made, "reserve", now, tokens, cost))
+            _count(connection, made, tokens, made.prompt_tokens, cost, requests=1)
         return made
 
     def renew(self, reservation: Reservation, lifetime: float = LIFETIME) -> None:
@@ -147,21 +152,28 @@ class UsageLedger:
     def settle(self, reservation: Reservation, usage: Usage) -> None:
         """Replace what was reserved by what was used, once. After expiry the use still counts.
 
-        Raises ConflictError if it was settled or released before, NotFoundError if it was never made.
+        What it costs is fixed here, by the prices of now. Raises ConflictError if it was settled or released
+        before, NotFoundError if it was never made.
         """
-        with write(self.db, lock=f"usage:{reservation.project_id}") as connection:
+        of, total = reservation, usage.total_tokens
+        cost = self.prices.current().tokens(
+            of.model, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+        )
+        with write(self.db, lock=f"usage:{of.project_id}") as connection:
             now = self.clock()
-            used = _entry(reservation, "use", now, usage.total_tokens, usage)
-            if connection.execute(_REMOVE, {"reservation": reservation.id}).rowcount:
-                reversed = _entry(reservation, "reverse", now, -reservation.tokens, reason="settled")
+            used = _entry(of, "use", now, total, cost, usage)
+            if connection.execute(_REMOVE, {"reservation": of.id}).rowcount:
+                reversed = _entry(of, "reverse", now, -of.tokens, -of.cost, reason="settled")
                 connection.execute(_ENTER, [reversed, used])
-                _count(connection, reservation, usage.total_tokens - reservation.tokens)
+                _count(
+                    connection, of, total - of.tokens, usage.prompt_tokens - of.prompt_tokens, cost - of.cost
+                )
                 return
-            ended = _how_it_ended(connection, reservation)
+            ended = _how_it_ended(connection, of)
             if ended != "expired":
-                raise ConflictError(f"The reservation {reservation.id} was {ended} already.")
+                raise ConflictError(f"The reservation {of.id} was {ended} already.")
             connection.execute(_ENTER, used)
-            _count(connection, reservation, usage.total_tokens)
+            _count(connection, of, total, usage.prompt_tokens, cost)
 
     def release(self, reservation: Reservation) -> None:
         """Give back what was reserved: nothing was used. A second release changes nothing.
@@ -174,22 +186,56 @@ class UsageLedger:
             if _how_it_ended(connection, reservation) == "settled":
                 raise ConflictError(f"The reservation {reservation.id} was settled already.")
 
+    def book(
+        self,
+        project_id: str,
+        work_id: str,
+        name: str,
+        *,
+        cpu_seconds: float,
+        gpu_seconds: float,
+        key_id: str | None = None,
+        user_id: str | None = None,
+    ) -> None:
+        """Enter the processor time that a job's attempt used, as it ends. The same `work_id` counts once."""
+        now, cpu_ms, gpu_ms = self.clock(), round(cpu_seconds * 1000), round(gpu_seconds * 1000)
+        cost = self.prices.current().work(cpu_ms, gpu_ms)
+        of = Reservation(work_id, project_id, key_id, name, 0, now, user_id, "compute", cost=cost)
+        with write(self.db, lock=f"usage:{project_id}") as connection:
+            entries = usage_entries.c
+            known = sa.select(entries.id).where(entries.reservation_id == work_id, entries.kind == "use")
+            if connection.execute(known).first() is not None:
+                return
+            entry = _entry(of, "use", now, 0, cost)
+            connection.execute(_ENTER, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
+            count(connection, Change(project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
+
+    def gpu_seconds_left(self, project_id: str) -> float | None:
+        """What is left of a project's GPU time in this month, at least 0; None without a limit."""
+        now = self.clock()
+        with snapshot(self.db) as connection:
+            limit = standing(connection, project_id, "", now).quota.gpu_seconds_per_month
+            if limit is None:
+                return None
+            return max(limit - month_sums(connection, now, project_id=project_id)[1] / 1000, 0.0)
+
     def expire(self) -> int:
         """Release the overdue reservations of all projects; how many. A server does so when it starts."""
         now = self.clock()
         overdue = sa.select(open_reservations.c.project_id).where(open_reservations.c.expires_at <= now)
         with self.db.connect() as connection:
             owners = sorted(connection.execute(overdue.distinct()).scalars())
-        count = 0
+        total = 0
         for project in owners:
             with write(self.db, lock=f"usage:{project}") as connection:
-                count += _expire(connection, project, now)
-        return count
+                total += _expire(connection, project, now)
+        return total
 
-    def consumption(self, project_id: str) -> Consumption:
-        """What a project used or has reserved in this minute and this day (UTC)."""
+    def consumption(self, project_id: str, model: str = "") -> Consumption:
+        """What a project, or one model in it, used or has reserved in this minute and this day (UTC)."""
         with self.db.connect() as connection:
-            return _standing(connection, project_id, self.clock())[1]
+            found = standing(connection, project_id, model, self.clock())
+            return found.model_used if model else found.used
 
     def summary(
         self,
@@ -231,21 +277,59 @@ class UsageLedger:
             return Balance(int(total or 0), int(spent or 0), int(connection.execute(still).scalar() or 0))
 
 
+def _allowed(
+    connection: Connection, project_id: str, model: str, asked: Asked, now: float
+) -> tuple[LimitState, ...]:
+    """What is left of every limit that the request meets. Raises LimitError."""
+    found = standing(connection, project_id, model, now)
+    if found.organization_quota is not None:
+        found = _alone_in_organization(connection, project_id, model, now)
+        assert found.organization_quota is not None
+        check(found.organization_quota, found.organization_used, asked, now)
+    states = check(found.quota, found.used, asked, now)
+    if found.model_quota is not None:
+        states += check(found.model_quota, found.model_used, asked, now, model)
+    return tuple(states)
+
+
+def _alone_in_organization(connection: Connection, project_id: str, model: str, now: float) -> Standing:
+    """Read again with no other project of the organization writing: its limit is on their sum."""
+    query = sa.select(projects.c.organization_id).where(projects.c.id == project_id)
+    take_lock(connection, f"usage of organization:{connection.execute(query).scalar_one()}")
+    return standing(connection, project_id, model, now)
+
+
 def _entry(
-    of: Reservation, kind: str, at: float, tokens: int, usage: Usage | None = None, reason: str = ""
+    of: Reservation,
+    kind: str,
+    at: float,
+    tokens: int,
+    cost: int,
+    usage: Usage | None = None,
+    reason: str = "",
 ) -> dict[str, Any]:
     return {
         "reservation_id": of.id, "kind": kind, "at": at, "project_id": of.project_id, "key_id": of.key_id,
-        "model": of.model, "tokens": tokens, "reason": reason, **vars(usage or Usage(0, 0)),
+        "model": of.model, "tokens": tokens, "reason": reason, **vars(usage or NOTHING), "user_id": of.user_id,
+        "operation": of.operation, "batch": int(of.batch), "cost": cost, "cpu_ms": 0, "gpu_ms": 0,
+    }  # fmt: skip
+
+
+def _opening(of: Reservation, expires_at: float) -> dict[str, Any]:
+    return {
+        "id": of.id, "project_id": of.project_id, "key_id": of.key_id, "model": of.model, "tokens": of.tokens,
+        "at": of.at, "expires_at": expires_at, "user_id": of.user_id, "operation": of.operation,
+        "batch": int(of.batch), "prompt_tokens": of.prompt_tokens, "cost": of.cost,
     }  # fmt: skip
 
 
 def _close(connection: Connection, reservation: Reservation, reason: str, now: float) -> bool:
     """Reverse an open reservation; False if somebody else closed it before (deleting the row decides who)."""
-    if not connection.execute(_REMOVE, {"reservation": reservation.id}).rowcount:
+    of = reservation
+    if not connection.execute(_REMOVE, {"reservation": of.id}).rowcount:
         return False
-    connection.execute(_ENTER, _entry(reservation, "reverse", now, -reservation.tokens, reason=reason))
-    _count(connection, reservation, -reservation.tokens)
+    connection.execute(_ENTER, _entry(of, "reverse", now, -of.tokens, -of.cost, reason=reason))
+    _count(connection, of, -of.tokens, -of.prompt_tokens, -of.cost)
     return True
 
 
@@ -267,47 +351,16 @@ def _expire(connection: Connection, project_id: str, now: float) -> int:
 
 
 def _reservation(row: Row[Any]) -> Reservation:
-    return Reservation(row.id, row.project_id, row.key_id, row.model, row.tokens, row.at)
+    return Reservation(
+        row.id, row.project_id, row.key_id, row.model, row.tokens, row.at, row.user_id, row.operation,
+        bool(row.batch), row.prompt_tokens, row.cost,
+    )  # fmt: skip
 
 
-def _standing(connection: Connection, project_id: str, now: float) -> tuple[Quota, Consumption]:
-    """A project's limits, and what it used in this minute and this day."""
-    windows = {"project": project_id, "minute": _start(now, MINUTE), "day": _start(now, DAY)}
-    rows = connection.execute(_STANDING, windows).all()
-    if not rows:
-        raise NotFoundError(f"There is no project {project_id!r}.")
-    quota = Quota(rows[0].requests_per_minute, rows[0].tokens_per_minute, rows[0].tokens_per_day)
-    found = {row.seconds: row for row in rows}
-    return quota, Consumption(
-        requests_minute=found[MINUTE].requests if MINUTE in found else 0,
-        tokens_minute=found[MINUTE].tokens if MINUTE in found else 0,
-        tokens_day=found[DAY].tokens if DAY in found else 0,
-    )
-
-
-def _count(connection: Connection, reservation: Reservation, tokens: int, requests: int = 0) -> int:
-    """Correct the windows in which a request began, whenever it ends; how many of the two there are.
-
-    Requests are never uncounted.
-    """
-    at = reservation.at
-    more = {"more_requests": requests, "more_tokens": tokens}
-    where = {"project": reservation.project_id, "minute": _start(at, MINUTE), "day": _start(at, DAY)}
-    return connection.execute(_COUNT, {**where, **more}).rowcount
-
-
-def _begin_windows(connection: Connection, reservation: Reservation) -> None:
-    """Make the windows that a request is the first of, with the request in them; forget those long past."""
-    for seconds in (MINUTE, DAY):
-        start = _start(reservation.at, seconds)
-        mine = (_windows.project_id == reservation.project_id) & (_windows.seconds == seconds)
-        there = sa.select(_windows.start).where(mine, _windows.start == start)
-        if connection.execute(there).first() is not None:
-            continue
-        row = {"project_id": reservation.project_id, "seconds": seconds, "start": start}
-        connection.execute(usage_windows.insert().values(**row, requests=1, tokens=reservation.tokens))
-        connection.execute(usage_windows.delete().where(mine, _windows.start < start - KEEP_WINDOWS))
-
-
-def _start(now: float, seconds: int) -> int:
-    return int(now // seconds) * seconds
+def _count(
+    connection: Connection, of: Reservation, tokens: int, prompt_tokens: int, cost: int, requests: int = 0
+) -> None:
+    """Correct the windows in which a request began, whenever it ends. Requests are never uncounted."""
+    batch_tokens = prompt_tokens if of.batch else 0
+    change = Change(of.project_id, of.model, of.at, requests, tokens, batch_tokens, cost, minute=not of.batch)
+    count(connection, change)
