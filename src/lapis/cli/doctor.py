@@ -47,7 +47,7 @@ def command(brief: bool, as_json: bool) -> None:
     from lapis.home import Home
 
     home = Home.default()
-    checks = [_python(), _processor(), _memory(), _disk(home.root), _torch(), _gpu(), _kernels()]
+    checks = [_python(), _processor(), _memory(), _disk(home.root), _torch(), _gpu(), _jobs(), _kernels()]
     checks += [*_compiled(), _compiler()]
     checks += [_extra(name, package, purpose) for name, (package, purpose) in EXTRAS.items()]
     places = _places(home.root)
@@ -118,6 +118,14 @@ def _gpu() -> Check:
             "gpu", "optional", "an NVIDIA driver; used where torch sees the GPU and Triton is installed"
         )
     return Check("gpu", "optional", "none; Lapis runs on the CPU")
+
+
+def _jobs() -> Check:
+    from lapis.jobs.executors.limits import parent_group
+
+    groups = parent_group()
+    how = f"control groups below {groups}" if groups else "RLIMIT_DATA, each process of a job for itself"
+    return Check("jobs", "ok", f"held to the memory that they name by {how}")
 
 
 def _kernels() -> Check:

@@ -24,6 +24,7 @@ COMMANDS = {
     "pull": ("pull", "Fetch a model: a known name, a GGUF file, a Hugging Face folder, hf:owner/name."),
     "serve": ("serve", "Serve models through the OpenAI-compatible API."),
     "chat": ("chat", "Talk with a model in the terminal."),
+    "jobs": ("jobs", "Submit, list, show, cancel and follow jobs of the queue."),
     "keys": ("keys", "Create, list and revoke API keys."),
     "projects": ("projects", "Create, list and archive projects."),
     "users": ("users", "Add, list and remove users."),

@@ -15,6 +15,14 @@ from pathlib import Path
 
 from lapis.errors import ConflictError, UnavailableError
 from lapis.jobs.executor import Status
+from lapis.jobs.executors.limits import (
+    MemoryLimit,
+    machine_gpus,
+    machine_memory,
+    make_group,
+    parent_group,
+    remove_group,
+)
 from lapis.jobs.job import Job, Node, Resources
 from lapis.storage import storage_errors, write_text
 
@@ -24,9 +32,12 @@ MARK = "LAPIS_JOB"  # every process of an attempt has it in its environment
 
 # `trap :` lets the shell live through the signals that end the job; its children get them as usual.
 # At the end it ends its whole group, so that nothing of the job outlives it.
+# What holds the job to its memory is put on that shell too, so that no process of the job is without it.
 WRAPPER = """
 cd "$1" || exit 126
-shift
+[ -z "$2" ] || echo "$$" > "$2/cgroup.procs" || exit 125
+[ -z "$3" ] || ulimit -d "$3" || exit 125
+shift 3
 echo "$$ $(cut -d' ' -f22 /proc/$$/stat)" > "pid.$$" && ln "pid.$$" pid || exit 125
 rm -f "pid.$$"
 trap : TERM INT HUP
@@ -39,10 +50,15 @@ kill -s KILL 0
 class LocalExecutor:
     """Runs each job in a process group of its own, with its output in a file. Needs Linux (/proc)."""
 
-    def __init__(self, folder: Path, capacity: Resources | None = None) -> None:
+    def __init__(self, folder: Path, capacity: Resources | None = None, groups: Path | None = None) -> None:
+        """`capacity`: what jobs may have of this machine, by default all. `groups`: where to make control groups."""
         self.folder = folder
         self.name = f"local@{platform.node()}"
-        resources = capacity or Resources(cpus=float(os.cpu_count() or 1))
+        self.groups = groups or parent_group()
+        gpus = machine_gpus()
+        cpus = float(len(os.sched_getaffinity(0)))
+        resources = capacity or Resources(cpus, len(gpus), machine_memory())
+        self.gpus = gpus if len(gpus) >= resources.gpus else tuple(map(str, range(resources.gpus)))
         self.nodes: tuple[Node, ...] | None = (Node(platform.node(), resources),)
 
     def attempt(self, job: Job) -> Path:
@@ -58,7 +74,7 @@ class LocalExecutor:
         folder = self.attempt(job)
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            child = _spawn(job, folder)
+            child = _spawn(job, folder, self._environment(job), self._limit(job))
         while not (folder / "pid").exists():
             if os.waitpid(child, os.WNOHANG) != (0, 0):
                 raise UnavailableError(f"The job {job.id} could not be started; see {folder / 'log'}.")
@@ -99,6 +115,21 @@ class LocalExecutor:
         for process in _members(self.attempt(job), f"{MARK}={_mark(job)}"):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        if self.groups is not None:
+            remove_group(self.groups / _group(job))
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        """A job sees its own GPUs only, and is told how many threads its CPUs are good for."""
+        threads = {"OMP_NUM_THREADS": str(max(1, int(job.spec.resources.cpus)))}
+        gpus = ",".join(self.gpus[number] for place in job.places for number in place.gpus)
+        return {**os.environ, **threads, **job.spec.env, "CUDA_VISIBLE_DEVICES": gpus, MARK: _mark(job)}
+
+    def _limit(self, job: Job) -> MemoryLimit:
+        memory = job.spec.total.memory
+        if not memory:
+            return MemoryLimit()
+        group = make_group(self.groups, _group(job), memory) if self.groups is not None else None
+        return MemoryLimit(group) if group else MemoryLimit(None, memory // 1024)
 
     def _signal(self, job: Job, number: int) -> None:
         leader = _leader(self.attempt(job))
@@ -107,14 +138,13 @@ class LocalExecutor:
                 os.killpg(leader, number)
 
 
-def _spawn(job: Job, folder: Path) -> int:
-    threads = {"OMP_NUM_THREADS": str(max(1, int(job.spec.resources.cpus)))}
-    environment = {**os.environ, **threads, **job.spec.env, MARK: _mark(job)}
+def _spawn(job: Job, folder: Path, environment: dict[str, str], limit: MemoryLimit) -> int:
+    limits = [str(limit.group or ""), str(limit.kilobytes or "")]
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         return os.posix_spawn(
             SHELL,
-            [SHELL, "-c", WRAPPER, SHELL, str(folder), *job.spec.argv],
+            [SHELL, "-c", WRAPPER, SHELL, str(folder), *limits, *job.spec.argv],
             environment,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -131,6 +161,10 @@ def _spawn(job: Job, folder: Path) -> int:
 
 def _mark(job: Job) -> str:
     return f"{job.id}/{job.attempt}"
+
+
+def _group(job: Job) -> str:
+    return f"lapis-{job.id}-{job.attempt}"
 
 
 def _leader(folder: Path) -> int | None:

@@ -1,0 +1,31 @@
+"""Why waiting jobs wait, for whoever asks: the fair queue's decision, made anew over what the tables say."""
+
+from __future__ import annotations
+
+from lapis.jobs.fairshare import schedule
+from lapis.jobs.forecast import Wait
+from lapis.jobs.job import ACTIVE, State
+from lapis.jobs.queue import JobQueue
+from lapis.jobs.shares import shares
+
+NOBODY = "nothing starts jobs now: no controller has been heard of lately; `lapis serve` has one"
+
+
+def waits(queue: JobQueue) -> dict[str, Wait]:
+    """A reason and a likely start for every waiting job, by its id. Changes nothing."""
+    now = queue.clock()
+    jobs = queue.list(State.QUEUED, State.PREEMPTED, *ACTIVE)
+    waiting = [job for job in jobs if job.state not in ACTIVE]
+    found = {job.id: Wait(NOBODY) for job in waiting}
+    if not waiting:
+        return found
+    for name, nodes in queue.executors().items():
+        if nodes is None:
+            found |= {job.id: Wait(f"{name} gets it next", now) for job in waiting}
+            continue
+        active = [job for job in jobs if job.state in ACTIVE and job.executor == name]
+        decided = schedule(waiting, active, nodes, shares(queue.db, now), now)
+        found |= decided.waits
+        found |= {job_id: Wait("its turn has come", now) for job_id in decided.starts}
+        found |= {job_id: Wait(reason) for job_id, reason in decided.refused.items()}
+    return found
