@@ -33,7 +33,7 @@ def test_a_chat_is_streamed_and_tells_how_likely_each_token_was(visit: Visit) ->
 def test_two_models_answer_side_by_side_and_can_be_stopped(visit: Visit) -> None:
     page = visit("/playground")
     page.get_by_label("Compare two models").check()
-    page.get_by_label("Model").nth(1).wait_for()
+    page.get_by_label("Model", exact=True).nth(1).wait_for()
     page.get_by_label("Your message").fill("Tell me a long story.")
     page.get_by_role("button", name="Send").click()
     page.get_by_role("button", name="Stop").click()

@@ -28,7 +28,7 @@ Token = dict[str, Any]  # for the browser: text t, probability p, the others as 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is chosen. `max_tokens` None is up to the end of the context."""
+    """How an answer is chosen. It has `max_tokens` at most, and what the context has room for."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -47,8 +47,9 @@ async def ask(
     deployment = services.router.find(model, identity)
     engine = await deployment.engine()
     asked = await asyncio.to_thread(_prompt, engine, messages)
+    room = answer_tokens(engine, asked.ids, None)
     params = SamplingParams(
-        max_tokens=answer_tokens(engine, asked.ids, settings.max_tokens),
+        max_tokens=min(room, settings.max_tokens or room),
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,

@@ -153,7 +153,7 @@ def _row(file: StoredFile, may_write: bool) -> Row:
 
 def _act(view: View, act: str, file_id: str) -> None:
     if act == "tune":
-        ui.navigate.to(f"{PATH}/training/fine-tune?file={file_id}")
+        ui.navigate.to(f"/training/fine-tune?file={file_id}")
         return
 
     def work(identity: Identity) -> bool:

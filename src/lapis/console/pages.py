@@ -10,7 +10,19 @@ from fastapi import FastAPI
 from nicegui import ui
 from starlette.requests import Request
 
-from lapis.console import audit, files, jobs, members, models, overview, playground, run, training, usage
+from lapis.console import (
+    audit,
+    files,
+    jobs,
+    members,
+    models,
+    overview,
+    playground,
+    run,
+    training,
+    tuning,
+    usage,
+)
 from lapis.console.frame import Link, frame
 from lapis.console.view import require_operator
 from lapis.errors import AuthError, LapisError
@@ -41,6 +53,8 @@ PLACES = (
     Place("/audit", "Audit", audit.show, Scope.ADMIN, operator=True),
 )
 DETAILS = (  # reached from a page, which stays marked in the navigation
+    Place("/training/fine-tune", "Training", tuning.show_form, Scope.WORK_WRITE),
+    Place("/training/fine-tune/{job_id}", "Training", tuning.show_job, Scope.WORK_READ),
     Place("/training/runs/{run_id}", "Training", run.show),
     Place("/models/{reference}", "Models", models.show_release, Scope.ADMIN, operator=True),
     Place("/jobs/{job_id}", "Jobs", jobs.show_job, Scope.WORK_READ),

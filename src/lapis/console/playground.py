@@ -49,9 +49,11 @@ class Talk:
     async def ask(self, identity: Identity, system: str, text: str, settings: Settings) -> None:
         """Ask and show the answer as it comes. What is wrong is told at the top."""
         self.messages.append({"role": "user", "content": text})
-        _turn(self.turns, "You", text)
+        with self.turns, ui.element("div").classes("turn user") as question:
+            Text("You").classes("by")
+            Text(text, "div").classes("text")
         label = f"Answer of {self.model.value}"
-        with self.turns, ui.element("div").classes("turn"):
+        with self.turns, ui.element("div").classes("turn") as turn:
             Text(str(self.model.value)).classes("by")
             answer = Answer(label, settings.odds)
         said = [{"role": "system", "content": system}] if system else []
@@ -62,6 +64,8 @@ class Talk:
             self.messages.append({"role": "assistant", "content": await self._show(answer)})
         except LapisError as error:
             self.messages.pop()
+            for part in (question, turn):
+                self.turns.remove(part)
             self.view.complain(error)
         finally:
             self.stop()
@@ -224,9 +228,3 @@ class _Playground:
             with ui.element("div").classes("row"):
                 copy_button(text)
                 button("Close", opened.close)
-
-
-def _turn(turns: ui.element, by: str, text: str) -> None:
-    with turns, ui.element("div").classes("turn user"):
-        Text(by).classes("by")
-        Text(text, "div").classes("text")

@@ -1,4 +1,4 @@
-"""Training: the runs with their live curves, several of them in one chart."""
+"""Training: fine-tuning jobs, and the runs with their live curves, several of them in one chart."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from nicegui import ui
 
 from lapis.console.chart import Chart, Points, thinned
-from lapis.console.parts import panel
+from lapis.console.parts import link, panel
 from lapis.console.table import Cell, Column, Row, Table, Tone
+from lapis.console.tuning import job_rows, jobs_table
 from lapis.console.view import PATH, View, duration, when
+from lapis.tenants.tenant import Scope
 from lapis.train.run import Run, RunSummary
 
 RECENT = 50
@@ -32,31 +34,46 @@ CURVES = {"loss": "Loss (nats per token)", "tokens_per_s": "Tokens per second"}
 
 async def show(view: View) -> None:
     """Draw the page."""
-    chosen: list[str] = []
-
-    async def choose(keys: list[str]) -> None:
-        chosen[:] = keys
-        await look()
-
-    with panel("Curves", silent=True), ui.element("div").classes("split"):
-        charts = {field: Chart(title, from_zero=field != "loss") for field, title in CURVES.items()}
-    table = Table(
-        "Training runs",
-        RUNS,
-        "No run yet. Start one with",
-        "lapis train RECIPE.toml",
-        choosing="Compare",
-        on_choose=choose,
-    )
+    jobs = None
+    if view.may(Scope.WORK_READ):
+        if view.may(Scope.WORK_WRITE):
+            with ui.element("div").classes("row"):
+                link("Fine-tune a model", f"{PATH}/training/fine-tune", "button main")
+        jobs = jobs_table()
+    runs = _Runs(view) if view.operates else None
 
     async def look() -> None:
-        runs = await asyncio.to_thread(visible_runs, view)
-        table.fill(await asyncio.to_thread(run_rows, runs))
-        drawn = [run for run in runs if run.id in chosen][:TOGETHER] or list(runs[:1])
-        for field, chart in charts.items():
-            chart.put({run.id: await asyncio.to_thread(curve, run, field) for run in drawn})
+        if jobs is not None:
+            jobs.fill(await asyncio.to_thread(job_rows, view))
+        if runs is not None:
+            await runs.look()
 
     await view.repeat(look)
+
+
+class _Runs:
+    """All training runs of the installation, and the curves of those that are chosen."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.chosen: list[str] = []
+        with panel("Curves", silent=True), ui.element("div").classes("split"):
+            self.charts = {field: Chart(title, from_zero=field != "loss") for field, title in CURVES.items()}
+        empty, command = "No run yet. Start one with", "lapis train RECIPE.toml"
+        self.table = Table("Training runs", RUNS, empty, command, choosing="Compare", on_choose=self.choose)
+
+    async def choose(self, keys: list[str]) -> None:
+        """Show the curves of these runs together."""
+        self.chosen = keys
+        await self.look()
+
+    async def look(self) -> None:
+        """Show the runs as they are now."""
+        runs = await asyncio.to_thread(visible_runs, self.view)
+        self.table.fill(await asyncio.to_thread(run_rows, runs))
+        drawn = [run for run in runs if run.id in self.chosen][:TOGETHER] or list(runs[:1])
+        for field, chart in self.charts.items():
+            chart.put({run.id: await asyncio.to_thread(curve, run, field) for run in drawn})
 
 
 def visible_runs(view: View) -> Sequence[Run]:

@@ -89,7 +89,7 @@ class View:
             try:
                 self.identity = await asyncio.to_thread(self.session.identity)
             except AuthError:
-                ui.navigate.to(PATH)  # which asks for a key
+                ui.navigate.to("/")  # which asks for a key
                 return
             try:
                 await look()
