@@ -82,6 +82,12 @@ def database_url(home: Home) -> str:
     return home.database_url
 
 
+@pytest.fixture
+def empty_database_url(tmp_path: Path, databases: Databases | None) -> str:
+    """A database without a table."""
+    return f"sqlite:///{tmp_path / 'deep' / 'lapis.db'}" if databases is None else databases.empty()
+
+
 # Small models in several processes at once: one thread each, or they wait for each other at every barrier.
 # Read when torch is loaded, here and in every child process; tests about threads set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

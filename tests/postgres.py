@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -91,6 +93,10 @@ class Databases:
         self.run = f"lapis_{os.getpid()}"
         self.admin: Engine = database.connect(server).execution_options(isolation_level="AUTOCOMMIT")
         self.made: dict[str, str] = {}
+        self.opened: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # connections, also those of engines left behind
+        sa.event.listen(sa.Pool, "connect", self._note)
         self._create(self.run)
         database.migrate(self._url(self.run))
 
@@ -116,6 +122,12 @@ class Databases:
                 for name in [*self.made, self.run]:
                     connection.exec_driver_sql(f'DROP DATABASE "{name}" WITH (FORCE)')
         self.admin.dispose()
+        sa.event.remove(sa.Pool, "connect", self._note)
+        for connection in list(self.opened):
+            connection.close()
+
+    def _note(self, connection: Any, _record: Any) -> None:
+        self.opened.add(connection)
 
     def _create(self, name: str, template: str = "template0") -> None:
         with self.admin.connect() as connection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lapis.hashing import canonical_json, digest_json
 from lapis.tables.audit import audit_entries, audit_head
 
 GENESIS = "0" * 64  # what the first entry follows
+EXPORTED = ("sequence", "at", "actor", "action", "target", "facts", "previous", "digest")
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,37 @@ class AuditLog:
         with self.db.connect() as connection:
             return [_entry(row) for row in connection.execute(query)]
 
-    def verify(self) -> AuditSummary:
-        """Walk the whole chain. Raises IntegrityError naming the first entry edited, dropped or moved."""
-        expected, previous = 1, GENESIS
+    def export(self) -> Iterator[dict[str, Any]]:
+        """All entries of one moment in order, with the digests that chain them, as plain values."""
         with snapshot(self.db) as connection:
-            head = connection.execute(sa.select(audit_head)).one_or_none()
+            for row in connection.execute(sa.select(audit_entries).order_by(audit_entries.c.sequence)):
+                yield {**{name: row._mapping[name] for name in EXPORTED}, "facts": json.loads(row.facts)}
+
+    def verify(self, head: str | None = None) -> AuditSummary:
+        """Walk the whole chain. Raises IntegrityError naming the first entry edited, dropped or moved.
+
+        `head` is a digest that was kept elsewhere: an entry must still have it, or the log was rebuilt or cut.
+        """
+        expected, previous = 1, GENESIS
+        missing = head not in (None, GENESIS)
+        with snapshot(self.db) as connection:
+            end = connection.execute(sa.select(audit_head)).one_or_none()
             for row in connection.execute(sa.select(audit_entries).order_by(audit_entries.c.sequence)):
                 _check(row, expected, previous)
                 expected, previous = row.sequence + 1, row.digest
-        if head is None or head.sequence >= expected:
+                missing = missing and row.digest != head
+        if end is None:
+            raise IntegrityError("The audit log is broken: the record of where it ends is missing.")
+        if end.sequence >= expected:
             raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
-        if (head.sequence, head.digest) != (expected - 1, previous):
+        if (end.sequence, end.digest) != (expected - 1, previous):
             raise IntegrityError(
-                f"The audit log is broken: it was recorded to end at entry {head.sequence}, "
-                f"and entry {head.sequence + 1} follows."
+                f"The audit log is broken: it was recorded to end at entry {end.sequence}, "
+                f"and entry {end.sequence + 1} follows."
+            )
+        if missing:
+            raise IntegrityError(
+                f"The audit log is not the one whose head was {head}: it was rebuilt, or its end was cut off."
             )
         return AuditSummary(expected - 1, previous)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
 from sqlalchemy.engine import Engine
 
 from lapis.audit import GENESIS, AuditLog, os_user
+from lapis.cli.audit import group
 from lapis.db import open_database, write
 from lapis.errors import IntegrityError
+from lapis.hashing import canonical_json, digest_json
 from tests.tampering import tamper
 
 
@@ -52,19 +58,94 @@ def test_an_empty_log_is_whole(db: Engine) -> None:
 @pytest.mark.parametrize(
     ("statement", "named"),
     [
-        ("UPDATE audit_entries SET actor = 'os:eve' WHERE sequence = 3", "entry 3"),
-        ("UPDATE audit_entries SET facts = '{}' WHERE sequence = 1", "entry 1"),
-        ("UPDATE audit_entries SET at = at + 1 WHERE sequence = 5", "entry 5"),
+        *(
+            (f"UPDATE audit_entries SET {column} = {value} WHERE sequence = {entry}", f"entry {entry} ")
+            for column, value in {
+                "at": "at + 1",
+                "actor": "'os:eve'",
+                "action": "'key.look'",
+                "target": "'key_9'",
+                "facts": "'{}'",
+                "previous": f"'{GENESIS[:-1]}1'",
+                "digest": f"'{GENESIS[:-1]}1'",
+                "organization_id": "'org-9'",
+                "project_id": "'proj_9'",
+            }.items()
+            for entry in (1, 3, 5)
+        ),
+        ("DELETE FROM audit_entries WHERE sequence = 1", "entry 1 is missing"),
         ("DELETE FROM audit_entries WHERE sequence = 2", "entry 2 is missing"),
+        ("DELETE FROM audit_entries WHERE sequence = 5", "entry 5 is missing"),
         ("DELETE FROM audit_entries WHERE sequence >= 4", "entry 4 is missing"),
         ("DELETE FROM audit_entries", "entry 1 is missing"),
+        ("UPDATE audit_entries SET sequence = 6 WHERE sequence = 5", "entry 5 is missing"),
+        ("INSERT INTO audit_entries SELECT 6, at, actor, action, target, facts, previous, digest, "
+         "organization_id, project_id FROM audit_entries WHERE sequence = 5", "entry 6 "),
         ("UPDATE audit_head SET sequence = 3", "entry 4 follows"),
+        ("UPDATE audit_head SET sequence = 6", "entry 6 is missing"),
+        (f"UPDATE audit_head SET digest = '{GENESIS}'", "end at entry 5"),
+        ("DELETE FROM audit_head", "where it ends is missing"),
     ],
-)
+)  # fmt: skip
 def test_the_first_broken_entry_is_named(log: AuditLog, db: Engine, statement: str, named: str) -> None:
     tamper(db, statement)
     with pytest.raises(IntegrityError, match=named):
         log.verify()
+
+
+def test_a_kept_head_shows_what_the_database_alone_cannot(log: AuditLog, db: Engine) -> None:
+    head = log.verify().head
+    assert log.verify(head).head == head
+    log.append("os:ana", "key.create", "key_6")
+    assert log.verify(head).entries == 6  # the log may grow
+    assert log.verify(GENESIS).entries == 6
+    with db.connect() as connection:
+        kept = connection.execute(sa.text("SELECT digest FROM audit_entries WHERE sequence = 4")).scalar()
+    tamper(
+        db,
+        "DELETE FROM audit_entries WHERE sequence > 4",
+        f"UPDATE audit_head SET sequence = 4, digest = '{kept}'",
+    )
+    assert log.verify().entries == 4  # a chain that is whole, and too short
+    with pytest.raises(IntegrityError, match="cut off"):
+        log.verify(head)
+
+
+def test_a_log_that_was_rebuilt_is_not_the_one_whose_head_was_kept(log: AuditLog, db: Engine) -> None:
+    head = log.verify().head
+    tamper(db, "DELETE FROM audit_entries", f"UPDATE audit_head SET sequence = 0, digest = '{GENESIS}'")
+    for number in range(1, 6):
+        log.append("os:eve", "key.create", f"key_{number}")
+    assert log.verify().entries == 5
+    with pytest.raises(IntegrityError, match="rebuilt"):
+        log.verify(head)
+
+
+def test_the_command_line_verifies_lists_and_exports(log: AuditLog, db: Engine, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    said = run(group, ["verify"])
+    assert said.exit_code == 0, said.output
+    head = log.verify().head
+    assert "5 entries" in said.output
+    assert head in said.output
+    assert json.loads(run(group, ["verify", "--head", head, "--json"]).output) == {"entries": 5, "head": head}
+    listed = run(group, ["list", "--limit", "2"]).output
+    assert "key_5" in listed
+    assert "key_3" not in listed
+    assert json.loads(run(group, ["list", "--target", "key_3", "--json"]).output)[0]["sequence"] == 3
+    assert run(group, ["export", str(tmp_path / "audit.jsonl")]).exit_code == 0
+    text = (tmp_path / "audit.jsonl").read_text()
+    assert run(group, ["export"]).output == text
+    previous = GENESIS
+    for number, line in enumerate(map(json.loads, text.splitlines()), 1):
+        named = [line[name] for name in ("at", "actor", "action", "target")]
+        chained = [number, *named, canonical_json(line["facts"]), previous]
+        assert line["previous"] == previous
+        assert line["digest"] == digest_json(chained)
+        previous = line["digest"]
+    assert previous == head
+    tamper(db, "DELETE FROM audit_entries WHERE sequence = 5")
+    assert isinstance(run(group, ["verify"]).exception, IntegrityError)
 
 
 def test_entries_that_changed_places_are_noticed(log: AuditLog, db: Engine) -> None:

@@ -19,13 +19,11 @@ from lapis import tables
 from lapis.errors import ConfigError, ConflictError, IntegrityError, StorageError, UnavailableError
 from lapis.tables.schema import metadata
 from lapis.tables.tenants import organizations, projects
-from tests.postgres import Databases
 
 
 @pytest.fixture
-def url(tmp_path: Path, databases: Databases | None) -> str:
-    """A database without a table."""
-    return f"sqlite:///{tmp_path / 'deep' / 'lapis.db'}" if databases is None else databases.empty()
+def url(empty_database_url: str) -> str:
+    return empty_database_url
 
 
 def test_migrations_make_exactly_the_tables_that_the_code_uses(url: str) -> None:

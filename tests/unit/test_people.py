@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -23,13 +22,14 @@ from lapis.tenants.keys import ApiKeys
 from lapis.tenants.service_accounts import ServiceAccounts
 from lapis.tenants.tenant import Role, Tenants
 from lapis.tenants.users import Users
+from tests.tampering import tamper
 
 ANA = "os:ana"
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path / 'home' / 'lapis.db'}")
+def db(database_url: str) -> Iterator[Engine]:
+    engine = open_database(database_url)
     yield engine
     engine.dispose()
 
@@ -200,21 +200,19 @@ def test_every_act_is_in_the_audit_log_and_says_whose_it_is(db: Engine) -> None:
 
 def test_an_entry_given_to_another_project_is_noticed(db: Engine) -> None:
     Tenants(db).create_project("search", ANA)
-    with db.begin() as connection:
-        connection.execute(sa.text("DROP TRIGGER audit_entries_no_update"))
-        connection.execute(sa.text("UPDATE audit_entries SET project_id = NULL"))
+    tamper(db, "UPDATE audit_entries SET project_id = NULL")
     with pytest.raises(IntegrityError, match="was changed"):
         AuditLog(db).verify()
 
 
-def test_the_command_line_makes_the_first_administrator(tmp_path: Path) -> None:
+def test_the_command_line_makes_the_first_administrator(database_url: str) -> None:
     run = CliRunner().invoke
     made = run(projects_cli.group, ["create", "search"])
     assert made.exit_code == 0, made.output
     assert run(users_cli.group, ["add", "bo@example.org", "--project", "search"]).exit_code == 0
     assert "bo@example.org" in run(users_cli.group, ["list"]).output
     text = run(keys_cli.group, ["create", "ops", "--admin", "--role", "reader"]).output.split()[0]
-    db = open_database(f"sqlite:///{tmp_path / 'home' / 'lapis.db'}")
+    db = open_database(database_url)
     assert AdminKeys(db).verify(text).role is Role.READER
     assert run(keys_cli.group, ["revoke", text.split("_")[2]]).exit_code == 0
     refused(AdminKeys(db).verify, text, "revoked")
