@@ -23,7 +23,9 @@ from lapis.api.routes import (
     health,
     missing,
     models,
+    organization,
     permissions,
+    projects,
     responses,
     tokens,
     uploads,
@@ -42,6 +44,8 @@ ROUTES = (
     graders.router,
     fine_tuning.router,
     permissions.router,
+    organization.router,
+    projects.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does
