@@ -14,6 +14,7 @@ from lapis.api.idempotency import Idempotency
 from lapis.api.inside import InsideApp
 from lapis.api.middleware import Envelope
 from lapis.api.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -41,6 +42,7 @@ ROUTES = (
     models.router,
     files.router,
     uploads.router,
+    batches.router,
     graders.router,
     fine_tuning.router,
     permissions.router,

@@ -81,11 +81,16 @@ def _admin(request: Request) -> Identity:
 
 def _with(scope: Scope, request: Request) -> Identity:
     identity = identify(request)
+    permit(identity, scope)
+    return identity
+
+
+def permit(identity: Identity, scope: Scope) -> None:
+    """Raises HTTPException (403) for a caller who is known and may just not do this."""
     try:
         identity.require(scope)
-    except AuthError as error:  # the key is known, it may just not do this
+    except AuthError as error:
         raise HTTPException(403, str(error).replace("\n", " ")) from error
-    return identity
 
 
 def is_local(connection: HTTPConnection) -> bool:

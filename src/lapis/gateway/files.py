@@ -60,8 +60,9 @@ class Incoming:
 
     def __init__(self, folder: Path, id: str | None = None) -> None:
         self.id = id or f"file-{secrets.token_hex(12)}"
+        self.folder = folder
         self.bytes = 0
-        self._path = folder / f".{self.id}.part"
+        self._path = folder / f".{self.id}.{secrets.token_hex(4)}.part"
         self._digest = hashlib.sha256()
         with storage_errors(folder):
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class Incoming:
 
     def place(self) -> Path:
         """Make the bytes durable and put them into their place. Raises StorageError."""
-        place = self._path.with_name(self.id)
+        place = self.folder / self.id
         with storage_errors(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -138,12 +139,15 @@ class FileStore:
         project_id: str,
         filename: str,
         purpose: str,
-        content: bytes | Path,
+        content: bytes | Path | Iterable[bytes],
         expires_at: float | None = None,
+        id: str | None = None,
     ) -> StoredFile:
         """Store a result for a project, whatever its limit: the work is done and paid for."""
-        with Incoming(self.folder / project_id) as incoming:
-            for data in [content] if isinstance(content, bytes) else blocks(content):
+        if isinstance(content, bytes | Path):
+            content = [content] if isinstance(content, bytes) else blocks(content)
+        with Incoming(self.folder / project_id, id) as incoming:
+            for data in content:
                 incoming.write(data)
             made = self._facts(incoming, project_id, None, filename, purpose, expires_at)
             self._record(incoming, made)

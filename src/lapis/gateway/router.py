@@ -63,6 +63,11 @@ class Router:
             )
         return servable, self._deployments[self._base(servable).digest]
 
+    def loaded(self, name: str) -> Engine | None:
+        """The engine behind a name as far as it is known and loaded; asks nobody and loads nothing."""
+        servable = self._servables.get(name)
+        return None if servable is None else self._deployments[self._base(servable).digest].loaded
+
     def models(self, viewer: Identity | None = None) -> list[tuple[Servable, Deployment]]:
         """What is served to whoever asks, by name; `name:version` only where `name` is not served as well."""
         self._refresh()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from sqlalchemy.engine import Engine as Database
 
 from lapis.gateway.admission import Admission
+from lapis.gateway.batch_runner import BatchRunner
+from lapis.gateway.batches import BatchStore
 from lapis.gateway.counters import Counters
 from lapis.gateway.files import FileStore
 from lapis.gateway.fine_tuned import FineTunedModels
@@ -39,6 +41,7 @@ class Services:
     responses: StoredResponses = field(init=False)
     files: FileStore = field(init=False)
     uploads: UploadStore = field(init=False)
+    batches: BatchStore = field(init=False)
     idempotency: IdempotencyKeys = field(init=False)
     graders: Graders = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
@@ -52,6 +55,7 @@ class Services:
         self.responses = StoredResponses(self.db)
         self.files = FileStore(self.home.files, self.db, storage_limit=Limits(self.db).storage)
         self.uploads = UploadStore(self.files)
+        self.batches = BatchStore(self.files)
         self.idempotency = IdempotencyKeys(self.db)
         self.queue = JobQueue(self.db)
         self.fine_tuning = FineTuning(self.home, self.db, self.queue, self.files)
@@ -59,6 +63,7 @@ class Services:
         self.loops += [self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
         self.graders = Graders(self._post, self.router)
         self.loops.append(FineTuningLoop(self.fine_tuning).run)
+        self.loops.append(BatchRunner(self).run)
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""
