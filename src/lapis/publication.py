@@ -60,6 +60,7 @@ class Publication:
             int, Mapping[str, Any]
         ] = {}  # metrics that no checkpoint was told with yet, by step
         self._heldout: dict[int, Mapping[str, Any]] = {}
+        self._furthest = 0  # step that was told
         self._number = 0  # lines of the run's events that were read
         self._read = 0  # bytes of them
         self._stop = threading.Event()
@@ -104,9 +105,7 @@ class Publication:
                 return
             except LapisError as error:  # a busy database, a full disk: the next try may get over it
                 logger.warning("%s: %s", self._job.id, error)
-                self._number = self._read = (
-                    0  # what was read and not told is read again; nothing is told twice
-                )
+                self._number = self._read = self._furthest = 0  # all is read again; nothing is told twice
 
     def _new_facts(self) -> list[tuple[int, dict[str, Any]]]:
         """The facts that the run has added since the last time, with their line numbers."""
@@ -130,6 +129,9 @@ class Publication:
         if kind == "step":
             metrics = {"step": fact["step"], "total_steps": self._plan.steps, **_named(fact, STEP)}
             self._steps[fact["step"]] = metrics
+            if fact["step"] <= self._furthest:  # a resume does it again
+                return []
+            self._furthest = fact["step"]
             left = (self._plan.steps - fact["step"]) * fact["seconds"] / fact["step"]
             progress |= {"step": fact["step"], "estimated_finish": at + left}
             progress |= {"trained_tokens": fact["tokens"]}

@@ -16,7 +16,6 @@ from lapis.train.layout import check as layout_check
 from lapis.train.lora import attach
 from lapis.train.mesh import Mesh
 from lapis.train.objective import Objective
-from lapis.train.parallel import parallelize
 from lapis.train.recipe import Recipe
 from lapis.train.replica import Alone, Replica
 from lapis.train.world import World
@@ -94,6 +93,10 @@ def first_replica(
         model = first_model(recipe, config, home)
         objective.begin(model)
         return Copies(Alone(model, section), world), config
+    from lapis.train.parallel import (
+        parallelize,
+    )  # and with it torch's pipelines: a second that one rank saves
+
     replica = parallelize(config, world, section)
     if recipe.model.source is not None:
         model = first_model(recipe, config, home)

@@ -15,7 +15,6 @@ NOT_OFFERED = {
     "responses/compact": "Responses are not compacted.",
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
     "moderations": "Moderation is not offered yet.",
-    "fine_tuning/alpha": "Graders by themselves are not offered yet; reinforcement fine-tuning takes them.",
     "evals": "Evals through the API are not offered yet; `lapis evaluate` measures.",
     "vector_stores": "Vector stores are not offered.",
     "assistants": "Assistants are not offered.",
