@@ -59,6 +59,11 @@ class Home:
         return self.root / "prices.toml"
 
     @property
+    def settings(self) -> Path:
+        """What a server is told beside its command line."""
+        return self.root / "server.toml"
+
+    @property
     def database_url(self) -> str:
         """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
         return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

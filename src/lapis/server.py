@@ -33,6 +33,7 @@ from lapis.gateway.memory import MemoryBudget
 from lapis.gateway.metering import Meter
 from lapis.gateway.router import Router
 from lapis.gateway.services import Services
+from lapis.gateway.settings import server_settings
 from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.inference.engine import Engine, LocalEngine
@@ -155,7 +156,8 @@ def make_services(
     try:
         keys = ApiKeys(db)
         have_keys = keys.exist() or AdminKeys(db).exist()
-        if not have_keys and not _is_loopback(host):
+        signed_in = server_settings(home).sign_in is not None
+        if not have_keys and not signed_in and not _is_loopback(host):
             raise ConfigError(
                 f"{host} can be reached from other machines, and there is no API key yet.",
                 hint="Make one first: lapis keys create NAME",

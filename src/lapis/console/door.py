@@ -14,6 +14,7 @@ ATTEMPTS = 10  # failed sign-ins of one address within WINDOW_SECONDS
 WINDOW_SECONDS = 60.0
 MOST_ADDRESSES = 10_000  # remembered; the oldest is forgotten
 
+STARTS = 60  # sign-ins of one address that begin within WINDOW_SECONDS
 STYLE = (
     ":root{color-scheme:light dark}body{font:16px system-ui;max-width:22rem;margin:18vh auto;padding:0 1rem}"
     "input,button,.button{font:inherit;width:100%;padding:.6rem;margin-top:.6rem;box-sizing:border-box}"
@@ -79,16 +80,17 @@ def same(one: str, other: str) -> bool:
 
 
 class Throttle:
-    """Counts failed sign-ins by address: after ATTEMPTS of them within a minute the address has to wait."""
+    """Counts failed sign-ins by address: after so many of them within a minute the address has to wait."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, attempts: int = ATTEMPTS) -> None:
         self.clock = clock
+        self.attempts = attempts
         self._failures: dict[str, list[float]] = {}
 
     def wait(self, address: str) -> float:
         """Seconds that an address must wait before its next try; 0 if it may try now."""
         recent = self._recent(address)
-        return 0.0 if len(recent) < ATTEMPTS else recent[-ATTEMPTS] + WINDOW_SECONDS - self.clock()
+        return 0.0 if len(recent) < self.attempts else recent[-self.attempts] + WINDOW_SECONDS - self.clock()
 
     def failed(self, address: str) -> None:
         """Note a failure."""

@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -20,9 +21,14 @@ from lapis.api.auth import is_local
 from lapis.console.door import PAGES_POLICY, SAFE, foreign, security_headers
 from lapis.console.guard import Guard
 from lapis.console.session import Session, Visitors
-from lapis.console.sign_in import PATH, SignIn, allowed, refused
+from lapis.console.sign_in import CALLBACK, PATH, SignIn, allowed, refused
+from lapis.errors import UnavailableError
 from lapis.gateway.services import Services
 from lapis.gateway.sessions import Sessions
+from lapis.gateway.settings import ServerSettings, server_settings, sign_in_secret
+
+if TYPE_CHECKING:
+    from lapis.gateway.oidc import Provider
 
 ASSETS = "/_nicegui"  # NiceGUI's own: files, and messages that carry the random id of the page they belong to
 
@@ -54,8 +60,13 @@ class Console:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.visitors = Visitors(Sessions(services.db), services.admission)
-        self.sign_in = SignIn(self.visitors)
+        self.settings = server_settings(services.home)
+        told = self.settings.console
+        rows = Sessions(services.db, idle=told.idle_minutes * 60, longest=told.longest_hours * 3600)
+        open_door = not services.admission.keys_required and self.settings.sign_in is None
+        self.visitors = Visitors(rows, services.admission, open_door)
+        self.https = told.public_url.startswith("https://")
+        self.sign_in = SignIn(self.visitors, _provider(self.settings), self.https)
         self._pages: ASGIApp | None = None
         self._running = AsyncExitStack()
         self._building = asyncio.Lock()
@@ -66,7 +77,7 @@ class Console:
             await self._websocket(scope, receive, send)
             return
         request = Request(scope, receive)
-        send = _with_headers(send, request.url.scheme == "https")
+        send = _with_headers(send, self.https or request.url.scheme == "https")
         answer = self._refusal(request) or await self._door(request)
         if answer is None:
             await (await self._built())(scope, receive, send)
@@ -79,10 +90,10 @@ class Console:
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
         """Why a request is not let in, whoever it is, as the answer to it."""
-        if not self.services.admission.keys_required and not is_local(connection):
+        if self.visitors.open_door and not is_local(connection):
             return PlainTextResponse("Without API keys this server answers only to localhost.", 403)
         changes = connection.scope.get("method", "WEBSOCKET") not in SAFE
-        reason = foreign(connection.headers, changes)
+        reason = foreign(connection.headers, changes, self.settings.console.public_url)
         return PlainTextResponse(reason, 403) if reason else None
 
     async def _door(self, request: Request) -> Response | None:
@@ -90,6 +101,10 @@ class Console:
         path, get = _path(request.scope), request.method in SAFE
         if path == "/sign-in":
             return RedirectResponse(PATH, 303) if get else await self.sign_in.by_key(request)
+        if path == "/sign-in/start" and get:
+            return await self.sign_in.start(request)
+        if path == CALLBACK and get:
+            return await self.sign_in.come_back(request)
         session = await asyncio.to_thread(self._session, request, not path.startswith(ASSETS))
         if session is None:
             return self.sign_in.page(request)
@@ -129,6 +144,21 @@ class Console:
                     await self._running.enter_async_context(app.router.lifespan_context(app))
                 self._pages = app
             return self._pages
+
+
+def _provider(settings: ServerSettings) -> Provider | None:
+    """The OpenID provider that the settings name. Raises UnavailableError without the packages for it."""
+    if settings.sign_in is None:
+        return None
+    if importlib.util.find_spec("jwt") is None:
+        raise UnavailableError(
+            "Signing in through a provider needs PyJWT, which is not installed.",
+            hint="pip install 'lapis[console]'",
+        )
+    from lapis.gateway.oidc import Provider
+
+    redirect_uri = f"{settings.console.public_url.rstrip('/')}{PATH}{CALLBACK}"
+    return Provider(settings.sign_in, sign_in_secret(), redirect_uri)
 
 
 def _path(scope: Scope) -> str:

@@ -13,11 +13,12 @@ from sqlalchemy.engine import Engine
 
 from lapis.audit import AuditLog
 from lapis.db import write
-from lapis.errors import NotFoundError
-from lapis.tables.sessions import sessions
+from lapis.errors import AuthError, NotFoundError
+from lapis.tables.sessions import sessions, sign_ins
 
 IDLE_SECONDS = 2 * 3600.0  # without use
 LONGEST_SECONDS = 24 * 3600.0
+SIGN_IN_SECONDS = 600.0  # for the way to the provider and back
 TOUCH_SECONDS = 60.0  # how exactly the last use is known: not every click is a write
 
 
@@ -37,6 +38,20 @@ class SessionRow:
     def actor(self) -> str:
         """Who acts, for the audit log."""
         return f"user:{self.user_id}" if self.user_id is not None else f"key:{self.key_id}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one sign-in is begun with; the provider gives `state` and `nonce` back, `verifier` stays here."""
+
+    state: str
+    nonce: str
+    verifier: str
+
+
+def new_start() -> Start:
+    """Three texts that nobody can guess."""
+    return Start(*(secrets.token_urlsafe(32) for _ in range(3)))
 
 
 class Sessions:
@@ -100,6 +115,37 @@ class Sessions:
         with write(self.db) as connection:
             if connection.execute(sessions.delete().where(sessions.c.id == session.id)).rowcount:
                 self.audit.append_in(connection, session.actor, "session.end", session.id[:12])
+
+
+class SignIns:
+    """Sign-ins that were sent to the provider: each comes back once, within a while, to the same browser."""
+
+    def __init__(self, db: Engine, clock: Callable[[], float] = time.time) -> None:
+        self.db = db
+        self.clock = clock
+
+    def begin(self, start: Start, browser: str) -> None:
+        """Note a sign-in that begins in the browser with this cookie."""
+        now = self.clock()
+        row = {"state": _digest(start.state), "browser": _digest(browser)}
+        with write(self.db) as connection:
+            connection.execute(sign_ins.delete().where(sign_ins.c.expires_at <= now))
+            connection.execute(
+                sign_ins.insert().values(
+                    **row, nonce=start.nonce, verifier=start.verifier, expires_at=now + SIGN_IN_SECONDS
+                )
+            )
+
+    def finish(self, state: str, browser: str) -> Start:
+        """What a sign-in that comes back was begun with, once. Raises AuthError for one that was not begun so."""
+        mine = (sign_ins.c.state == _digest(state)) & (sign_ins.c.expires_at > self.clock())
+        mine &= sign_ins.c.browser == _digest(browser)
+        with write(self.db) as connection:
+            row = connection.execute(sa.select(sign_ins).where(mine)).one_or_none()
+            ended = connection.execute(sign_ins.delete().where(mine)).rowcount
+        if row is None or ended != 1:
+            raise AuthError("The sign-in took too long, or began elsewhere. Try again.")
+        return Start(state, row.nonce, row.verifier)
 
 
 def _digest(token: str) -> str:

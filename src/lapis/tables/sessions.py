@@ -32,3 +32,14 @@ sign_ins = (
         sa.Index("ix_sign_ins_expires_at", "expires_at"),
     )
 )
+
+subjects = sa.Table(  # which account of a provider is which user
+    "subjects",
+    metadata,
+    Column("issuer", Text, primary_key=True),
+    Column("subject", Text, primary_key=True),
+    Column(
+        "user_id", Text, nullable=False
+    ),  # stays when the user is removed, who then does not come back unasked
+    sa.Index("ix_subjects_user_id", "user_id"),
+)
