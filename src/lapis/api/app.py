@@ -18,6 +18,7 @@ from lapis.api.routes import (
     chat,
     completions,
     embeddings,
+    evals,
     files,
     fine_tuning,
     graders,
@@ -48,6 +49,7 @@ ROUTES = (
     permissions.router,
     organization.router,
     projects.router,
+    evals.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does

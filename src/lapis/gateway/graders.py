@@ -35,7 +35,7 @@ class Graders:
         self,
         identity: Identity,
         grader: Grader,
-        text: str,
+        text: str | None,
         item: Any,
         sandbox: PythonSandbox,
         sample: Mapping[str, Any] | None = None,

@@ -10,6 +10,9 @@ from lapis.gateway.admission import Admission
 from lapis.gateway.batch_runner import BatchRunner
 from lapis.gateway.batches import BatchStore
 from lapis.gateway.counters import Counters
+from lapis.gateway.eval_runner import EvalRunner
+from lapis.gateway.eval_runs import EvalRuns
+from lapis.gateway.evals import EvalStore
 from lapis.gateway.files import FileStore
 from lapis.gateway.fine_tuned import FineTunedModels
 from lapis.gateway.fine_tuning import FineTuning
@@ -26,6 +29,8 @@ from lapis.home import Home
 from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import Identity
 from lapis.tenants.limits import Limits
+
+EVAL_RUNS = 2  # at a time
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Services:
     batches: BatchStore = field(init=False)
     idempotency: IdempotencyKeys = field(init=False)
     graders: Graders = field(init=False)
+    evals: EvalStore = field(init=False)
+    eval_runs: EvalRuns = field(init=False)
     post: Post = no_handlers  # the API's own handlers, once there is an app
     queue: JobQueue = field(init=False)
     fine_tuning: FineTuning = field(init=False)
@@ -64,6 +71,11 @@ class Services:
         self.graders = Graders(self._post, self.router)
         self.loops.append(FineTuningLoop(self.fine_tuning).run)
         self.loops.append(BatchRunner(self).run)
+        self.evals, self.eval_runs = EvalStore(self.db), EvalRuns(self.db)
+        runner = EvalRunner(
+            self.evals, self.eval_runs, self.files, self.admission.keys, self.graders, self._post
+        )
+        self.loops += [runner.work] * EVAL_RUNS
 
     def close(self) -> None:
         """End the engines, write the last usage, close the database."""

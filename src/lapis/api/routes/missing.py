@@ -15,7 +15,6 @@ NOT_OFFERED = {
     "responses/compact": "Responses are not compacted.",
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
     "moderations": "Moderation is not offered yet.",
-    "evals": "Evals through the API are not offered yet; `lapis evaluate` measures.",
     "vector_stores": "Vector stores are not offered.",
     "assistants": "Assistants are not offered.",
     "threads": "Threads are not offered.",
@@ -25,7 +24,6 @@ NOT_OFFERED = {
     "realtime": "Realtime sessions are not offered: Lapis serves text models.",
 }
 ADMINISTRATION = {  # asked for with an admin key
-    "organization": "This part of administration is not offered.",
     "projects": "Roles and groups are not offered: users are owners, members or readers.",
 }
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]

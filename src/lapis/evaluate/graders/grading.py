@@ -124,9 +124,9 @@ class Means:
 
 
 def grade(
-    grader: Grader, text: str, item: Any, means: Means, sample: Mapping[str, Any] | None = None
+    grader: Grader, text: str | None, item: Any, means: Means, sample: Mapping[str, Any] | None = None
 ) -> Grading:
-    """Grade an answer's text to a data item; `sample` holds what else is known of the answer.
+    """Grade an answer's text (None: there is none) to a data item; `sample` is what else is known of the answer.
 
     Blocks as long as a model answers or a program runs. What goes wrong is told in the result.
     """

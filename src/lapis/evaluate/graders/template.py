@@ -24,9 +24,12 @@ class NotJsonError(InputError):
     """A template reads `sample.output_json`, and the sample's text is no JSON."""
 
 
-def variables(item: Any, text: str, sample: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What templates may name: `item`, and `sample` with the output's text, and its JSON where it is JSON."""
-    made: dict[str, Any] = {**(sample or {}), "output_text": text}
+def variables(item: Any, text: str | None, sample: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What templates may name: `item`, and `sample` with the output's text, if any, and its JSON where it is JSON."""
+    made: dict[str, Any] = dict(sample or {})
+    if text is None:
+        return {"item": {} if item is None else item, "sample": made}
+    made["output_text"] = text
     try:
         made["output_json"] = json.loads(text)
     except (ValueError, RecursionError):
