@@ -64,6 +64,11 @@ class Home:
         return self.root / "server.toml"
 
     @property
+    def moderation(self) -> Path:
+        """Phrases that moderation looks for, as TOML; without it a short list."""
+        return self.root / "moderation.toml"
+
+    @property
     def database_url(self) -> str:
         """The database: LAPIS_DATABASE_URL, or SQLite below the home."""
         return os.environ.get("LAPIS_DATABASE_URL") or f"sqlite:///{self.root / 'lapis.db'}"

@@ -22,6 +22,7 @@ from lapis.gateway.idempotency import IdempotencyKeys
 from lapis.gateway.inside import Answer, Post, no_handlers
 from lapis.gateway.loops import Loop
 from lapis.gateway.metering import Meter
+from lapis.gateway.moderation import Moderator, read_moderator
 from lapis.gateway.router import Router
 from lapis.gateway.stored import StoredResponses
 from lapis.gateway.uploads import UploadStore
@@ -48,6 +49,7 @@ class Services:
     uploads: UploadStore = field(init=False)
     batches: BatchStore = field(init=False)
     idempotency: IdempotencyKeys = field(init=False)
+    moderator: Moderator = field(init=False)
     graders: Graders = field(init=False)
     evals: EvalStore = field(init=False)
     eval_runs: EvalRuns = field(init=False)
@@ -63,6 +65,7 @@ class Services:
         self.files = FileStore(self.home.files, self.db, storage_limit=Limits(self.db).storage)
         self.uploads = UploadStore(self.files)
         self.batches = BatchStore(self.files)
+        self.moderator = read_moderator(self.home.moderation)
         self.idempotency = IdempotencyKeys(self.db)
         self.queue = JobQueue(self.db)
         self.fine_tuning = FineTuning(self.home, self.db, self.queue, self.files)

@@ -14,7 +14,6 @@ from lapis.tenants.keys import Identity
 NOT_OFFERED = {
     "responses/compact": "Responses are not compacted.",
     "conversations": "Conversations are not kept on the server; send the messages with each request.",
-    "moderations": "Moderation is not offered yet.",
     "vector_stores": "Vector stores are not offered.",
     "assistants": "Assistants are not offered.",
     "threads": "Threads are not offered.",
