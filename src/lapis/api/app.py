@@ -14,6 +14,7 @@ from lapis.api.idempotency import Idempotency
 from lapis.api.inside import InsideApp
 from lapis.api.middleware import Envelope
 from lapis.api.routes import (
+    audit_logs,
     batches,
     chat,
     completions,
@@ -23,6 +24,7 @@ from lapis.api.routes import (
     fine_tuning,
     graders,
     health,
+    limits,
     missing,
     models,
     moderations,
@@ -32,6 +34,7 @@ from lapis.api.routes import (
     responses,
     tokens,
     uploads,
+    usage,
 )
 from lapis.gateway.loops import keep_running
 from lapis.gateway.services import Services
@@ -52,6 +55,9 @@ ROUTES = (
     organization.router,
     projects.router,
     evals.router,
+    limits.router,
+    usage.router,
+    audit_logs.router,
     tokens.router,
     health.router,
     missing.router,  # last: it answers what none of the others does

@@ -219,6 +219,13 @@ class UsageLedger:
                 return None
             return max(limit - month_sums(connection, now, project_id=project_id)[1] / 1000, 0.0)
 
+    def month_cost(self, *, project_id: str | None = None, organization_id: str | None = None) -> int:
+        """What was spent or is reserved in this month, in NANO: by a project, or by an organization."""
+        with self.db.connect() as connection:
+            return month_sums(
+                connection, self.clock(), project_id=project_id, organization_id=organization_id
+            )[0]
+
     def expire(self) -> int:
         """Release the overdue reservations of all projects; how many. A server does so when it starts."""
         now = self.clock()
