@@ -1,14 +1,14 @@
 """The fair queue on a public trace, beside first come first served and plain priority.
 
 The trace is openb of Alibaba's GPU cluster (cluster-trace-gpu-v2023 in github.com/alibaba/clusterdata, Weng et al.,
-USENIX ATC 2023): what 8,152 tasks asked for, when, and how long they ran. Used are the busiest days of it, on so many
-nodes of 8 GPUs that the work offered is just less than what they can do. What the trace does not have is made up, by a
-fixed seed, and said here: whole GPUs (parts of one are rounded up), projects (runs of about 20 tasks, drawn with a
-probability of one over the rank), time limits (1.1 to 5 times what was needed, in steps of 10 minutes; none for one in
-five), and gangs (one task in a hundred becomes 2 or 3 ranks of 8 GPUs). Its classes of service are priorities here, and
-best effort may be stopped for others.
+USENIX ATC 2023): what 8,152 tasks asked for, when, and how long they ran. Used are the busiest days of it, played
+several times as fast, on so many nodes of 8 GPUs that the work offered is just less than what they can do. What the
+trace does not have is made up, by a fixed seed, and said here: whole GPUs (parts of one are rounded up), a day at most,
+projects (runs of about 20 tasks, drawn with a probability of one over the rank), time limits (1.1 to 5 times what was
+needed, in steps of 10 minutes; none for one in five), and gangs (one task in a hundred becomes 2 or 3 ranks of 8 GPUs).
+Its classes of service are priorities here, and best effort may be stopped for others.
 
-    python benchmarks/queue_simulation.py FOLDER_WITH_CSV_FILES [--days 4] [--load 0.95] [--projects 20]
+    python benchmarks/queue_simulation.py FOLDER_WITH_CSV_FILES [--days 24] [--speed 8] [--load 0.95]
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PRIORITIES = {
     "BE": Priority.LOW,
 }
 NODE = Resources(96, 8, 384 * GIB)
+LONGEST = 86_400.0  # seconds; what ran longer (some pods ran for months) is cut off there
 SMALL = 0.02  # of the work: a project that offers less is called small in the table
 SHORT = 60.0  # seconds; shorter jobs count as this long in slowdowns
 
@@ -52,13 +53,13 @@ class Plain:
     preemptions: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_tasks(folder: Path, days: float, projects: int) -> list[Task]:
-    """The tasks of the trace's busiest days, as jobs."""
+def read_tasks(folder: Path, days: float, projects: int, speed: float) -> list[Task]:
+    """The tasks of the trace's busiest days, as jobs that arrive so many times as fast."""
     with (folder / "openb_pod_list_default.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["scheduled_time"] and row["deletion_time"]]
     rows.sort(key=lambda row: int(row["creation_time"]))
     created = [int(row["creation_time"]) for row in rows]
-    starts = range(0, created[-1], DAY // 2)
+    starts = range(0, created[-1] - int(days * DAY) + DAY, DAY // 2)
     begin = max(starts, key=lambda at: sum(at <= when < at + days * DAY for when in created))
     rng = random.Random(1)
     weights = [1 / (rank + 1) for rank in range(projects)]
@@ -67,24 +68,24 @@ def read_tasks(folder: Path, days: float, projects: int) -> list[Task]:
         if rng.random() < 1 / 20:
             project = rng.choices(range(projects), weights)[0]
         if begin <= int(row["creation_time"]) < begin + days * DAY:
-            tasks.append(_task(row, rng, f"project-{project:02}", begin))
+            at = (int(row["creation_time"]) - begin) / speed
+            tasks.append(_task(row, rng, f"project-{project:02}", at))
     return tasks
 
 
-def _task(row: Mapping[str, str], rng: random.Random, project: str, begin: int) -> Task:
+def _task(row: Mapping[str, str], rng: random.Random, project: str, created: float) -> Task:
     gpus, ranks = int(row["num_gpu"]), 1
     cpus, memory = int(row["cpu_milli"]) / 1000, int(row["memory_mib"]) << 20
     if rng.random() < 0.01:
         gpus, ranks, cpus, memory = 8, rng.choice([2, 3]), 64.0, 256 * GIB
     each = Resources(min(cpus, NODE.cpus), gpus, min(memory, NODE.memory))
-    seconds = float(max(1, int(row["deletion_time"]) - int(row["scheduled_time"])))
+    seconds = min(float(max(1, int(row["deletion_time"]) - int(row["scheduled_time"]))), LONGEST)
     limit = None if rng.random() < 0.2 else math.ceil(seconds * rng.uniform(1.1, 5) / 600) * 600.0
     spec = JobSpec("openb", ("run",), each, {}, 1, ranks, PRIORITIES[row["qos"]], limit, row["qos"] == "BE")
-    created = float(int(row["creation_time"]) - begin)
     job = Job(
         row["name"], project, spec, State.QUEUED, "", 0, 0, None, None, None, None, created, "", None, None
     )
-    return Task(job, min(seconds, 2.0 * DAY))
+    return Task(job, seconds)
 
 
 def gpu_seconds(task: Task) -> float:
@@ -196,13 +197,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--days", type=float, default=4)
+    parser.add_argument("--days", type=float, default=24, help="of the trace")
+    parser.add_argument("--speed", type=float, default=8, help="how many times as fast they arrive")
     parser.add_argument("--load", type=float, default=0.95)
     parser.add_argument("--projects", type=int, default=20)
     parser.add_argument("--interval", type=float, default=60.0, help="seconds between decisions")
     options = parser.parse_args()
-    tasks = read_tasks(options.folder, options.days, options.projects)
-    until = options.days * DAY
+    tasks = read_tasks(options.folder, options.days, options.projects, options.speed)
+    until = options.days * DAY / options.speed
     work = sum(gpu_seconds(task) for task in tasks)
     nodes = [Node(f"node-{n}", NODE) for n in range(max(3, math.ceil(work / until / 8 / options.load)))]
     offered: dict[str, float] = defaultdict(float)
@@ -211,7 +213,7 @@ def main() -> None:
     small = {project for project, part in offered.items() if part < SMALL}
     of_small = sum(task.job.project_id in small for task in tasks)
     print(
-        f"{len(tasks):,} tasks of {len(offered)} projects in {options.days:g} days on {len(nodes)} nodes "
+        f"{len(tasks):,} tasks of {len(offered)} projects in {until / DAY:g} days on {len(nodes)} nodes "
         f"({8 * len(nodes)} GPUs); offered {work / until / 8 / len(nodes):.2f}; "
         f"{len(small)} small projects with {of_small} tasks"
     )

@@ -6,17 +6,24 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from lapis.audit import AuditLog
 from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
 from lapis.jobs.controller import decide
 from lapis.jobs.executor import Status
+from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Node, Place, Resources, State, check_move
 from lapis.jobs.queue import JobQueue
 from lapis.jobs.shares import HALF_LIFE, set_weight, shares
+from lapis.jobs.waits import waits
+from lapis.tables.usage import usage_entries
+from lapis.tenants.quota import Quota
+from lapis.tenants.tenant import Tenants
 
 SPEC = JobSpec("train", ("lapis", "train", "recipe.toml"), Resources(2, 1), {"A": "b"}, retries=3)
 JOB = Job(
@@ -272,8 +279,55 @@ def test_a_preempted_job_comes_back_to_its_place_and_its_use_is_counted(
     share = shares(queue.db, clock.now)["default"]
     assert share.used == pytest.approx((4 * unit, 2 * unit, 20 * unit))
     assert share.started_at == 1000.0
+    assert booked(queue) == [(f"{job.id}:1", "train", 4 * HALF_LIFE, 2 * HALF_LIFE)]
     later = shares(queue.db, clock.now + HALF_LIFE)["default"].used
     assert later == pytest.approx((2 * unit, unit, 10 * unit))
+
+
+def booked(queue: JobQueue) -> list[tuple[Any, ...]]:
+    """The ledger's entries for attempts: id, name, CPU-seconds, GPU-seconds."""
+    columns = usage_entries.c
+    query = sa.select(columns.reservation_id, columns.model, columns.cpu_ms / 1000, columns.gpu_ms / 1000)
+    with queue.db.connect() as connection:
+        return [tuple(row) for row in connection.execute(query.order_by(columns.id))]
+
+
+def test_each_attempt_is_booked_as_it_ends_and_what_never_ran_is_not(queue: JobQueue, clock: Clock) -> None:
+    job = queue.submit(SPEC, "os:ana")
+    lease = queue.claim(job, "e")
+    assert lease is not None
+    queue.requeue(lease, "fenced", 0)
+    for attempt, seconds in ((2, 5.0), (3, 7.0)):
+        lease = queue.claim(queue.get(job.id), "e")
+        assert lease is not None
+        queue.started(lease)
+        clock.now += seconds
+        if attempt == 2:
+            queue.requeue(lease, "lost", 1)
+        else:
+            queue.finish(lease, State.FAILED, exit_code=1)
+    assert booked(queue) == [(f"{job.id}:2", "train", 10.0, 5.0), (f"{job.id}:3", "train", 14.0, 7.0)]
+    assert queue.ledger.balance().balanced
+
+
+def test_a_project_whose_gpu_time_is_used_up_waits_with_its_gpu_jobs_only(
+    queue: JobQueue, clock: Clock
+) -> None:
+    Tenants(queue.db).set_quota("default", Quota(gpu_seconds_per_month=100), "os:ana")
+    running, waiting = queue.submit(SPEC, "os:ana"), queue.submit(SPEC, "os:ana")
+    plain = queue.submit(replace(SPEC, resources=Resources(1)), "os:ana")
+    lease = queue.claim(running, "e")
+    assert lease is not None
+    queue.started(lease)
+    queue.note_executor("e", (Node("n", Resources(8, 8)),))
+    assert "turn has come" in waits(queue)[waiting.id].reason
+    clock.now += 100.0  # one GPU for 100 seconds: it goes on, nothing else starts
+    queue.note_executor("e", (Node("n", Resources(8, 8)),))
+    why = waits(queue)
+    assert why[waiting.id] == Wait("its project's GPU time of this month is used up")
+    assert "turn has come" in why[plain.id].reason
+    queue.finish(lease, State.SUCCEEDED)
+    assert waits(queue)[waiting.id].reason == why[waiting.id].reason
 
 
 def test_a_weight_is_kept_and_audited(queue: JobQueue, clock: Clock) -> None:

@@ -30,6 +30,8 @@ from lapis.home import Home
 from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import Identity
 from lapis.tenants.limits import Limits
+from lapis.tenants.prices import Prices
+from lapis.tenants.usage import UsageLedger
 
 EVAL_RUNS = 2  # at a time
 
@@ -67,7 +69,8 @@ class Services:
         self.batches = BatchStore(self.files)
         self.moderator = read_moderator(self.home.moderation)
         self.idempotency = IdempotencyKeys(self.db)
-        self.queue = JobQueue(self.db)
+        prices = Prices(self.home.prices)
+        self.queue = JobQueue(self.db, ledger=UsageLedger(self.db, prices=prices))
         self.fine_tuning = FineTuning(self.home, self.db, self.queue, self.files)
         self.fine_tuned = FineTunedModels(self.home, self.db)
         self.loops += [self.files.tidy, self.uploads.tidy, self.idempotency.tidy]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from lapis.jobs.shares import Amounts
 
 Matrix = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
-Shape = tuple[float, ...]  # CPUs, GPUs and bytes of a rank; ranks
+SHAPE = 32  # bytes of a packed spec that say what each rank takes, and how many ranks there are
 
 
 class Columns:
@@ -21,8 +22,9 @@ class Columns:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
-        rows = [job.spec.numbers for job in jobs]
-        table: Matrix = np.array(rows, float).reshape(-1, 7)
+        self._specs = [job.spec.packed for job in jobs]
+        table: Matrix = np.frombuffer(b"".join(self._specs)).reshape(-1, 7)
+        self._table = table
         self.projects = [job.project_id for job in jobs]
         self.created: Matrix = np.array([job.created_at for job in jobs], float)
         self.each: Matrix = table[:, :3]
@@ -31,14 +33,27 @@ class Columns:
         self.limits: Matrix = table[:, 5]  # inf: none
         self.preemptible: Matrix = table[:, 6]
         self.totals: Matrix = self.each * self.ranks[:, None]
-        known: dict[Shape, int] = {}
-        self.shape_of = [known.setdefault(row[:4], len(known)) for row in rows]
-        self.shapes: list[tuple[Amounts, int]] = [(shape[:3], int(shape[3])) for shape in known]  # type: ignore[misc]
 
     def codes(self, names: Sequence[str]) -> Numbers:
         """The place of each job's project among these names."""
         places = {name: place for place, name in enumerate(names)}
         return np.array([places[project] for project in self.projects], np.int64)
+
+    def shape(self, index: int) -> tuple[Amounts, int]:
+        """What each rank of a job takes, and how many ranks there are."""
+        cpus, gpus, memory, ranks = self._table[index, :4].tolist()
+        return (cpus, gpus, memory), int(ranks)
+
+
+class Waiting(Columns):
+    """Jobs that wait. Many have the same shape: what each rank takes, and how many there are."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(jobs)
+        known: dict[bytes, int] = {}
+        self.shape_of = [known.setdefault(spec[:SHAPE], len(known)) for spec in self._specs]
+        shapes = [struct.unpack("4d", shape) for shape in known]
+        self.shapes: list[tuple[Amounts, int]] = [(shape[:3], int(shape[3])) for shape in shapes]
 
     def shape(self, index: int) -> tuple[Amounts, int]:
         """What each rank of a job takes, and how many ranks there are."""
@@ -51,11 +66,11 @@ class Running(Columns):
     def __init__(self, jobs: Sequence[Job], names: dict[str, int]) -> None:
         super().__init__(jobs)
         started = [job.started_at if job.state is State.RUNNING else None for job in jobs]
-        self.started: Matrix = np.array([math.nan if at is None else at for at in started], float)
-        asked = [
-            math.inf if job.preempt_at is None and job.cancel_at is None else _asked(job) for job in jobs
-        ]
-        self.asked: Matrix = np.array(asked, float)  # when to stop; inf: never
+        self.started: Matrix = np.array(started, float)  # nan: it starts just now
+        cancelled: Matrix = np.array([job.cancel_at for job in jobs], float)
+        preempted: Matrix = np.array([job.preempt_at for job in jobs], float)
+        # When it was asked to stop; inf: never.
+        self.asked: Matrix = np.nan_to_num(np.fmin(cancelled, preempted), nan=math.inf, posinf=math.inf)
         places = [
             (index, names[place.node], place.ranks)
             for index, job in enumerate(jobs)
@@ -67,10 +82,6 @@ class Running(Columns):
         self.given: Matrix = self.each[self.of] * self.there[:, None]
         ends: Numbers = np.searchsorted(self.of, np.arange(len(jobs) + 1))
         self.first: list[int] = ends.tolist()  # the places of job i: first[i] until first[i + 1]
-
-
-def _asked(job: Job) -> float:
-    return min(at for at in (job.cancel_at, job.preempt_at) if at is not None)
 
 
 def sums(codes: Numbers, totals: Matrix, groups: int) -> list[list[float]]:

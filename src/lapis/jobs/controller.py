@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lapis.errors import ConflictError, LapisError, StorageError, UnavailableError
+from lapis.jobs.budget import without_spent
 from lapis.jobs.executor import Executor, Status
 from lapis.jobs.fairshare import schedule
 from lapis.jobs.job import ACTIVE, Job, Node, State
@@ -156,6 +157,7 @@ class Controller:
 
     def _carry_out(self, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]) -> None:
         now = self.queue.clock()
+        waiting, _ = without_spent(waiting, active, self.queue.ledger, now)
         decided = schedule(waiting, active, nodes, shares(self.queue.db, now), now, self.policy)
         by_id = {job.id: job for job in (*waiting, *active)}
         for job_id, reason in decided.refused.items():

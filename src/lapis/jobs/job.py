@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -141,14 +142,17 @@ class JobSpec:
         return self.resources * self.ranks
 
     @cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """CPUs, GPUs and bytes of each rank, ranks, level, time limit (inf: none), 1 if preemptible."""
+    def packed(self) -> bytes:
+        """Seven doubles: CPUs, GPUs, bytes of each rank; ranks, level, time limit (inf: none), 1 if preemptible.
+
+        For whoever reads very many jobs at once.
+        """
         each, limit = self.resources, math.inf if self.time_limit is None else self.time_limit
-        rank = (float(each.cpus), float(each.gpus), float(each.memory))
-        return *rank, float(self.ranks), float(self.priority.level), limit, float(self.preemptible)
+        level, preemptible = self.priority.level, self.preemptible
+        return struct.pack("7d", each.cpus, each.gpus, each.memory, self.ranks, level, limit, preemptible)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A job as the queue knows it. `reason` says why it is in its state.
 

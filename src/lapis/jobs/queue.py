@@ -33,6 +33,7 @@ from lapis.jobs.placement import assign
 from lapis.jobs.shares import add_use_in, note_start_in
 from lapis.tables.jobs import executors, jobs
 from lapis.tenants.tenant import DEFAULT
+from lapis.tenants.usage import UsageLedger, Work
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
 
@@ -55,12 +56,18 @@ class JobQueue:
     """The jobs of an installation. Every change is one guarded transaction, for any number of controllers."""
 
     def __init__(
-        self, db: Engine, clock: Callable[[], float] = time.time, lease_seconds: float = LEASE
+        self,
+        db: Engine,
+        clock: Callable[[], float] = time.time,
+        lease_seconds: float = LEASE,
+        ledger: UsageLedger | None = None,
     ) -> None:
+        """`ledger`: where the time of attempts is entered as they end; it knows the prices."""
         self.db = db
         self.clock = clock
         self.lease_seconds = lease_seconds
         self.audit = AuditLog(db, clock)
+        self.ledger = ledger or UsageLedger(db, clock)
 
     def submit(self, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
         """Put a job at the end of the queue."""
@@ -210,6 +217,7 @@ class JobQueue:
                 note_start_in(connection, job.project_id, now)
             elif job.state is State.RUNNING:
                 add_use_in(connection, job, now)
+                self.ledger.book_in(connection, _work(job, now))
             return _get(connection, lease.job_id)
 
     def _grant(self, connection: Connection, job_id: str, **values: Any) -> Lease:
@@ -252,6 +260,13 @@ def _job(row: Row[Any]) -> Job:
         tuple(Place(place["node"], place["ranks"], tuple(place["gpus"])) for place in places),
         row.preempt_at, row.preempt_for,
     )  # fmt: skip
+
+
+def _work(job: Job, now: float) -> Work:
+    """What an attempt that ends now occupied: that is what it is billed for, busy or not."""
+    total, seconds = job.spec.total, max(0.0, now - (now if job.started_at is None else job.started_at))
+    name = f"{job.id}:{job.attempt}"
+    return Work(job.project_id, name, job.spec.name, total.cpus * seconds, total.gpus * seconds)
 
 
 @lru_cache(maxsize=32_768)

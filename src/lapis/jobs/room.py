@@ -16,7 +16,7 @@ from lapis.jobs.placement import EPSILON
 from lapis.jobs.shares import Amounts
 
 Placement = list[tuple[int, int]]  # node's index, ranks there
-STALE = 64  # changed nodes after which the matrix is made anew
+STALE = 64  # placements after which nodes are put in order anew
 
 
 def counts(free: Matrix, each: Amounts) -> Numbers:
@@ -29,6 +29,15 @@ def counts(free: Matrix, each: Amounts) -> Numbers:
     return whole
 
 
+def fits(free: Sequence[float], each: Amounts) -> int:
+    """How many ranks fit into one row of what is free."""
+    fitting = float(2**31)
+    for resource, amount in enumerate(each):
+        if amount:
+            fitting = min(fitting, free[resource] / amount + EPSILON)
+    return max(0, int(fitting))
+
+
 def gather(free: Matrix, each: Amounts, ranks: int) -> Placement | None:
     """Places for all ranks on as few nodes as can be, the emptiest first; None if they do not all fit."""
     fitting = counts(free, each)
@@ -37,8 +46,12 @@ def gather(free: Matrix, each: Amounts, ranks: int) -> Placement | None:
     alone = np.flatnonzero(fitting >= ranks)
     if len(alone):  # one node is enough: the fullest of those that can
         return [(int(alone[np.argmin(fitting[alone])]), ranks)]
+    most = int(fitting.max())
+    emptiest = np.flatnonzero(fitting == most)
+    if most * len(emptiest) < ranks:
+        emptiest = np.argsort(-fitting, kind="stable")
     placement, left = [], ranks
-    for node in np.argsort(-fitting, kind="stable").tolist():
+    for node in emptiest.tolist():
         taken = min(left, int(fitting[node]))
         placement.append((node, taken))
         left -= taken
@@ -61,13 +74,13 @@ class Room:
     def __init__(self, free: Matrix, has_gpus: npt.NDArray[np.bool_]) -> None:
         self.rows: list[list[float]] = free.tolist()
         self._has_gpus = has_gpus
-        self._free = free
-        self._changed = 0
+        self._free = free.copy()
+        self._changed: set[int] = set()  # nodes whose rows are no longer those of `_free`
+        self._since_order = 0
         self._orders: dict[bool, Numbers] = {}
         self._cursors: dict[Amounts, tuple[list[int], int]] = {}
         self._failed: dict[Amounts, int] = {}  # ranks of this shape that did not fit
-        self._most: list[float] = [0.0, 0.0, 0.0]
-        self._renew()
+        self._most: list[float] = free.max(axis=0).tolist() if len(free) else [0.0, 0.0, 0.0]
 
     def place(self, each: Amounts, ranks: int) -> Placement | None:
         """Places for all ranks, or None. Takes nothing yet."""
@@ -76,8 +89,7 @@ class Room:
             return None
         placement = self._on_one_node(each, ranks)
         if placement is None and ranks > 1:
-            if self._changed:
-                self._renew()
+            self._renew()
             placement = gather(self._free, each, ranks)
         if placement is None:
             self._failed[each] = ranks
@@ -90,22 +102,24 @@ class Room:
             row[0] -= each[0] * ranks
             row[1] -= each[1] * ranks
             row[2] -= each[2] * ranks
-            self._changed += 1
+            self._changed.add(node)
+        self._since_order += 1
 
     def cap(self, node: int, row: Sequence[float]) -> None:
         """Leave at most this much on a node."""
         self.rows[node] = [min(mine, other) for mine, other in zip(self.rows[node], row, strict=True)]
-        self._changed += 1
+        self._changed.add(node)
 
     def matrix(self) -> Matrix:
         """What is free now, as a matrix of its own."""
-        return np.array(self.rows)
+        self._renew()
+        return self._free.copy()
 
     def _renew(self) -> None:
-        self._free = np.array(self.rows)
-        self._most = self._free.max(axis=0).tolist() if len(self._free) else [0.0, 0.0, 0.0]
-        self._orders.clear()
-        self._changed = 0
+        if self._changed:
+            nodes = list(self._changed)
+            self._free[nodes] = [self.rows[node] for node in nodes]
+            self._changed.clear()
 
     def _on_one_node(self, each: Amounts, ranks: int) -> Placement | None:
         cpus, gpus, memory = each[0] * ranks, each[1] * ranks, each[2] * ranks
@@ -126,8 +140,11 @@ class Room:
 
     def _candidates(self, shape: Amounts) -> list[int]:
         """Nodes that may have room for the shape: the fullest first, and for CPUs alone those without GPUs."""
-        if self._changed >= STALE:
+        if self._since_order >= STALE:
             self._renew()
+            self._most = self._free.max(axis=0).tolist()
+            self._orders.clear()
+            self._since_order = 0
         wants_gpus = shape[1] > 0
         if wants_gpus not in self._orders:
             free = self._free

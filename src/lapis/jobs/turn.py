@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapis.jobs.columns import Columns, Matrix, Numbers, Running, sums
+from lapis.jobs.columns import Matrix, Numbers, Running, Waiting, sums
 from lapis.jobs.job import Job, Node
 from lapis.jobs.policy import Policy
-from lapis.jobs.room import Placement, Releases, Room, amounts, counts, gather
+from lapis.jobs.room import Placement, Releases, Room, amounts, counts, fits, gather
 from lapis.jobs.shares import Amounts, Share
 
 CLAIMS = 16  # jobs for which a decision looks for others to stop: never a storm
@@ -66,7 +66,7 @@ class Turn:
         self.whole: Amounts = (whole[0], whole[1], whole[2])
         self.per = [1 / amount if amount else 0.0 for amount in whole]
         self.refused: dict[str, str] = {}
-        self.waiting, self.active = self._possible(Columns(waiting)), Running(active, self.names)
+        self.waiting, self.active = self._possible(Waiting(waiting)), Running(active, self.names)
         limits = self.waiting.limits
         self.expected: Matrix = np.where(np.isfinite(limits), limits, policy.assumed)
         self.tenants = self._tenants(shares)
@@ -93,7 +93,7 @@ class Turn:
 
     # What there is
 
-    def _possible(self, waiting: Columns) -> Columns:
+    def _possible(self, waiting: Waiting) -> Waiting:
         """The jobs that the nodes can hold at all."""
         kinds, of_kind = np.unique(self.capacity, axis=0, return_counts=True)
         possible = [int((counts(kinds, each) * of_kind).sum()) >= ranks for each, ranks in waiting.shapes]
@@ -102,7 +102,7 @@ class Turn:
         for job, number in zip(waiting.jobs, waiting.shape_of, strict=True):
             if not possible[number]:
                 self.refused[job.id] = self._refusal(job)
-        return Columns([job for job in waiting.jobs if job.id not in self.refused])
+        return Waiting([job for job in waiting.jobs if job.id not in self.refused])
 
     def _refusal(self, job: Job) -> str:
         cpus, gpus, memory = self.whole
@@ -116,6 +116,7 @@ class Turn:
         busy = {*self.waiting.projects, *self.active.projects}
         names = sorted({*shares, *busy})
         active, waiting = self.active.codes(names), self.waiting.codes(names)
+        self._projects = active  # of the active jobs, as places among the names
         stays = self.active.totals * np.isinf(self.active.asked)[:, None]
         held = sums(active, stays, len(names))
         firmly = sums(active, stays * (1 - self.active.preemptible[:, None]), len(names))
@@ -245,7 +246,8 @@ class Turn:
                     self.long.cap(node, self.short.rows[node])
             else:
                 self.long.take(placement, each)
-        self._fresh.append((placement, each))
+        if self.holds:
+            self._fresh.append((placement, each))
         self.releases.add(self.now + float(self.expected[index]), placement, each)
         self._give(tenant, index)
         return True
@@ -287,6 +289,8 @@ class Turn:
 
     def _left(self) -> Matrix:
         """What is free now and not kept for anybody."""
+        if not self.holds:
+            self.free = self.short.matrix()
         for placement, each in self._fresh:
             for node, ranks in placement:
                 self.free[node] -= np.multiply(each, ranks)
@@ -356,42 +360,44 @@ class Turn:
         """Jobs that may be stopped for this one, the cheapest first, until it fits."""
         each, ranks = self.waiting.shape(index)
         level, active = self.waiting.levels[index], self.active
-        in_need = self.part(tenant, each, ranks) <= tenant.due
         held = {name: list(other.held) for name, other in self.tenants.items()}  # less those chosen
+        over: set[str] = set()  # projects that hold more than they are due
+        if self.part(tenant, each, ranks) <= tenant.due:
+            over = {name for name, other in self.tenants.items() if self.part(other) > other.due} - {
+                tenant.name
+            }
+        rows, fitting = then.tolist(), counts(then, each).tolist()
+        missing = ranks - sum(fitting)
         chosen = []
-        after = then.copy()
-        fitting = counts(after, each)
-        total = int(fitting.sum())
         for victim in self._may_stop():
-            other = self.tenants[active.projects[victim]]
-            if other is tenant:
-                if active.levels[victim] >= level:
-                    continue
-            elif not in_need or _largest(held[other.name], self.per) <= other.due:
+            name = active.projects[victim]
+            if name not in over and (name != tenant.name or active.levels[victim] >= level):
                 continue
-            nodes, given = self._places(victim)
-            after[nodes] += given
-            _add(held[other.name], *_minus(active.shape(victim)))
-            total -= int(fitting[nodes].sum())
-            fitting[nodes] = counts(after[nodes], each)
-            total += int(fitting[nodes].sum())
+            _add(held[name], *_minus(active.shape(victim)))
+            if name in over and _largest(held[name], self.per) <= self.tenants[name].due:
+                over.remove(name)
+            for place in range(active.first[victim], active.first[victim + 1]):
+                node = self._nodes[place]
+                _add(rows[node], self._given[place])
+                now_fitting = fits(rows[node], each)
+                missing -= now_fitting - fitting[node]
+                fitting[node] = now_fitting
             chosen.append(victim)
-            if total >= ranks:
+            if missing <= 0:
                 return chosen
         return None
 
     def _may_stop(self) -> list[int]:
         """What may be stopped: the lowest priority of the projects furthest over their due, the youngest."""
         if self._victims is None:
-            over = {name: tenant.due - self.part(tenant) for name, tenant in self.tenants.items()}
             active = self.active
+            over = np.array([tenant.due - self.part(tenant) for tenant in self.tenants.values()])
             oldest = self.now - self.policy.minimum_run
-            may = (active.preemptible > 0) & (active.started <= oldest) & ~np.isfinite(active.asked)
-            found = [
-                (active.levels[index], over[active.projects[index]], -active.started[index], index)
-                for index in np.flatnonzero(may).tolist()
-            ]
-            self._victims = [index for *_, index in sorted(found)]
+            may = (active.preemptible > 0) & (active.started <= oldest) & np.isinf(active.asked)
+            found = np.flatnonzero(may)
+            keys = (-active.started[found], over[self._projects[found]], active.levels[found])
+            self._victims = found[np.lexsort((found, *keys))].tolist()
+            self._nodes, self._given = active.node.tolist(), active.given.tolist()  # of each place
         return self._victims
 
     def _places(self, victim: int) -> tuple[Numbers, Matrix]:

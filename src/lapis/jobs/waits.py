@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lapis.jobs.budget import SPENT, without_spent
 from lapis.jobs.fairshare import schedule
 from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ACTIVE, State
@@ -24,7 +25,9 @@ def waits(queue: JobQueue) -> dict[str, Wait]:
             found |= {job.id: Wait(f"{name} gets it next", now) for job in waiting}
             continue
         active = [job for job in jobs if job.state in ACTIVE and job.executor == name]
-        decided = schedule(waiting, active, nodes, shares(queue.db, now), now)
+        allowed, spent = without_spent(waiting, active, queue.ledger, now)
+        found |= {job.id: Wait(SPENT) for job in spent}
+        decided = schedule(allowed, active, nodes, shares(queue.db, now), now)
         found |= decided.waits
         found |= {job_id: Wait("its turn has come", now) for job_id in decided.starts}
         found |= {job_id: Wait(reason) for job_id, reason in decided.refused.items()}

@@ -73,6 +73,19 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Processor time that an attempt of a job used; `id` names the attempt."""
+
+    project_id: str
+    id: str
+    name: str
+    cpu_seconds: float
+    gpu_seconds: float
+    key_id: str | None = None
+    user_id: str | None = None
+
+
+@dataclass(frozen=True)
 class UsageSum:
     """What one group of settled requests used: `group` is a model, a project or a key."""
 
@@ -198,17 +211,25 @@ class UsageLedger:
         user_id: str | None = None,
     ) -> None:
         """Enter the processor time that a job's attempt used, as it ends. The same `work_id` counts once."""
-        now, cpu_ms, gpu_ms = self.clock(), round(cpu_seconds * 1000), round(gpu_seconds * 1000)
+        work = Work(project_id, work_id, name, cpu_seconds, gpu_seconds, key_id, user_id)
+        with write(self.db) as connection:
+            self.book_in(connection, work)
+
+    def book_in(self, connection: Connection, work: Work) -> None:
+        """The same, in the transaction in which the attempt ends."""
+        now, cpu_ms, gpu_ms = self.clock(), round(work.cpu_seconds * 1000), round(work.gpu_seconds * 1000)
         cost = self.prices.current().work(cpu_ms, gpu_ms)
-        of = Reservation(work_id, project_id, key_id, name, 0, now, user_id, "compute", cost=cost)
-        with write(self.db, lock=f"usage:{project_id}") as connection:
-            entries = usage_entries.c
-            known = sa.select(entries.id).where(entries.reservation_id == work_id, entries.kind == "use")
-            if connection.execute(known).first() is not None:
-                return
-            entry = _entry(of, "use", now, 0, cost)
-            connection.execute(_ENTER, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
-            count(connection, Change(project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
+        of = Reservation(
+            work.id, work.project_id, work.key_id, work.name, 0, now, work.user_id, "compute", cost=cost
+        )
+        take_lock(connection, f"usage:{work.project_id}")
+        entries = usage_entries.c
+        known = sa.select(entries.id).where(entries.reservation_id == work.id, entries.kind == "use")
+        if connection.execute(known).first() is not None:
+            return
+        entry = _entry(of, "use", now, 0, cost)
+        connection.execute(_ENTER, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
+        count(connection, Change(work.project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
 
     def gpu_seconds_left(self, project_id: str) -> float | None:
         """What is left of a project's GPU time in this month, at least 0; None without a limit."""
