@@ -188,3 +188,31 @@ def test_without_keys_only_this_machine_by_its_own_name_is_answered(home: Home) 
         ):
             answer = httpx.get(f"{server.url}/models", headers={"host": host})
             assert answer.status_code == status, host
+
+
+def test_answers_say_what_is_left_of_the_limits(home: Home) -> None:
+    with fake_server(home) as server:
+        Tenants(server.services.db).set_quota(
+            "default", Quota(requests_per_day=10, tokens_per_day=9000), ACTOR
+        )
+        asked = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+        for number, (path, body) in enumerate(
+            [
+                ("completions", asked),
+                ("completions", {**asked, "stream": True}),
+                ("chat/completions", chat),
+                ("responses", {"model": "tiny", "input": "x", "max_output_tokens": 4}),
+                ("embeddings", {"model": "tiny", "input": "x"}),
+                ("moderations", {"input": "x"}),
+            ]
+        ):
+            answer = httpx.post(f"{server.url}/{path}", json=body)
+            assert answer.status_code == 200
+            assert answer.headers["x-ratelimit-limit-requests"] == "10"
+            assert answer.headers["x-ratelimit-remaining-requests"] == str(9 - number)
+            assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 9000
+            assert answer.headers["x-ratelimit-reset-tokens"].endswith("s")
+        Tenants(server.services.db).set_quota("default", Quota(), ACTOR)
+        free = httpx.post(f"{server.url}/completions", json=asked)
+        assert not [name for name in free.headers if name.startswith("x-ratelimit")]

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from lapis.api.protocol.generation import CompletionDetails, PromptDetails, Usage
+from lapis.api.rate_limits import limit_headers
 from lapis.api.streaming import EventStream, TextEvent, event, model_json, while_connected
 from lapis.gateway.generation import Generation
 from lapis.inference.request import Output
@@ -76,21 +77,22 @@ def parsed(parser: ToolParser | None, output: Output) -> tuple[str, list[ToolCal
 async def one_answer(request: Request, start: Coroutine[Any, Any, Generation], write: Whole) -> Response:
     """The whole answer as JSON. A client that hangs up cancels it."""
 
-    async def work() -> BaseModel:
+    async def work() -> Response:
         generation = await start
         try:
-            return await write(generation)
+            answer = await write(generation)
         finally:
             generation.close()
+        headers = limit_headers(generation.limits)
+        return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
 
-    answer = await while_connected(request.receive, work())
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return await while_connected(request.receive, work())
 
 
 async def stream(request: Request, start: Coroutine[Any, Any, Generation], write: Events) -> Response:
     """The answer as server-sent events. What is wrong with the request is still told by the status."""
     generation = await while_connected(request.receive, start)
-    return EventStream(write(generation), generation.close)
+    return EventStream(write(generation), generation.close, limit_headers(generation.limits))
 
 
 class ChunkWriter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, TypeVar
@@ -85,14 +85,18 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[str, None], close: Callable[[], None], on_error: ErrorEvent = error_event
+        self,
+        events: AsyncGenerator[str, None],
+        close: Callable[[], None],
+        headers: Mapping[str, str],
+        on_error: ErrorEvent = error_event,
     ) -> None:
         self.events = events
         self.close = close
         self.on_error = on_error
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; `close` is called at the end, after an error, and when the client hangs up."""

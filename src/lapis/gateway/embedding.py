@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from lapis.errors import LapisError
 from lapis.gateway.admission import priority_of
@@ -13,10 +14,19 @@ from lapis.gateway.metering import Meter
 from lapis.inference.request import Output, Pooling, Request, SamplingParams, check_request
 from lapis.inference.stream import Stream
 from lapis.tenants.keys import Identity
+from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import Usage
 
 WAVE_TOKENS = 4096  # of one request in the engine's queue at a time; others get their turns in between
 WAVE_TEXTS = 64
+
+
+class Embedded(NamedTuple):
+    """Vectors, the tokens that were read for them, and what was left of the limits when they were asked for."""
+
+    vectors: list[tuple[float, ...]]
+    usage: Usage
+    limits: tuple[LimitState, ...]
 
 
 async def embed(
@@ -28,8 +38,8 @@ async def embed(
     deployment: Deployment,
     meter: Meter,
     counters: Counters,
-) -> tuple[list[tuple[float, ...]], Usage]:
-    """One vector of length 1 for each text of token ids, and the tokens used. Cancelling it stops the engine.
+) -> Embedded:
+    """One vector of length 1 for each text of token ids. Cancelling it stops the engine.
 
     Raises InputError for what the model cannot read, LimitError for a quota or a full queue.
     """
@@ -64,7 +74,7 @@ async def embed(
         usage = Usage(read, 0, sum(output.cached_tokens for output in outputs))
         meterage.settle(usage)
         counters.generation(model, usage, finished=len(outputs) == len(requests))
-    return [output.embedding for output in outputs], usage
+    return Embedded([output.embedding for output in outputs], usage, meterage.limits)
 
 
 def _waves(requests: Sequence[Request]) -> Iterator[list[Request]]:

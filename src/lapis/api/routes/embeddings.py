@@ -15,6 +15,7 @@ from lapis.api.answer import new_id
 from lapis.api.auth import ServicesOf, User
 from lapis.api.body import json_body, json_schema
 from lapis.api.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+from lapis.api.rate_limits import limit_headers
 from lapis.api.streaming import while_connected
 from lapis.errors import InputError
 from lapis.gateway.embedding import embed
@@ -29,14 +30,13 @@ Body = Annotated[EmbeddingRequest, Depends(json_body(EmbeddingRequest))]
 @router.post("/v1/embeddings", response_model=EmbeddingList, openapi_extra=json_schema(EmbeddingRequest))
 async def create_embeddings(request: Request, services: ServicesOf, caller: User, body: Body) -> Response:
     """One vector for each text. A client that hangs up stops the work."""
-    answer = await while_connected(request.receive, _answer(services, caller, body))
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return await while_connected(request.receive, _answer(services, caller, body))
 
 
-async def _answer(services: Services, caller: Identity, body: EmbeddingRequest) -> EmbeddingList:
+async def _answer(services: Services, caller: Identity, body: EmbeddingRequest) -> Response:
     deployment = services.router.find(body.model, caller)
     texts = await asyncio.to_thread(_ids, await deployment.engine(), body)
-    vectors, usage = await embed(
+    vectors, usage, limits = await embed(
         new_id("embd"), caller, body.model, texts, body.pooling or "mean",
         deployment, services.meter, services.counters,
     )  # fmt: skip
@@ -49,7 +49,8 @@ async def _answer(services: Services, caller: Identity, body: EmbeddingRequest) 
     write = _base64 if body.encoding_format == "base64" else list
     data = [Embedding(index=index, embedding=write(vector)) for index, vector in enumerate(vectors)]
     used = EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.total_tokens)
-    return EmbeddingList(data=data, model=body.model, usage=used)
+    answer = EmbeddingList(data=data, model=body.model, usage=used)
+    return Response(answer.model_dump_json(), headers=limit_headers(limits), media_type="application/json")
 
 
 def _ids(engine: Engine, body: EmbeddingRequest) -> list[tuple[int, ...]]:
