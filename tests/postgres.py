@@ -127,7 +127,8 @@ class Databases:
             connection.close()
 
     def _note(self, connection: Any, _record: Any) -> None:
-        self.opened.add(connection)
+        if type(connection).__module__.startswith("psycopg"):
+            self.opened.add(connection)
 
     def _create(self, name: str, template: str = "template0") -> None:
         with self.admin.connect() as connection:

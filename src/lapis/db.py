@@ -96,12 +96,16 @@ def migrate(url: str) -> None:
     try:
         if _revision(engine) != SCHEMA:
             with write(engine, lock="migrate") as connection:
-                _upgrade(connection)
+                upgrade(connection)
     finally:
         engine.dispose()
 
 
-def _upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Bring the tables of the caller's `write` transaction up to a revision, by default the newest.
+
+    Raises ConflictError if the database was written by a newer Lapis.
+    """
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
@@ -115,8 +119,8 @@ def _upgrade(connection: Connection) -> None:
             hint="It was written by a newer Lapis: upgrade with `pip install --upgrade lapis`.",
         )
 
-    def steps(revision: Any, context: Any) -> Any:
-        return script._upgrade_revs("head", revision)
+    def steps(current: Any, context: Any) -> Any:
+        return script._upgrade_revs(revision, current)
 
     with EnvironmentContext(Config(), script, fn=steps) as environment:
         # The caller's transaction holds everything, so a killed migration leaves the old schema whole.

@@ -28,6 +28,8 @@ COMMANDS = {
     "keys": ("keys", "Create, list and revoke API keys."),
     "projects": ("projects", "Create, list and archive projects."),
     "users": ("users", "Add, list and remove users."),
+    "backup": ("backup", "Write the whole state of this installation into one file."),
+    "restore": ("restore", "Put a backup back."),
     "audit": ("audit", "Verify, list and export the audit log."),
     "config": ("config", "Print every setting of a recipe."),
     "doctor": ("doctor", "Tell what this machine has, what is missing, and where things lie."),
