@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from nltk.translate.gleu_score import sentence_gleu
@@ -100,7 +100,7 @@ def test_similarities_are_those_of_the_reference_implementations() -> None:
     ]
     rouges = ["rouge1", "rouge2", "rouge3", "rouge4", "rouge5", "rougeL"]
     scorer = rouge_scorer.RougeScorer(rouges)
-    for _ in range(400):
+    for _ in range(150):
         mine = rng.choices(words, k=rng.randint(1, 14))
         right = rng.choices(words, k=rng.randint(1, 14))
         text, reference = " ".join(mine), " ".join(right)
@@ -175,6 +175,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(EXPRESSIONS)
 def test_a_formula_is_worth_what_python_says(text: str) -> None:
     names = {"a": 0.25, "bc_1": 3.0}

@@ -220,10 +220,18 @@ class EvalRuns:
         return _item(row)
 
     def claim(self) -> EvalRun | None:
-        """The oldest run that nobody works on, with a lease of its own; None where there is none."""
+        """A run that nobody works on, with a lease of its own; None where there is none.
+
+        It is the oldest one of the project that has the fewest under way.
+        """
         now, columns = self.clock(), eval_runs.c
         free = columns.lease_until.is_(None) | (columns.lease_until < now)
-        waiting = sa.select(columns.id).where(columns.status.in_(OPEN), free).order_by(columns.created_at)
+        others = eval_runs.alias()
+        theirs = others.c.project_id == columns.project_id
+        busy = sa.select(sa.func.count()).where(theirs, others.c.lease_until >= now).scalar_subquery()
+        waiting = (
+            sa.select(columns.id).where(columns.status.in_(OPEN), free).order_by(busy, columns.created_at)
+        )
         with self.db.connect() as connection:  # nothing is locked while there is nothing to do
             if connection.execute(waiting.limit(1)).first() is None:
                 return None

@@ -51,12 +51,16 @@ async def no_handlers(identity: Identity, path: str, body: bytes) -> Answer:
 async def post_patiently(
     post: Post, identity: Identity, path: str, body: bytes, seconds: float = math.inf
 ) -> Answer:
-    """As `post`; while a limit or a busy server refuses it, wait as it says and ask again, for so many seconds."""
+    """As `post`; while a limit or a busy server refuses it, wait as it says and ask again, for so many seconds.
+
+    An answer that says that asking again makes no sense, such as for a spent budget, is given at once.
+    """
     loop = asyncio.get_running_loop()
     until, pause = loop.time() + seconds, FIRST_PAUSE
     while True:
         answer = await post(identity, path, body)
-        if answer.status not in BUSY or loop.time() >= until:
+        final = answer.status not in BUSY or answer.headers.get("x-should-retry") == "false"
+        if final or loop.time() >= until:
             return answer
         told = float(answer.headers.get("retry-after-ms", 0)) / 1000
         await asyncio.sleep(min(max(pause, told), LONGEST_PAUSE, max(0.0, until - loop.time())))
