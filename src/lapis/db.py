@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -25,6 +26,10 @@ from lapis.errors import (
 # The newest revision in migrations/versions; a database at it needs no migration.
 SCHEMA = max(path.name[1:4] for path in (Path(__file__).parent / "migrations" / "versions").glob("v*.py"))
 BUSY_SECONDS = 30.0  # how long a writer waits for another one
+TRIES = 8
+FIRST_PAUSE = 0.05  # seconds; doubled each time, 6 s in all
+
+Result = TypeVar("Result")
 
 
 def connect(url: str) -> Engine:
@@ -58,16 +63,17 @@ def open_database(url: str) -> Engine:
 
 
 @contextmanager
-def write(db: Engine, lock: str = "") -> Iterator[Connection]:
+def write(db: Engine, lock: str = "state") -> Iterator[Connection]:
     """A transaction that may write: committed at the end of the block, rolled back on an error.
 
-    On SQLite its holder is the only writer. On PostgreSQL it is alone among the holders of the same `lock`.
+    On SQLite its holder is the only writer. On PostgreSQL it is alone among the holders of the same `lock`: who
+    names none waits for all who name none, so that what was read first still holds at the write. Name one for
+    what many clients do at once.
     """
     with db.connect() as plain:
         connection = plain.execution_options(lapis_write=True)
         with connection.begin():
-            if lock:
-                take_lock(connection, lock)
+            take_lock(connection, lock)
             yield connection
 
 
@@ -75,6 +81,21 @@ def take_lock(connection: Connection, lock: str) -> None:
     """Wait for a named lock until the transaction ends. On SQLite a writer has all of them already."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(lock, 0))))
+
+
+def retried(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Do a whole transaction again when the database undid it: two writers met, the connection was ended.
+
+    Raises UnavailableError when it fails as often as TRIES.
+    """
+    for number in range(TRIES - 1):
+        try:
+            return work(*arguments)
+        except UnavailableError as error:
+            if error.retry_after is None:
+                raise
+        time.sleep(random.uniform(0.5, 1.0) * FIRST_PAUSE * 2**number)  # so that two do not meet again
+    return work(*arguments)
 
 
 @contextmanager
@@ -215,6 +236,20 @@ def _explain(text: str) -> LapisError | None:
         return IntegrityError(
             "The database file is damaged.",
             hint="Put back a backup of it; `lapis doctor` shows where it lies.",
+        )
+    if "deadlock detected" in text or "could not serialize access" in text:
+        return UnavailableError(
+            "Two writers met in the database; nothing was changed.", retry_after=1.0, hint="Try again."
+        )
+    if "too many clients" in text or "remaining connection slots" in text:
+        return UnavailableError(
+            "The PostgreSQL server takes no more connections.",
+            retry_after=1.0,
+            hint="Raise its max_connections: each Lapis process takes up to 15.",
+        )
+    if "server closed the connection" in text or "terminating connection" in text:
+        return UnavailableError(
+            "The PostgreSQL server ended the connection.", retry_after=1.0, hint="Try again."
         )
     if "connection refused" in text or "could not translate host" in text or "failed to resolve host" in text:
         return UnavailableError("The PostgreSQL server does not answer.", hint="Check LAPIS_DATABASE_URL.")

@@ -135,7 +135,7 @@ class Directory:
             return user_of(row)
         email, name = _email(claims), str(claims.get("name", ""))[:200]
         user = self.invites.accept(email, name, organization_id)
-        with write(self.db, lock="sign-in") as connection:
+        with write(self.db) as connection:
             # Who was removed here comes back only if somebody adds or invites the address again; a refusal
             # below undoes this, so the note of it stays.
             was_removed = connection.execute(subjects.delete().where(mine)).rowcount > 0

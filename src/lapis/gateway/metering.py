@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from lapis.db import retried
 from lapis.errors import LimitError
 from lapis.log import logger
 from lapis.tenants.keys import Identity
@@ -52,8 +53,8 @@ class Meter:
         return Meterage(reservation, self)
 
     def write(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Do a ledger write later, in order; a failure is logged."""
-        self._thread.submit(work, *arguments).add_done_callback(_report)
+        """Do a ledger write later, in order, again if the database was away; a failure is logged."""
+        self._thread.submit(retried, work, *arguments).add_done_callback(_report)
 
     def flush(self) -> None:
         """Block until everything asked for so far is written."""

@@ -106,7 +106,7 @@ class Invites:
         One who is a user already stays as before.
         """
         address, now = checked_email(email), self.clock()
-        with write(self.db, lock=f"invite:{address}") as connection:
+        with write(self.db) as connection:
             there = (users.c.email == address) & (users.c.organization_id == organization_id)
             known = connection.execute(sa.select(users).where(there)).one_or_none()
             if known is not None:
