@@ -13,6 +13,8 @@ from sqlalchemy.engine import Engine
 
 from lapis.db import open_database
 from lapis.errors import ConfigError, ConflictError, InputError, LimitError, NotFoundError
+from lapis.jobs.job import JobSpec, Resources, State
+from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import LOCAL, ApiKeys, Identity
 from lapis.tenants.limits import Limits
 from lapis.tenants.policy import EVERY_MODEL, ModelPolicy
@@ -187,6 +189,29 @@ def test_a_jobs_time_is_booked_once_as_it_ends(db: Engine, ledger: UsageLedger, 
     assert ledger.balance().balanced
     clock.now += 3 * 86_400  # December
     assert ledger.gpu_seconds_left("default") == 5000.0
+
+
+def test_each_attempt_of_a_job_is_entered_as_it_ends_for_who_asked(
+    db: Engine, ledger: UsageLedger, clock: Clock
+) -> None:
+    queue = JobQueue(db, clock, ledger=ledger)
+    job = queue.submit(JobSpec("train", ("true",), Resources(2.0, 1), ranks=2), "key:key_1")
+    for seconds, end in ((100.0, "lost"), (150.0, "done")):
+        lease = queue.claim(queue.get(job.id), "local@here")
+        assert lease is not None
+        clock.now += 7.0  # starting is nobody's
+        queue.started(lease)
+        clock.now += seconds
+        if end == "lost":
+            queue.requeue(lease, "lost", 1)
+        else:
+            queue.finish(lease, State.SUCCEEDED)
+    rows = sa.text("SELECT key_id, gpu_ms, cpu_ms, cost FROM usage_entries ORDER BY id")
+    with db.connect() as connection:
+        assert connection.execute(rows).all() == [
+            ("key_1", 200_000, 400_000, NANO // 5),
+            ("key_1", 300_000, 600_000, 3 * NANO // 10),
+        ]
 
 
 def test_a_project_that_is_archived_does_no_work(db: Engine, ledger: UsageLedger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +20,8 @@ from lapis.gateway.admission import Admission
 from lapis.tenants.admin_keys import AdminKeys
 from lapis.tenants.invites import LIFETIME, Invites
 from lapis.tenants.keys import ApiKeys
+from lapis.tenants.limits import Limits
+from lapis.tenants.quota import Quota
 from lapis.tenants.service_accounts import ServiceAccounts
 from lapis.tenants.tenant import Role, Tenants
 from lapis.tenants.users import Users
@@ -203,6 +206,23 @@ def test_an_entry_given_to_another_project_is_noticed(db: Engine) -> None:
     tamper(db, "UPDATE audit_entries SET project_id = NULL")
     with pytest.raises(IntegrityError, match="was changed"):
         AuditLog(db).verify()
+
+
+def test_the_command_line_limits_projects_and_models(db: Engine) -> None:
+    run = CliRunner().invoke
+    set_ = run(
+        projects_cli.group, ["limit", "default", "--tokens-per-day", "1_000", "--concurrent-requests", "4"]
+    )
+    assert set_.exit_code == 0, set_.output
+    assert run(projects_cli.group, ["limit", "default", "--tokens-per-day", "none"]).exit_code == 0
+    quota = Tenants(db).project("default").quota
+    assert (quota.tokens_per_day, quota.concurrent_requests) == (None, 4)
+    args = ["limit", "default", "--model", "tiny", "--requests-per-minute", "9", "--json"]
+    assert json.loads(run(projects_cli.group, args).output)["requests_per_minute"] == 9
+    assert Limits(db).models("default")["tiny"] == Quota(requests_per_minute=9)
+    assert "tokens per day" not in run(projects_cli.group, ["limit", "default"]).output
+    for wrong in (["--tokens-per-day", "-1"], ["--model", "tiny", "--storage-bytes", "1"]):
+        assert run(projects_cli.group, ["limit", "default", *wrong]).exit_code != 0
 
 
 def test_the_command_line_makes_the_first_administrator(database_url: str) -> None:

@@ -26,7 +26,7 @@ COMMANDS = {
     "chat": ("chat", "Talk with a model in the terminal."),
     "jobs": ("jobs", "Submit, list, show, cancel and follow jobs of the queue."),
     "keys": ("keys", "Create, list and revoke API keys."),
-    "projects": ("projects", "Create, list and archive projects."),
+    "projects": ("projects", "Create, list, limit and archive projects."),
     "users": ("users", "Add, list and remove users."),
     "backup": ("backup", "Write the whole state of this installation into one file."),
     "restore": ("restore", "Put a backup back."),

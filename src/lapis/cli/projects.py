@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from lapis.tenants.tenant import Project, Tenants
 
 
+def _limit(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A whole number, or `none`."""
+    text = None if value is None else value.replace("_", "")
+    if text is None or text == "none" or (text.isascii() and text.isdigit()):
+        return text
+    raise click.BadParameter(f"{value!r} is neither a whole number nor 'none'.")
+
+
 @click.group()
 def group() -> None:
-    """Create, list and archive projects."""
+    """Create, list, limit and archive projects."""
 
 
 @group.command()
@@ -57,6 +65,45 @@ def archive(project: str, as_json: bool) -> None:
         print_json(_facts(closed))
     else:
         say(f"The project {closed.name} ({closed.id}) is archived.")
+
+
+@group.command()
+@click.argument("project")
+@click.option("--model", help="Of this model only.")
+@click.option("--requests-per-minute", callback=_limit, help="Requests in a UTC minute.")
+@click.option("--tokens-per-minute", callback=_limit, help="Tokens in a UTC minute.")
+@click.option("--requests-per-day", callback=_limit, help="Requests in a UTC day.")
+@click.option("--tokens-per-day", callback=_limit, help="Tokens in a UTC day.")
+@click.option("--concurrent-requests", callback=_limit, help="Requests at once.")
+@click.option("--batch-tokens-per-day", callback=_limit, help="Prompt tokens of batches in a UTC day.")
+@click.option("--spend-per-month", callback=_limit, help="Cents in a UTC month; needs a price list.")
+@click.option("--gpu-seconds-per-month", callback=_limit, help="GPU time of jobs in a UTC month.")
+@click.option("--storage-bytes", callback=_limit, help="Bytes of files.")
+@json_option
+def limit(project: str, model: str | None, as_json: bool, **given: str | None) -> None:
+    """Limit a PROJECT (its name or id): those limits that are given, a number or `none`; then tell them all."""
+    from lapis.audit import os_user
+    from lapis.tenants.limits import Limits
+    from lapis.tenants.quota import Quota
+
+    tenants = _tenants()
+    found = tenants.project(project)
+    limits = Limits(tenants.db)
+    changes = {
+        name: None if text == "none" else int(text) for name, text in given.items() if text is not None
+    }
+    quota = found.quota if model is None else limits.models(found.id).get(model, Quota())
+    if changes:
+        quota = replace(quota, **changes)
+        if model is None:
+            tenants.set_quota(found.id, quota, os_user())
+        else:
+            limits.set_model(found.id, model, quota, os_user())
+    if as_json:
+        print_json({"project": found.id, "model": model, **asdict(quota)})
+        return
+    rows = [(name.replace("_", " "), value) for name, value in asdict(quota).items() if value is not None]
+    print_table(("limit", "most"), rows)
 
 
 def _tenants() -> Tenants:

@@ -266,7 +266,11 @@ def _work(job: Job, now: float) -> Work:
     """What an attempt that ends now occupied: that is what it is billed for, busy or not."""
     total, seconds = job.spec.total, max(0.0, now - (now if job.started_at is None else job.started_at))
     name = f"{job.id}:{job.attempt}"
-    return Work(job.project_id, name, job.spec.name, total.cpus * seconds, total.gpus * seconds)
+    kind, _, who = job.created_by.partition(":")
+    return Work(
+        job.project_id, name, job.spec.name, total.cpus * seconds, total.gpus * seconds,
+        key_id=who if kind == "key" else None, user_id=who if kind == "user" else None,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=32_768)

@@ -102,9 +102,9 @@ def standing(connection: Connection, project_id: str, model: str, now: float) ->
     used, model_used, organization_used = _used(found, ""), Consumption(), Consumption()
     if quota.concurrent_requests is not None or quota.spend_per_month is not None:
         used = _extended(connection, project_id, quota, used, now)
+    model_used = _used(found, model) if model else model_used
     if first.limited_model is not None:
         model_quota = Quota(**{name: first._mapping[f"model_{name}"] for name in PER_MODEL})
-        model_used = _used(found, model)
         if model_quota.concurrent_requests is not None:
             model_used = _replaced(model_used, running=running(connection, project_id, now, model))
     if first.organization_spend is not None:
