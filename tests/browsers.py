@@ -10,7 +10,7 @@ import httpx
 def browser_at(url: str) -> httpx.Client:
     """A client that keeps cookies, follows redirects and says where its requests come from."""
     base = url.removesuffix("/v1")
-    return httpx.Client(base_url=base, follow_redirects=True, headers={"origin": base})
+    return httpx.Client(base_url=base, follow_redirects=True, headers={"origin": base}, timeout=60)
 
 
 def sign_in(browser: httpx.Client, key: str) -> httpx.Response:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lapis.errors import ConflictError
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
+from lapis.jobs.job import ACTIVE, State
+from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer, running_server
 from tests.browser.furnished import furnish
 
@@ -57,6 +62,19 @@ def server(furnished: tuple[Home, str]) -> Iterator[RunningServer]:
     engine = lambda _, name: FakeEngine(name, seconds_per_token=0.01)  # noqa: E731
     with running_server(furnished[0], ("tiny", "harbour-1b"), load=engine, console=True) as running:
         yield running
+        end_jobs(running)
+
+
+def end_jobs(server: RunningServer) -> None:
+    """Have what the server started end before it does."""
+    queue = JobQueue(server.services.db)
+    for job in queue.list(*ACTIVE, State.QUEUED):
+        with suppress(ConflictError):
+            queue.cancel(job.id, "test")
+    give_up = time.monotonic() + 60
+    while queue.list(*ACTIVE):
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
 
 
 class Watch:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 
+from sqlalchemy.engine import Engine
+
+from lapis import config
+from lapis.data.pipeline import prepare
 from lapis.db import open_database
 from lapis.home import Home
 from lapis.jobs.job import JobSpec, Resources
 from lapis.jobs.queue import JobQueue
 from lapis.release.registry import Registry
+from lapis.tenants.invites import Invites
 from lapis.tenants.keys import ApiKeys, Identity
+from lapis.tenants.prices import Prices
+from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import DEFAULT, Role, Tenants
 from lapis.tenants.usage import Usage, UsageLedger
+from lapis.tenants.users import Users
+from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from tests.corpus import write_corpus
 from tests.served import model_folder
 
 DAY = 86_400
@@ -23,8 +34,32 @@ REPORT = {
 }  # fmt: skip
 
 
+PRICES = """[models.tiny]
+prompt = 0.8
+completion = 2.4
+
+[models.harbour-1b]
+prompt = 3.0
+cached = 0.3
+completion = 12.0
+"""
+RECIPE_OF_DATA = {
+    "name": "letters",
+    "data": {
+        "sources": [{"name": "library", "path": "", "licence": "PSF-2.0"}],
+        "heldout": {"max_bytes": 20_000},
+    },
+    "tokenizer": {"vocab_size": 384},
+    "model": {"name": "tiny"},
+    "train": {"steps": 1, "sequence": 64},
+}
+
+
 def furnish(home: Home) -> str:
     """Fill an empty home. Returns the text of an administrator's key."""
+    home.prices.parent.mkdir(parents=True, exist_ok=True)
+    home.prices.write_text(PRICES)
+    make_dataset(home)
     for name in ("tiny", "harbour-1b"):
         model_folder(home.models / name, name)
     for number, (name, steps, ended) in enumerate(
@@ -36,12 +71,15 @@ def furnish(home: Home) -> str:
         tenants = Tenants(db)
         for name in ("search", "support"):
             tenants.create_project(name, "os:ada")
+        search = tenants.project("search")
+        tenants.set_quota(search.id, Quota(tokens_per_day=2_000_000, spend_per_month=50_00), "os:ada")
+        make_people(db, search.id)
         keys = ApiKeys(db)
         text = keys.create("ada's laptop", "os:ada", scopes=Role.OWNER.scopes)[1]
         nightly = keys.create("nightly", "os:ada", project="search", expires_at=time.time() + 30 * DAY)[0]
         old = keys.create("old laptop", "os:ada")[0]
         keys.revoke(old.id, "os:ada")
-        make_usage(db, nightly.id)
+        make_usage(home, db, nightly.id)
         registry = Registry(home, db)
         registry.create(
             "poet",
@@ -54,17 +92,35 @@ def furnish(home: Home) -> str:
         registry.create("poet", home.models / "harbour-1b", None, None, "os:ada")
         queue = JobQueue(db)
         wanted = (
-            ("train letters", Resources(2.0, 0)),
+            ("train letters", Resources(float(os.cpu_count() or 1), 0)),
             ("batch of 12,000 requests", Resources(1.0, 0)),
             ("train poems on 8 GPUs", Resources(16.0, 8)),
         )
         for name, resources in wanted:
-            queue.submit(JobSpec(name, ("lapis", "train", "letters.toml"), resources), "os:ada")
+            queue.submit(JobSpec(name, ("sleep", "600"), resources), "os:ada")
         cancelled = queue.submit(JobSpec("train poems", ("lapis", "train", "poems.toml")), "os:ada")
         queue.cancel(cancelled.id, "os:ada")
     finally:
         db.dispose()
     return text
+
+
+def make_dataset(home: Home) -> None:
+    """A small real dataset, with its report."""
+    texts = write_corpus(home.root / "texts", ("json",))
+    RECIPE_OF_DATA["data"]["sources"][0]["path"] = str(texts)  # type: ignore[index]
+    recipe = config.parse(RECIPE_OF_DATA, Recipe)
+    assert recipe.data is not None
+    prepare(recipe.data, recipe.tokenizer, home, workers=1)
+
+
+def make_people(db: Engine, project_id: str) -> None:
+    """Two people and an invitation."""
+    users = Users(db)
+    users.add("ada@example.org", Role.OWNER, "os:ada", name="Ada")
+    grace = users.add("grace@example.org", Role.READER, "os:ada", name="Grace")
+    users.join(project_id, grace.id, Role.MEMBER, "os:ada")
+    Invites(db).create("alan@example.org", Role.READER, "os:ada", places={project_id: "member"})
 
 
 def make_run(home: Home, name: str, steps: int, ended: str, slope: float, suffix: str) -> Run:
@@ -120,7 +176,7 @@ seed = 7
 """
 
 
-def make_usage(db, nightly: str) -> None:  # type: ignore[no-untyped-def]
+def make_usage(home: Home, db: Engine, nightly: str) -> None:
     """Three weeks of requests."""
     now = time.time()
     for day in range(21):
@@ -128,7 +184,7 @@ def make_usage(db, nightly: str) -> None:  # type: ignore[no-untyped-def]
             [(DEFAULT, None, "tiny"), ("search", nightly, "harbour-1b"), ("search", nightly, "tiny")]
         ):
             at = now - day * DAY
-            ledger = UsageLedger(db, clock=lambda at=at: at)
+            ledger = UsageLedger(db, clock=lambda at=at: at, prices=Prices(home.prices))  # type: ignore[misc]
             project_id = Tenants(db).project(project).id
             identity = Identity(DEFAULT, project_id, key, Role.MEMBER.scopes)
             for request in range(1 + (day * 7 + number * 3) % 4):

@@ -13,7 +13,7 @@ from lapis.jobs.job import State
 from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer
 from lapis.tenants.keys import ApiKeys
-from lapis.tenants.tenant import Role
+from lapis.tenants.tenant import Role, Tenants
 from tests.browser.conftest import Visit
 
 Furnished = tuple[Home, str]
@@ -98,14 +98,49 @@ def test_a_gate_that_refuses_needs_a_reason_to_be_overridden(visit: Visit) -> No
 
 def test_a_waiting_job_is_cancelled(visit: Visit, server: RunningServer) -> None:
     page = visit("/jobs")
-    row = page.get_by_role("row").filter(has_text="train letters").first
+    page.locator("tr", has_text="train poems on 8 GPUs").filter(has_text="it asks for 16 CPUs").wait_for()
+    row = page.get_by_role("row").filter(has_text="batch of 12,000 requests")
+    row.filter(has_text="it goes next").wait_for()
     row.get_by_role("button", name=re.compile("Cancel")).click()
     page.get_by_role("button", name="Cancel the job").click()
-    page.locator("section[aria-label=Ended] tr", has_text="train letters").wait_for()
+    page.locator("section[aria-label=Ended] tr", has_text="batch of 12,000 requests").wait_for()
     found = JobQueue(server.services.db).list(State.CANCELLED)
-    assert next(job for job in found if job.spec.name == "train letters").reason.startswith(
-        "cancelled by key:"
-    )
+    assert any(job.reason.startswith("cancelled by key:") for job in found)
+
+
+def test_a_project_is_made_and_limited_and_somebody_invited(visit: Visit, server: RunningServer) -> None:
+    page = visit("/members")
+    page.get_by_role("button", name="Create a project").click()
+    page.get_by_label("Name").fill("poetry")
+    page.get_by_role("button", name="Create", exact=True).click()
+    row = page.locator("section[aria-label=Projects] tr", has_text="poetry")
+    row.get_by_role("button", name=re.compile("Limits")).click()
+    page.get_by_label("Tokens per day", exact=True).fill("5000")
+    page.get_by_label("Money per month").fill("12.50")
+    page.get_by_role("button", name="Set", exact=True).click()
+    row.filter(has_text="tokens per day 5,000, money per month 12.5").wait_for()
+    quota = Tenants(server.services.db).project("poetry").quota
+    assert (quota.tokens_per_day, quota.spend_per_month) == (5000, 1250)
+    page.get_by_role("button", name="Invite somebody").click()
+    page.get_by_label("E-mail address").fill("not an address")
+    page.get_by_role("button", name="Invite", exact=True).click()
+    page.wait_for_selector("text='not an address' is no e-mail address.")
+    page.get_by_role("button", name="Invite somebody").click()
+    page.get_by_label("E-mail address").fill("Mary@example.org")
+    page.get_by_label("Project", exact=True).select_option(label="poetry")
+    page.get_by_role("button", name="Invite", exact=True).click()
+    page.locator("tr", has_text="mary@example.org").filter(has_text="poetry (member)").wait_for()
+
+
+def test_the_report_of_a_dataset_is_shown_and_runs_nothing(visit: Visit) -> None:
+    page = visit("/data")
+    page.get_by_role("link", name=re.compile("tokens-")).click()
+    page.wait_for_selector("text=PSF-2.0")
+    report = page.frame_locator("iframe")
+    report.locator("h1").wait_for()
+    source = page.locator("iframe").get_attribute("src")
+    answer = page.request.get(str(source))
+    assert "sandbox" in answer.headers["content-security-policy"]
 
 
 def test_a_file_goes_up_and_down_and_away(visit: Visit, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_without_keys_only_this_machine_looks(home: Home) -> None:
     model_folder(home.models / "tiny")
     with running_server(home, console=True) as server:
         url = server.url.removesuffix("/v1") + "/console/"
-        assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+        assert httpx.get(url, headers={"host": "evil.example"}, timeout=60).status_code == 403
 
 
 def test_without_its_packages_the_api_goes_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +176,6 @@ def test_without_its_packages_the_api_goes_on(home: Home, monkeypatch: pytest.Mo
     monkeypatch.setattr(mount, "has_console", lambda: False)
     model_folder(home.models / "tiny")
     with running_server(home, console=True) as server:
-        assert httpx.get(f"{server.url}/models").status_code == 200
-        answer = httpx.get(server.url.removesuffix("/v1") + "/console")
+        assert httpx.get(f"{server.url}/models", timeout=60).status_code == 200
+        answer = httpx.get(server.url.removesuffix("/v1") + "/console", timeout=60)
         assert answer.status_code == 404

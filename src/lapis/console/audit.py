@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
 
 SHOWN = 200
+DIGEST = re.compile(r"[0-9a-f]{64}")
 ENTRIES = (
     Column("number", "No.", "number"),
     Column("at", "At (UTC)", "time"),
@@ -58,10 +60,14 @@ def _row(entry: AuditEntry) -> Row:
 
 
 def _short(facts: Mapping[str, Any], most: int = 160) -> str:
-    text = ", ".join(
-        f"{name}={json.dumps(value)}" for name, value in facts.items() if value not in (None, "", {})
-    )
+    kept = {name: value for name, value in facts.items() if value not in (None, "", {})}
+    text = ", ".join(f"{name}={_value(value)}" for name, value in kept.items())
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _value(value: Any) -> str:
+    """A value as JSON; of a digest the beginning."""
+    return f'"{value[:12]}…"' if DIGEST.fullmatch(str(value)) else json.dumps(value)
 
 
 async def _verify(view: View, log: AuditLog) -> None:

@@ -41,7 +41,7 @@ FILES = (
     Column("size", "Size", "number"),
     Column("created", "Created (UTC)", "time"),
     Column("expires", "Expires (UTC)", "time"),
-    Column("id", "Id", "code"),
+    Column("id", "Id", "id"),
 )
 TUNE, DELETE = Act("tune", "Fine-tune"), Act("delete", "Delete", danger=True)
 

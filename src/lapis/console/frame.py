@@ -14,7 +14,9 @@ from lapis.console.parts import Text, link
 from lapis.console.session import FIELD, Session
 from lapis.console.view import PATH, View
 from lapis.gateway.services import Services
-from lapis.tenants.keys import Identity
+from lapis.tenants.keys import ApiKeys, Identity
+from lapis.tenants.tenant import Tenants
+from lapis.tenants.users import Users
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -28,7 +30,13 @@ class Link(NamedTuple):
 
 @contextmanager
 def frame(
-    services: Services, session: Session, identity: Identity, title: str, links: Sequence[Link], here: str
+    services: Services,
+    session: Session,
+    identity: Identity,
+    who: str,
+    title: str,
+    links: Sequence[Link],
+    here: str,
 ) -> Iterator[View]:
     """Draw the frame; what is drawn inside is the page."""
     ui.add_head_html(f"<script>{_asset('page.js')}</script><style>{_asset('style.css')}</style>")
@@ -36,7 +44,7 @@ def frame(
     with ui.element("div").classes("shell"):
         with ui.element("div").classes("side"):
             link("Lapis", PATH + "/", "brand")
-            _menu(session, identity, links, here)
+            _menu(session, who, links, here)
         with ui.element("div").classes("page").props('tabindex="-1"') as page:
             with ui.element("div").classes("head"):
                 Text(title, "h1")
@@ -45,7 +53,7 @@ def frame(
     ui.skip_link("Skip to the page", target=page)
 
 
-def _menu(session: Session, identity: Identity, links: Sequence[Link], here: str) -> None:
+def _menu(session: Session, who: str, links: Sequence[Link], here: str) -> None:
     # On a phone the links are behind this button; on a wide screen it is not there.
     opener = Text("Menu", "button").classes("button opener").props('type="button" aria-expanded="false"')
     opener.on(
@@ -59,7 +67,7 @@ def _menu(session: Session, identity: Identity, links: Sequence[Link], here: str
             if place.href == here:
                 made.props["aria-current"] = "page"
     with ui.element("div").classes("who"):
-        Text(_who(identity)).classes("name")
+        Text(who).classes("name")
         Colours()
         if not session.local:
             with ui.element("form").props(f'method="post" action="{PATH}/sign-out"'):
@@ -71,9 +79,16 @@ class Colours(ui.element, component="assets/colours.js"):
     """The choice of light or dark."""
 
 
-def _who(identity: Identity) -> str:
-    who = "You, on this machine" if identity.key_id is None else identity.key_id
-    return f"{who} · project {identity.project_id}"
+def who(services: Services, identity: Identity) -> str:
+    """Who is signed in, and where: a person, a key by its name, or whoever is at the machine."""
+    name = "You, at this machine"
+    if identity.user_id is not None:
+        name = Users(services.db).get(identity.user_id, identity.organization_id).email
+    elif identity.key_id is not None:
+        keys = ApiKeys(services.db).list(identity.project_id)
+        name = next((key.name for key in keys if key.id == identity.key_id), identity.key_id)
+    project = Tenants(services.db).project(identity.project_id, identity.organization_id)
+    return f"{name} · project {project.name}"
 
 
 @cache

@@ -13,8 +13,10 @@ from lapis.console.parts import Facts, Text, button, confirm, panel
 from lapis.console.table import Act, Cell, Column, Row, Table, Tone
 from lapis.console.view import PATH, View, duration, when
 from lapis.errors import NotFoundError
+from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ENDED, Job, State
 from lapis.jobs.queue import JobQueue
+from lapis.jobs.waits import waits
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
 
@@ -51,10 +53,12 @@ async def show(view: View) -> None:
     ended = Table("Ended", QUEUE, "No job has ended yet.")
 
     async def look() -> None:
-        found = await asyncio.to_thread(JobQueue(view.services.db).list, project_id=view.only)
+        queue = JobQueue(view.services.db)
+        found = await asyncio.to_thread(queue.list, project_id=view.only)
+        why = await asyncio.to_thread(waits, queue)
         may = view.may(Scope.WORK_WRITE)
-        going.fill([_row(job, may) for job in found if job.state not in ENDED])
-        ended.fill([_row(job, False) for job in reversed(found) if job.state in ENDED][:SHOWN])
+        going.fill([_row(job, why.get(job.id), may) for job in found if job.state not in ENDED])
+        ended.fill([_row(job, None, False) for job in reversed(found) if job.state in ENDED][:SHOWN])
 
     await view.repeat(look)
 
@@ -76,7 +80,8 @@ async def show_job(view: View, job_id: str) -> None:
         status.text = job.state
         status.classes(replace=f"tone {TONES[job.state]}")
         cancel.set_visibility(job.state not in ENDED and view.may(Scope.WORK_WRITE))
-        facts.fill(_facts(job))
+        why = (await asyncio.to_thread(waits, JobQueue(view.services.db))).get(job_id)
+        facts.fill(_facts(job, why))
         text = await asyncio.to_thread(log_tail, view.services.home.jobs, job)
         if text != log.text:
             log.text = text or "Nothing was written yet."
@@ -109,12 +114,12 @@ def log_tail(folder: Path, job: Job) -> str:
     return text.partition("\n")[2] if start else text
 
 
-def _row(job: Job, may_cancel: bool) -> Row:
+def _row(job: Job, wait: Wait | None, may_cancel: bool) -> Row:
     cells = {
         "name": Cell(job.spec.name, href=f"{PATH}/jobs/{job.id}", hint=job.id),
         "state": Cell(job.state, tone=TONES[job.state]),
-        "reason": _reason(job),
-        "needs": str(job.spec.resources),
+        "reason": _reason(job, wait),
+        "needs": _needs(job),
         "project": job.project_id,
         "since": when(job.ended_at or job.started_at or job.created_at),
         "time": _time(job),
@@ -122,12 +127,19 @@ def _row(job: Job, may_cancel: bool) -> Row:
     return Row(job.id, cells, (CANCEL,) if may_cancel and job.cancel_at is None else ())
 
 
-def _reason(job: Job) -> str:
+def _reason(job: Job, wait: Wait | None) -> str:
+    """Why a job is as it is; of one that waits, also when it will likely start."""
     if job.cancel_at is not None and job.state not in ENDED:
         return "is being cancelled"
-    if job.state is State.QUEUED:
-        return job.reason or "waits for its turn"
-    return job.reason
+    if wait is None or job.state not in (State.QUEUED, State.PREEMPTED):
+        return job.reason
+    likely = "" if wait.likely_start is None else f"; likely starts at {when(wait.likely_start)}"
+    return f"{wait.reason}{likely}"
+
+
+def _needs(job: Job) -> str:
+    spec = job.spec
+    return str(spec.resources) if spec.ranks == 1 else f"{spec.ranks} ranks, each {spec.resources}"
 
 
 def _time(job: Job) -> Cell:
@@ -136,12 +148,15 @@ def _time(job: Job) -> Cell:
     return Cell(duration(seconds), value=seconds)
 
 
-def _facts(job: Job) -> dict[str, str]:
+def _facts(job: Job, wait: Wait | None) -> dict[str, str]:
     return {
         "Id": job.id,
-        "Why": _reason(job),
+        "Why": _reason(job, wait),
         "Command": shlex.join(job.spec.argv),
-        "Needs": str(job.spec.resources),
+        "Needs": _needs(job),
+        "Priority": f"{job.spec.priority.value}{', may be stopped for others' if job.spec.preemptible else ''}",
+        "Time limit": duration(job.spec.time_limit),
+        "Runs on": ", ".join(f"{place.node} ({place.ranks})" for place in job.places),
         "Project": job.project_id,
         "Submitted": f"{when(job.created_at)} UTC by {job.created_by}",
         "Started": f"{when(job.started_at)} UTC on {job.executor}" if job.started_at else "",

@@ -13,6 +13,7 @@ from lapis.console.view import PATH, View, size
 from lapis.gateway.services import Services
 from lapis.jobs.job import ACTIVE, State
 from lapis.jobs.queue import JobQueue
+from lapis.tenants.quota import NANO
 from lapis.tenants.usage import UsageLedger, UsageSum
 
 DAY = 86_400
@@ -25,7 +26,7 @@ MODELS = (
     Column("answered", "Answered", "number"),
     Column("kind", "Kind"),
     Column("licence", "Licence"),
-    Column("digest", "Digest", "code"),
+    Column("digest", "Digest", "id"),
 )
 USAGE = (
     Column("model", "Model"),
@@ -39,8 +40,8 @@ USAGE = (
 async def show(view: View) -> None:
     """Draw the page."""
     services = view.services
-    machine_wide = ("Tokens per second", "Requests", "Processors", "Memory", "GPUs") if view.operates else ()
-    figures = Figures(*machine_wide, "Jobs", "Used today")
+    machine_wide = ("Tokens/s", "Requests", "Processors", "Memory", "GPUs") if view.operates else ()
+    figures = Figures(*machine_wide, "Jobs", "Used today", "Spent today")
     models = Table("Models", MODELS, "Nothing is served. Fetch a model with", "lapis pull NAME")
     used = Table("Usage today (UTC)", USAGE, "Nothing was asked yet today. Ask something with", "lapis chat")
     speed = Speed(services)
@@ -54,6 +55,8 @@ async def show(view: View) -> None:
         figures.put("Jobs", f"{running:,}", f"{waiting:,} waiting")
         tokens, requests = sum(item.usage.total_tokens for item in sums), sum(item.requests for item in sums)
         figures.put("Used today", f"{tokens:,}", f"tokens in {requests:,} requests")
+        prices = "" if services.home.prices.exists() else f"no prices: {services.home.prices.name}"
+        figures.put("Spent today", f"{sum(item.cost for item in sums) / NANO:,.2f}", prices)
         if view.operates and machine_wide:
             put_requests(figures, speed, services)
             put_machine(figures, await asyncio.to_thread(machine.look))
@@ -104,7 +107,7 @@ def put_requests(figures: Figures, speed: Speed, services: Services) -> None:
     """Show how busy the engines are."""
     stats = [engine.stats() for engine in services.router.engines()]
     running, waiting = (sum(item[name] for item in stats) for name in ("running", "waiting"))
-    figures.put("Tokens per second", f"{speed.look():,.0f}")
+    figures.put("Tokens/s", f"{speed.look():,.0f}")
     figures.put("Requests", f"{running:,}", f"{waiting:,} waiting")
 
 

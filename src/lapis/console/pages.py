@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from lapis.console import (
     audit,
+    data,
     files,
     jobs,
     members,
@@ -23,7 +24,7 @@ from lapis.console import (
     tuning,
     usage,
 )
-from lapis.console.frame import Link, frame
+from lapis.console.frame import Link, frame, who
 from lapis.console.view import require_operator
 from lapis.errors import AuthError, LapisError
 from lapis.gateway.services import Services
@@ -45,6 +46,7 @@ PLACES = (
     Place("/", "Overview", overview.show),
     Place("/playground", "Playground", playground.show, Scope.MODELS_USE),
     Place("/training", "Training", training.show),
+    Place("/data", "Data", data.show, Scope.ADMIN, operator=True),
     Place("/models", "Models", models.show),
     Place("/files", "Files", files.show, Scope.WORK_READ),
     Place("/jobs", "Jobs", jobs.show, Scope.WORK_READ),
@@ -55,6 +57,7 @@ PLACES = (
 DETAILS = (  # reached from a page, which stays marked in the navigation
     Place("/training/fine-tune", "Training", tuning.show_form, Scope.WORK_WRITE),
     Place("/training/fine-tune/{job_id}", "Training", tuning.show_job, Scope.WORK_READ),
+    Place("/data/{name}", "Data", data.show_dataset, Scope.ADMIN, operator=True),
     Place("/training/runs/{run_id}", "Training", run.show),
     Place("/models/{reference}", "Models", models.show_release, Scope.ADMIN, operator=True),
     Place("/jobs/{job_id}", "Jobs", jobs.show_job, Scope.WORK_READ),
@@ -67,6 +70,7 @@ def create_pages(services: Services) -> FastAPI:
         ui.page(place.path, title=f"{place.title} · Lapis", language="en-US")(_page(services, place))
     app = FastAPI(openapi_url=None)
     files.add_routes(app, services)
+    data.add_routes(app, services)
     ui.run_with(
         app,
         mount_path="/",
@@ -85,7 +89,8 @@ def _page(services: Services, place: Place) -> Callable[[Request], Awaitable[Non
         identity = await asyncio.to_thread(session.identity)
         links = [Link(other.path, other.title) for other in PLACES if _may_see(identity, other)]
         here = next(other.path for other in PLACES if other.title == place.title)
-        with frame(services, session, identity, place.title, links, here) as view:
+        name = await asyncio.to_thread(who, services, identity)
+        with frame(services, session, identity, name, place.title, links, here) as view:
             try:
                 identity.require(place.scope)
                 if place.operator:

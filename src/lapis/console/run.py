@@ -38,7 +38,7 @@ CHECKPOINTS = (
     Column("step", "Step", "number"),
     Column("score", "Held-out loss", "number"),
     Column("at", "Written (UTC)", "time"),
-    Column("digest", "Digest", "code"),
+    Column("digest", "Digest", "id"),
 )
 HAPPENED = (Column("at", "At (UTC)", "time"), Column("event", "Event"), Column("what", "What"))
 TOLD = ("start", "resume", "restart", "bad_step", "slow_rank", "fallback", "checkpoint_failed", "end")

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from nicegui.element import Element
 from nicegui.events import GenericEventArguments
+from nicegui.slot import Slot
 
 Tone = Literal["good", "warn", "bad", "busy", "idle"]
 
@@ -17,7 +18,7 @@ class Column(NamedTuple):
 
     field: str
     title: str
-    kind: Literal["text", "number", "time", "code"] = "text"
+    kind: Literal["text", "number", "time", "id", "code"] = "text"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Table(Element, component="assets/table.js"):
         if on_choose is not None:
             choose = on_choose
             self.on("choose", lambda event: choose([str(key) for key in event.args]))
+
+    def beside(self) -> Slot:
+        """The place beside the title, for a button: `with table.beside(): …`."""
+        return self.add_slot("beside")
 
     def fill(self, rows: Sequence[Row]) -> None:
         """Show these rows. Values that are no Cell are written out: numbers with separators, None as nothing."""

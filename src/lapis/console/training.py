@@ -36,10 +36,10 @@ async def show(view: View) -> None:
     """Draw the page."""
     jobs = None
     if view.may(Scope.WORK_READ):
-        if view.may(Scope.WORK_WRITE):
-            with ui.element("div").classes("row"):
-                link("Fine-tune a model", f"{PATH}/training/fine-tune", "button main")
         jobs = jobs_table()
+        if view.may(Scope.WORK_WRITE):
+            with jobs.beside():
+                link("Fine-tune a model", f"{PATH}/training/fine-tune", "button main")
     runs = _Runs(view) if view.operates else None
 
     async def look() -> None:

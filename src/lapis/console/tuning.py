@@ -25,7 +25,7 @@ from lapis.tenants.tenant import Scope
 SHOWN = 100
 TOLD = 5000  # events of a job
 JOBS = (
-    Column("id", "Job", "code"),
+    Column("id", "Job", "id"),
     Column("status", "State"),
     Column("base", "Trained on"),
     Column("method", "Method"),

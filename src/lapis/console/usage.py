@@ -19,6 +19,7 @@ from lapis.console.table import Cell, Column, Row, Table
 from lapis.console.view import View
 from lapis.gateway.services import Services
 from lapis.tenants.keys import ApiKeys
+from lapis.tenants.quota import NANO
 from lapis.tenants.tenant import Tenants
 from lapis.tenants.usage import UsageLedger, UsageSum
 
@@ -35,6 +36,7 @@ NUMBERS = (
     Column("cached", "of them cached", "number"),
     Column("completion", "Completion tokens", "number"),
     Column("total", "Tokens", "number"),
+    Column("cost", "Cost", "number"),
 )
 MODELS_SHOWN = 5  # in the chart; the rest is one colour
 
@@ -98,7 +100,7 @@ def as_csv(services: Services, only: str | None, count: int) -> str:
     ledger, start = UsageLedger(services.db), first_day(count)
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerow
-    write(("day", "by", "group", "requests", "prompt_tokens", "cached_tokens", "completion_tokens"))
+    write(("day", "by", "group", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost"))
     for day in range(count):
         since = start + day * DAY
         label = datetime.fromtimestamp(since, UTC).date().isoformat()
@@ -106,7 +108,8 @@ def as_csv(services: Services, only: str | None, count: int) -> str:
             for item in ledger.summary(by, project_id=only, since=since, until=since + DAY):
                 used = item.usage
                 numbers = (item.requests, used.prompt_tokens, used.cached_tokens, used.completion_tokens)
-                write((label, by, _safe(item.group or "without a key"), *numbers))
+                cost = f"{item.cost / NANO:.9f}"
+                write((label, by, _safe(item.group or "without a key"), *numbers, cost))
     return text.getvalue()
 
 
@@ -141,6 +144,7 @@ def _rows(sums: Sequence[UsageSum], names: dict[str, str]) -> list[Row]:
                     share=item.usage.total_tokens / most,
                     value=item.usage.total_tokens,
                 ),
+                "cost": Cell(f"{item.cost / NANO:,.2f}", value=item.cost),
             },
         )
         for item in sums

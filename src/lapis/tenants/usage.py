@@ -87,11 +87,12 @@ class Work:
 
 @dataclass(frozen=True)
 class UsageSum:
-    """What one group of settled requests used: `group` is a model, a project or a key."""
+    """What one group of settled requests used: `group` is a model, a project or a key; `cost` is in NANO."""
 
     group: str | None
     requests: int
     usage: Usage
+    cost: int = 0
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,12 @@ class UsageLedger:
         entries, group = usage_entries.c, usage_entries.c[by]
         sums = [
             sa.func.sum(column)
-            for column in (entries.prompt_tokens, entries.completion_tokens, entries.cached_tokens)
+            for column in (
+                entries.prompt_tokens,
+                entries.completion_tokens,
+                entries.cached_tokens,
+                entries.cost,
+            )
         ]
         query = sa.select(group, sa.func.count(), *sums).where(entries.kind == "use", entries.at >= since)
         if until != float("inf"):
@@ -287,8 +293,8 @@ class UsageLedger:
         query = query.group_by(group).order_by(sa.func.sum(entries.tokens).desc(), group)
         with self.db.connect() as connection:
             return [
-                UsageSum(name, requests, Usage(int(prompt), int(completion), int(cached)))
-                for name, requests, prompt, completion, cached in connection.execute(query)
+                UsageSum(name, requests, Usage(int(prompt), int(completion), int(cached)), int(cost))
+                for name, requests, prompt, completion, cached, cost in connection.execute(query)
             ]
 
     def balance(self, project_id: str | None = None) -> Balance:

@@ -175,7 +175,7 @@ class Run:
             path = self.folder / name
             if _is_locked(path):
                 try:
-                    os.kill(int(path.read_text()), signal.SIGINT)
+                    os.kill(int(path.read_text()), signal.SIGTERM)
                     return
                 except (ValueError, ProcessLookupError, PermissionError):
                     continue  # it has just ended, or it is not a process of ours
