@@ -245,6 +245,10 @@ def test_items_that_fail_are_counted_apart(shared: OpenAI) -> None:
         ({"data_source_config": {"type": "custom", "item_schema": {"$ref": "http://x/y"}}}, "leads nowhere"),
         ({"data_source_config": {"type": "custom", "item_schema": {"not": {"$ref": "#/not"}}}}, "circle"),
         ({"testing_criteria": []}, "testing_criteria"),
+        (
+            {"testing_criteria": [{**EQUAL, "reference": "{{ item.sun }}"}]},
+            "'equal' reads item.sun, .* 'sum'",
+        ),
         ({"testing_criteria": [{**EQUAL, "input": "{{ output }}"}]}, "neither item nor sample"),
         ({"testing_criteria": [{**ALIKE, "pass_threshold": None}]}, r"testing_criteria\[0\].pass_threshold"),
         ({"testing_criteria": [{**PROGRAM, "source": "grade = 1"}]}, "no function grade"),

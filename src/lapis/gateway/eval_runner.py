@@ -100,14 +100,19 @@ class EvalRunner:
         wanted = ((number, row) for number, row in rows if number not in done)
         criteria = made_of.graders()
         with PythonSandbox() as sandbox:
+            reading = asyncio.Lock()
 
             async def several() -> None:
-                for number, row in wanted:
+                while True:
+                    async with reading:  # a thread at a time: the file is read line by line
+                        found = await asyncio.to_thread(next, wanted, None)
+                    if found is None:
+                        return
+                    number, row = found
                     answer = await self._sample(run, identity, row)
                     graded = await self._grade(identity, criteria, row, answer, sandbox)
-                    await asyncio.to_thread(
-                        self._runs.record, run, _result(number, row, answer, criteria, graded)
-                    )
+                    result = _result(number, row, answer, criteria, graded)
+                    await asyncio.to_thread(self._runs.record, run, result)
 
             try:
                 async with asyncio.TaskGroup() as group:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from lapis.errors import InputError
+from lapis.errors import InputError, nearest
 
 LARGEST = 20_000  # parts of a schema with its references in their places: what one validation may look at
 REFUSED = ("$dynamicRef", "$recursiveRef", "$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
@@ -22,6 +22,7 @@ class ItemSchema:
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         """Raises InputError for what is no schema, or one that is refused."""
+        self._schema = schema
         try:
             _expanded(schema, schema, {}, ())
             self._validator = jsonschema_rs.validator_for(
@@ -32,6 +33,16 @@ class ItemSchema:
         except (ValueError, jsonschema_rs.ReferencingError) as error:
             message = str(getattr(error, "message", error)).partition("\n")[0]
             raise InputError(f"The item schema is no JSON Schema: {message}.", param=PARAM) from error
+
+    def check_names(self, names: set[str], who: str) -> None:
+        """Raise InputError for a field that no item can have, where the schema allows none but its own."""
+        if self._schema.get("additionalProperties") is not False or "patternProperties" in self._schema:
+            return
+        known = self._schema.get("properties", {})
+        for name in sorted(names - known.keys()):
+            raise InputError(
+                f"{who} reads item.{name}, which no item has. {nearest(name, known)}".strip(), param=PARAM
+            )
 
     def problem(self, item: Any) -> str | None:
         """What is wrong with an item, and where; None for one that fits."""

@@ -25,7 +25,9 @@ from lapis.api.protocol.evals import (
     run_object,
 )
 from lapis.api.protocol.lists import After, Limit, ListPage, Ordered, list_page
+from lapis.evaluate.graders.grader import texts_of
 from lapis.evaluate.graders.python_grader import PythonSandbox
+from lapis.evaluate.graders.template import item_names
 from lapis.gateway.eval_runs import EvalRun
 from lapis.gateway.eval_source import count_rows
 from lapis.gateway.evals import Eval
@@ -46,7 +48,10 @@ ItemStatus = Annotated[Literal["pass", "fail"] | None, Query()]
 async def create_eval(services: ServicesOf, caller: Worker, body: Create) -> EvalObject:
     """Make an eval; its schema, graders, models and programs are checked now."""
     config = body.data_source_config
-    await asyncio.to_thread(ItemSchema, config.item_schema)
+    schema = await asyncio.to_thread(ItemSchema, config.item_schema)
+    for criterion in body.testing_criteria:
+        names = {name for text in texts_of(criterion) for name in item_names(text)}
+        schema.check_names(names, f"The criterion {criterion.name!r}")
     with PythonSandbox() as sandbox:
         for criterion in body.testing_criteria:
             await services.graders.check(caller, criterion, sandbox)

@@ -228,6 +228,15 @@ def models_of(grader: Grader) -> set[str]:
     return {single.model for single in singles(grader) if isinstance(single, _ByModel)}
 
 
+def texts_of(single: Single) -> list[str]:
+    """The templates of a grader."""
+    if isinstance(single, StringCheck | TextSimilarity):
+        return [single.input, single.reference]
+    if isinstance(single, _ByModel):
+        return [text for message in single.input for text in message.texts]
+    return []
+
+
 def passing(single: Single, score: float) -> bool:
     """Whether a score passes: at least `pass_threshold`, or without one at least half of the way to the best."""
     threshold = getattr(single, "pass_threshold", None)

@@ -98,3 +98,9 @@ def check_template(template: str) -> None:
     """Raise InputError where a template has a place that no sample could fill."""
     for match in _PLACE.finditer(template):
         read_path(match[1])
+
+
+def item_names(template: str) -> set[str]:
+    """The fields of an item that a template reads. Raises InputError as `check_template`."""
+    paths = [read_path(match[1]) for match in _PLACE.finditer(template)]
+    return {path[1] for path in paths if path[0] == "item" and len(path) > 1}
