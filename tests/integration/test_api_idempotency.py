@@ -100,6 +100,19 @@ def test_each_project_has_its_own_keys(server: RunningServer) -> None:
     assert refused.status_code == 401
 
 
+def test_administrators_have_theirs_and_secrets_are_told_once(server: RunningServer) -> None:
+    url = f"{server.url}/organization/projects"
+    headers = {"Idempotency-Key": "p"}
+    made = [httpx.post(url, json={"name": "new"}, headers=headers).json() for _ in range(2)]
+    assert made[0]["id"] == made[1]["id"]
+    assert begin(server, "p").status_code == 200  # a project's keys are others
+    url = f"{url}/{made[0]['id']}/service_accounts"
+    first, again = (httpx.post(url, json={"name": "ci"}, headers={"Idempotency-Key": "s"}) for _ in range(2))
+    assert first.json()["api_key"]["value"]
+    assert again.status_code == 409
+    assert first.json()["api_key"]["value"] not in again.text
+
+
 def test_models_answer_as_if_there_were_no_key(server: RunningServer) -> None:
     for words in ("one", "two"):
         body = {"model": "tiny", "prompt": words, "max_tokens": 2}

@@ -100,7 +100,7 @@ def test_a_bases_engine_answers_for_all_its_adapters(registry: Registry) -> None
     texts = {name: asyncio.run(answer(name)) for name in ("pirate", "tiny", "poet")}
     assert texts["tiny"] == "plain"
     assert all(texts[name] == f"{digests[name]}: plain" for name in ("pirate", "poet"))
-    vectors, _ = asyncio.run(
+    vectors, *_ = asyncio.run(
         embed("id", LOCAL, "pirate", [(5, 6)], "mean", router.find("pirate"), meter, counters)
     )
     assert len(vectors) == 1

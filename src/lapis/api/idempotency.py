@@ -17,11 +17,12 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lapis.api.auth import identify
+from lapis.api.auth import administrate, identify
 from lapis.api.errors import error_body
 from lapis.errors import AuthError
 from lapis.gateway.idempotency import LEASE_SECONDS, Claim, Earlier, IdempotencyKeys
 from lapis.gateway.services import Services
+from lapis.tenants.tenant import DEFAULT
 
 MODELS = {
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "moderations", "responses")
@@ -55,23 +56,23 @@ class Idempotency:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Do a request, or repeat the answer of the one that was done with its key."""
-        key = _key(scope)
-        if key is None:
+        sent = _key(scope)
+        if sent is None:
             await self._app(scope, receive, send)
             return
-        if not 0 < len(key) <= MAX_KEY or not key.isascii() or not key.isprintable():
+        if not 0 < len(sent) <= MAX_KEY or not sent.isascii() or not sent.isprintable():
             return await _refuse(send, 400, f"An Idempotency-Key has 1 to {MAX_KEY} printable characters.")
         try:
-            identity = await asyncio.to_thread(identify, Request(scope))
+            project_id, key = await asyncio.to_thread(_scoped, scope, sent)
         except (AuthError, HTTPException):  # the route says so
             await self._app(scope, receive, send)
             return
         keys = self._services.idempotency
-        claim = await asyncio.to_thread(keys.claim, identity.project_id, key)
+        claim = await asyncio.to_thread(keys.claim, project_id, key)
         if isinstance(claim, Claim):
             await _Once(keys, claim, scope).run(self._app, receive, send)
         else:
-            await self._repeat(identity.project_id, key, claim, scope, receive, send)
+            await self._repeat(project_id, key, claim, scope, receive, send)
 
     async def _repeat(
         self, project_id: str, key: str, earlier: Earlier, scope: Scope, receive: Receive, send: Send
@@ -195,6 +196,17 @@ def _fingerprint(scope: Scope) -> _Raw:
     if media == b"multipart/form-data" and boundary and len(boundary) <= 256:
         return _OfForm(scope, boundary)
     return _Raw(scope)
+
+
+def _scoped(scope: Scope, key: str) -> tuple[str, str]:
+    """The project that a key belongs to, and the key there. Raises AuthError, HTTPException for an unknown caller.
+
+    An administrator's keys are their organization's: kept with the first project, marked by what no key has in it.
+    """
+    request = Request(scope)
+    if scope["path"].startswith("/v1/organization/"):
+        return DEFAULT, f"§{administrate(request).organization_id}§{key}"
+    return identify(request).project_id, key
 
 
 def _key(scope: Scope) -> str | None:
