@@ -8,7 +8,7 @@ export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.
 BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start quality serving
 
-.PHONY: help install quickstart test test-long test-cluster test-postgres test-browser lint bench bench-peers clean
+.PHONY: help install quickstart test test-long test-cluster test-slurm test-postgres test-browser lint bench bench-peers clean
 
 help:
 	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-cluster the tests on a small Ray cluster, after installing Ray and Daft (400 MB)"
 	@echo "make test-postgres the tests of what the database holds, on PostgreSQL"
 	@echo "make test-browser the console in a real Chromium, after installing Chromium and Playwright"
+	@echo "make test-slurm   the tests on a Slurm cluster of this host's own; installs Debian's Slurm, needs root"
 	@echo "make bench        speed, side by side with named peers"
 	@echo "make bench-peers  install the peers that make bench measures too, in .peers (up to 30 minutes, 6 GB)"
 	@echo "make lint         format and type checks"
@@ -63,6 +64,13 @@ test-browser: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@test -f $(VENV)/axe.min.js || { cd $(VENV) && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz --strip-components=1 package/axe.min.js; } || echo "axe-core could not be fetched: its checks will be skipped."
 	@$(BIN)/python -m pytest tests/browser
+
+# Whatever daemons the packages start on a host with systemd: the tests have their own, with their own key, database and ports.
+SLURM := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
+test-slurm: $(VENV)/.installed-dev
+	@command -v slurmctld mariadbd munged >/dev/null || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+		apt-get -qq install -y --no-install-recommends $(SLURM); } || echo "Slurm cannot be installed: its tests are skipped."
+	@$(BIN)/python -m pytest -rs -s -m "long or not long" --timeout 900 tests/slurm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -37,8 +37,8 @@ from lapis.gateway.settings import server_settings
 from lapis.hashing import digest_file
 from lapis.home import Home
 from lapis.inference.engine import Engine, LocalEngine
+from lapis.jobs.cluster import make_executor
 from lapis.jobs.controller import Controller
-from lapis.jobs.executors.local import LocalExecutor
 from lapis.model import manifest
 from lapis.release.registry import Registry, Servable
 from lapis.release.release import SERVABLE
@@ -169,7 +169,7 @@ def make_services(
         ledger = UsageLedger(db, prices=Prices(home.prices))
         ledger.expire()  # what a killed server had reserved
         services = Services(home, db, router, admission, Meter(ledger))
-        controller = Controller(services.queue, LocalExecutor(home.jobs))
+        controller = Controller(services.queue, make_executor(home))
         services.loops.append(in_thread(partial(controller.run, seconds=CONTROL_SECONDS)))
         return services
     except BaseException:

@@ -43,6 +43,7 @@ class SlurmCluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.conf = folder / "slurm.conf"
+        self.database: subprocess.Popen[bytes] | None = None
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.conf)}
 
     def __enter__(self) -> SlurmCluster:
@@ -87,6 +88,8 @@ class SlurmCluster:
             self.kill_node(node)
         for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._end(self.folder / "run" / f"{name}.pid")
+        if self.database is not None:
+            self.database.wait()
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
@@ -94,17 +97,17 @@ class SlurmCluster:
 
     def kill_node(self, node: str) -> None:
         """A node dies: all of its processes at once."""
-        for process in self._processes(node):
+        for process in self.processes(node):
             _signal(process, signal.SIGKILL)
 
     def freeze_node(self, node: str) -> None:
         """A node gives no sign any more, and its connections stay as they are: like a lost network, or power."""
-        for process in self._processes(node):
+        for process in self.processes(node):
             _signal(process, signal.SIGSTOP)
 
     def thaw_node(self, node: str) -> None:
         """A frozen node goes on as if nothing had happened."""
-        for process in self._processes(node):
+        for process in self.processes(node):
             _signal(process, signal.SIGCONT)
 
     def kill_manager(self, node: str) -> None:
@@ -153,7 +156,7 @@ class SlurmCluster:
         options = {"datadir": data, "socket": at, "port": port, "pid-file": self.folder / "run/mariadbd.pid",
                    "bind-address": "127.0.0.1", "innodb-buffer-pool-size": "64M", "user": "root"}  # fmt: skip
         with (self.folder / "log/mariadbd.log").open("w") as log:
-            subprocess.Popen(
+            self.database = subprocess.Popen(
                 ["mariadbd", "--no-defaults", *(f"--{name}={value}" for name, value in options.items())],
                 env=self.environment,
                 stdout=log,
@@ -174,7 +177,7 @@ class SlurmCluster:
         (self.folder / name).write_text(text)
         (self.folder / name).chmod(mode)
 
-    def _processes(self, node: str) -> list[int]:
+    def processes(self, node: str) -> list[int]:
         """All processes of a node: its slurmd, the managers of steps that came from it, and what they started."""
         path = self.folder / f"run/slurmd-{node}.pid"
         managers = {path.read_text().strip()} if path.is_file() else set()
@@ -186,8 +189,8 @@ class SlurmCluster:
                 ours = f"SLURM_CONF={self.conf}".encode() in variables
                 told = f"SLURMD_NODENAME={node}".encode() in variables
                 if str(process) in managers or (ours and (told or group in managers)):
-                    found.append(process)
-        return found
+                    found += [process, *_step_manager(process)]
+        return list(dict.fromkeys(found))
 
     def _end(self, pid_file: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
@@ -209,7 +212,8 @@ def _slurm_conf(folder: Path, ports: dict[str, int]) -> str:
         "MpiDefault": "none", "SchedulerType": "sched/backfill", "SelectType": "select/cons_tres",
         "SchedulerParameters": "bf_interval=1,sched_interval=1,sched_min_interval=0",
         "SelectTypeParameters": "CR_Core_Memory", "ReturnToService": 2, "SlurmdTimeout": 10, "KillWait": 5,
-        "InactiveLimit": 0, "MinJobAge": 300, "GresTypes": "gpu", "SlurmdParameters": "config_overrides",
+        "InactiveLimit": 0, "EnforcePartLimits": "ALL", "MinJobAge": 300, "GresTypes": "gpu",
+        "SlurmdParameters": "config_overrides",
         "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE", "JobRequeue": 1,
         "JobAcctGatherType": "jobacct_gather/linux", "JobAcctGatherFrequency": 5,
         "AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageHost": "localhost",
@@ -252,6 +256,13 @@ def _free_ports(count: int) -> list[int]:
 def _signal(process: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, number)
+
+
+def _step_manager(process: int) -> list[int]:
+    """The slurmstepd that a process was started by, if it was."""
+    parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    is_manager = parent > 1 and Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd")
+    return [parent] if is_manager else []
 
 
 def _is_zombie(process: int) -> bool:

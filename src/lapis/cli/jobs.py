@@ -70,6 +70,7 @@ def group() -> None:
 @click.option(
     "--preemptible", is_flag=True, help="May be stopped (SIGTERM, a minute to save) and started again."
 )
+@click.option("--spread", is_flag=True, help="On a cluster, each rank has a node of its own.")
 @click.option(
     "--retries", type=int, default=1, show_default=True, help="Starts anew if its process vanishes."
 )
@@ -85,6 +86,7 @@ def submit(
     priority: str,
     time_limit: float | None,
     preemptible: bool,
+    spread: bool,
     retries: int,
     as_json: bool,
 ) -> None:
@@ -96,7 +98,7 @@ def submit(
     queue = _queue()
     spec = JobSpec(
         name or Path(command[0]).name, command, Resources(cpus, gpus, int(memory or 0)), {}, retries, ranks,
-        Priority(priority), time_limit, preemptible,
+        Priority(priority), time_limit, preemptible, spread,
     )  # fmt: skip
     job = queue.submit(spec, os_user(), Tenants(queue.db).project(project).id)
     if as_json:
@@ -248,7 +250,7 @@ def _facts(job: Job, wait: Wait | None) -> dict[str, Any]:
         "likely_start": wait.likely_start if wait else None,
         "argv": list(spec.argv), "cpus": spec.resources.cpus, "gpus": spec.resources.gpus,
         "memory": spec.resources.memory, "ranks": spec.ranks, "priority": spec.priority,
-        "time_limit": spec.time_limit, "preemptible": spec.preemptible,
+        "time_limit": spec.time_limit, "preemptible": spec.preemptible, "spread": spec.spread,
         "attempt": job.attempt, "losses": job.losses, "executor": job.executor,
         "places": [vars(place) for place in job.places], "exit_code": job.exit_code,
         "created_at": job.created_at, "created_by": job.created_by,

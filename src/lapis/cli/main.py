@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": ("serve", "Serve models through the OpenAI-compatible API."),
     "chat": ("chat", "Talk with a model in the terminal."),
     "jobs": ("jobs", "Submit, list, show, cancel and follow jobs of the queue."),
+    "cluster": ("cluster", "Slurm's accounts and usage, manifests for Kubernetes."),
     "keys": ("keys", "Create, list and revoke API keys."),
     "projects": ("projects", "Create, list, limit and archive projects."),
     "users": ("users", "Add, list and remove users."),

@@ -21,6 +21,7 @@ from lapis.jobs.queue import JobQueue, Lease
 from lapis.jobs.shares import shares
 from lapis.log import logger
 
+NO_PLACE = 75  # EX_TEMPFAIL of sysexits.h: the job cannot go on where it is, and can elsewhere
 GRACE = 10.0  # seconds between asking a cancelled job to end and ending it
 SEEN_SECONDS = 5.0  # between two notes of what the executor has
 
@@ -43,6 +44,8 @@ def decide(
     checkpoint_grace: float = Policy.grace,
 ) -> Decision:
     """What to do with a job whose process has this status. `warned`: it was asked to end already."""
+    if status.kind == "waiting":
+        return Decision("wait" if job.cancel_at is None or warned else "terminate")
     if status.kind == "running":
         limit = None if job.spec.time_limit is None else (job.started_at or now) + job.spec.time_limit
         reasons = ((job.cancel_at, grace), (limit, grace), (job.preempt_at, checkpoint_grace))
@@ -56,15 +59,18 @@ def decide(
         return Decision("finish", State.CANCELLED, "cancelled on request")
     if status.kind == "exited" and status.exit_code == 0:
         return Decision("finish", State.SUCCEEDED)
+    if status.kind == "preempted":
+        return Decision("requeue", reason=status.reason)
     if status.kind == "fenced":
         return Decision("requeue", reason=f"attempt {job.attempt} lost its controller before it began")
     if job.preempt_at is not None:
         return Decision("preempt", reason=f"stopped for {job.preempt_for}; it goes on when there is room")
     if job.spec.time_limit is not None and now >= (job.started_at or now) + job.spec.time_limit:
         return Decision("finish", State.FAILED, f"it ran into its time limit of {job.spec.time_limit:g} s")
-    if status.kind == "exited":
-        return Decision("finish", State.FAILED, f"exit status {status.exit_code}")
-    lost = f"its process was lost in attempt {job.attempt}"
+    if status.kind == "exited" and status.exit_code != NO_PLACE:
+        return Decision("finish", State.FAILED, status.reason or f"exit status {status.exit_code}")
+    lost = status.reason or "its process was lost"
+    lost = f"{lost} in attempt {job.attempt}"
     if job.losses < job.spec.retries:
         return Decision("requeue", reason=lost)
     return Decision("finish", State.FAILED, lost)
@@ -107,8 +113,8 @@ class Controller:
             return
         self._leases[job.id] = lease
         # The silent holder may have died just before or just after the start: the fence decides which.
-        if job.state is State.STARTING and not self.executor.fence(job):
-            self.queue.started(lease)
+        if job.state is State.STARTING:
+            self.executor.fence(job)
         logger.info("jobs: took over %s", job.id)
 
     def _watch(self, lease: Lease) -> None:
@@ -118,10 +124,25 @@ class Controller:
             logger.warning("jobs: %s", error)
             self._forget(lease.job_id)
             return
-        status = self.executor.poll(job)
+        try:
+            status = self.executor.poll(job)
+        except (
+            UnavailableError
+        ) as error:  # the executor does not answer: nothing is known, so nothing is done
+            logger.warning("jobs: %s", error)
+            return
+        job = self._note(lease, job, status)
         now, warned = self.queue.clock(), job.id in self._warned
         decision = decide(job, status, now, warned, self.grace, self.policy.grace)
         self._apply(lease, job, status, decision)
+
+    def _note(self, lease: Lease, job: Job, status: Status) -> Job:
+        """Record what an executor with a queue of its own did with a job meanwhile."""
+        if job.state is State.STARTING and status.kind == "waiting" and status.reason != job.reason:
+            return self.queue.explain(lease, status.reason)
+        if job.state is State.STARTING and status.kind not in ("waiting", "fenced"):
+            return self.queue.started(lease)
+        return job
 
     def _apply(self, lease: Lease, job: Job, status: Status, decision: Decision) -> None:
         if decision.act == "terminate":
@@ -134,9 +155,10 @@ class Controller:
             if decision.act == "preempt":
                 self.queue.preempted(lease, decision.reason, status.exit_code)
             elif decision.state is not None:
-                self.queue.finish(lease, decision.state, decision.reason, status.exit_code)
+                self.queue.finish(lease, decision.state, decision.reason, status.exit_code, status.seconds)
             else:
-                self.queue.requeue(lease, decision.reason, job.losses + (status.kind == "lost"))
+                lost = status.kind in ("lost", "exited")
+                self.queue.requeue(lease, decision.reason, job.losses + lost, status.seconds)
             self._forget(job.id)
 
     def _start_waiting(self) -> None:
@@ -148,11 +170,11 @@ class Controller:
         self._note_nodes()
         if not waiting:
             return
+        active = [job for job in jobs if job.state in ACTIVE and job.executor == self.executor.name]
         if self.executor.nodes is None:
-            for job in waiting:
+            for job in without_spent(waiting, active, self.queue.ledger, self.queue.clock())[0]:
                 self._start(job, {})
             return
-        active = [job for job in jobs if job.state in ACTIVE and job.executor == self.executor.name]
         self._carry_out(waiting, active, self.executor.nodes)
 
     def _carry_out(self, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]) -> None:
@@ -181,7 +203,8 @@ class Controller:
         self._leases[job.id] = lease
         try:
             self.executor.start(self.queue.get(job.id))
-            self.queue.started(lease)
+            if self.executor.nodes is not None:
+                self.queue.started(lease)
         except ConflictError as error:  # the lease was lost while it was about to start
             logger.warning("jobs: %s", error)
             self._forget(job.id)

@@ -10,10 +10,13 @@ from lapis.jobs.job import Job, Node
 
 @dataclass(frozen=True)
 class Status:
-    """What became of an attempt: it runs, exited with a code, vanished, or was fenced and never starts."""
+    """What became of an attempt: it waits in the executor's own queue, runs, exited with a code, vanished, was
+    stopped for another one, or was fenced and never starts."""
 
-    kind: Literal["running", "exited", "lost", "fenced"]
+    kind: Literal["waiting", "running", "exited", "lost", "preempted", "fenced"]
     exit_code: int | None = None
+    reason: str = ""  # why it waits or ended, where the executor knows more
+    seconds: float | None = None  # how long it ran, where the executor knows it better than its controller
 
 
 class Executor(Protocol):
@@ -31,7 +34,7 @@ class Executor(Protocol):
         """Make sure that the attempt never starts; False if it has started."""
 
     def poll(self, job: Job) -> Status:
-        """What became of the attempt."""
+        """What became of the attempt. Raises UnavailableError if that cannot be known now."""
 
     def terminate(self, job: Job) -> None:
         """Ask all processes of the attempt to end."""

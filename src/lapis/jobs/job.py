@@ -106,7 +106,8 @@ class JobSpec:
 
     `retries` is how often it is started anew after it was lost (not after it failed). `time_limit` is in
     seconds, of each attempt. A `preemptible` job may be stopped for another one: it gets SIGTERM, has time to
-    write a checkpoint, and is started again later with the same argv.
+    write a checkpoint, and is started again later with the same argv. `spread`: on a cluster each rank has a node of
+    its own, and the job outlives the loss of one (`lapis train --nodes`).
 
     Raises InputError for what no process can have.
     """
@@ -120,6 +121,7 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     time_limit: float | None = None
     preemptible: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         if not self.argv or not self.argv[0]:

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -186,16 +186,31 @@ class JobQueue:
 
     def started(self, lease: Lease) -> Job:
         """Record that the job's process runs. Raises ConflictError if the lease is lost."""
-        return self._move(lease, State.RUNNING, started_at=self.clock())
+        return self._move(lease, State.RUNNING, started_at=self.clock(), reason="")
 
-    def finish(self, lease: Lease, state: State, reason: str = "", exit_code: int | None = None) -> Job:
-        """End a job and give its lease back. Raises ConflictError if the lease is lost."""
+    def explain(self, lease: Lease, reason: str) -> Job:
+        """Say why a job that is about to start still waits. Raises ConflictError if the lease is lost."""
+        with write(self.db) as connection:
+            self._held(connection, lease)
+            _set(connection, lease.job_id, reason=reason)
+            return _get(connection, lease.job_id)
+
+    def finish(
+        self,
+        lease: Lease,
+        state: State,
+        reason: str = "",
+        exit_code: int | None = None,
+        seconds: float | None = None,
+    ) -> Job:
+        """End a job that ran so long (None: until now). Raises ConflictError if the lease is lost."""
         assert state in ENDED
-        return self._move(lease, state, reason=reason, exit_code=exit_code, ended_at=self.clock(), **_FREE)
+        ended: dict[str, Any] = {"reason": reason, "exit_code": exit_code, "ended_at": self.clock()}
+        return self._move(lease, state, seconds, **ended, **_FREE)
 
-    def requeue(self, lease: Lease, reason: str, losses: int) -> Job:
+    def requeue(self, lease: Lease, reason: str, losses: int, seconds: float | None = None) -> Job:
         """Put a job, lost so often, back to its place in the queue. Raises ConflictError: lease lost."""
-        return self._move(lease, State.QUEUED, reason=reason, losses=losses, executor=None, **_FREE)
+        return self._move(lease, State.QUEUED, seconds, reason=reason, losses=losses, executor=None, **_FREE)
 
     def preempted(self, lease: Lease, reason: str, exit_code: int | None) -> Job:
         """Record that a job stopped for another one. Raises ConflictError if the lease is lost."""
@@ -208,7 +223,7 @@ class JobQueue:
         with write(self.db) as connection:
             connection.execute(jobs.update().where(stopped).values(state=State.QUEUED))
 
-    def _move(self, lease: Lease, to: State, **values: Any) -> Job:
+    def _move(self, lease: Lease, to: State, seconds: float | None = None, **values: Any) -> Job:
         with write(self.db) as connection:
             job, now = self._held(connection, lease), self.clock()
             check_move(lease.job_id, job.state, to)
@@ -216,8 +231,9 @@ class JobQueue:
             if to is State.RUNNING:
                 note_start_in(connection, job.project_id, now)
             elif job.state is State.RUNNING:
-                add_use_in(connection, job, now)
-                self.ledger.book_in(connection, _work(job, now))
+                ran = job if seconds is None else replace(job, started_at=now - seconds)
+                add_use_in(connection, ran, now)
+                self.ledger.book_in(connection, _work(ran, now))
             return _get(connection, lease.job_id)
 
     def _grant(self, connection: Connection, job_id: str, **values: Any) -> Lease:

@@ -33,6 +33,7 @@ from lapis.train.run import WATCH, Run
 LOOK_S = 0.05  # between two looks
 SETTLE_S = 1.0  # after the first failure, for the rank to blame to be seen: others fail because it is gone
 CLEAR_S = 5.0  # for killed ranks to be gone, before their nursery is killed too
+ONE_STOP_S = 1.0  # a cluster that stops a job signals each of its processes, and its script passes that on
 WORDS = 8  # lines of a rank's output that are looked at for why it ended
 INTERRUPTED = 130  # a rank that ended on request, its state in a checkpoint
 FAILED = TrainingError.exit_status
@@ -415,8 +416,13 @@ def _stops() -> Iterator[list[int]]:
         yield stops
         return
 
+    last = 0.0
+
     def note(number: int, frame: FrameType | None) -> None:
-        stops.append(number)
+        nonlocal last
+        if not stops or time.monotonic() - last > ONE_STOP_S:
+            stops.append(number)
+        last = time.monotonic()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

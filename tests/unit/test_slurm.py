@@ -1,0 +1,122 @@
+"""What Slurm is told of a job, and what follows from what it says. The real one is in tests/slurm."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lapis.jobs.cluster import SlurmSection
+from lapis.jobs.controller import decide
+from lapis.jobs.executor import Status
+from lapis.jobs.job import Job, JobSpec, Priority, Resources, State
+from lapis.jobs.slurm import Row, best_row, node_names, queue_rows, settings, status, submission, usages
+
+SPEC = JobSpec("train", ("lapis", "train"), Resources(3.5, 2, 5 << 30), retries=1)
+JOB = Job(
+    "job_1", "proj_a", SPEC, State.RUNNING, "", 1, 0, "slurm", None, 10.0, None, 0.0, "os:ana", 1.0, None
+)
+TAKEN = "slurm 7"
+
+
+def row(state: str, **more: object) -> Row:
+    return replace(Row(7, "lapis-job_1.1", state), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said", "kind", "exit_code"),
+    [
+        ("fenced", "", None, "fenced", None),
+        ("", "", row("PENDING"), "waiting", None),
+        (TAKEN, "", row("RUNNING"), "running", None),
+        ("slurm 7 n1", "", row("RUNNING", nodes="n[1-3]"), "running", None),
+        ("slurm 7 n1", "", row("RUNNING", nodes="n[2-3]"), "lost", None),
+        (TAKEN, "0", row("COMPLETING"), "exited", 0),
+        (TAKEN, "143", row("COMPLETING"), "running", None),  # Slurm may have stopped it: it will say so
+        (TAKEN, "143", row("PREEMPTED"), "preempted", None),
+        (TAKEN, "0", row("PREEMPTED"), "exited", 0),
+        (TAKEN, "3", row("FAILED"), "exited", 3),
+        (TAKEN, "3", None, "exited", 3),
+        (TAKEN, "", row("NODE_FAIL"), "lost", None),
+        (TAKEN, "", row("FAILED"), "lost", None),
+        (TAKEN, "", None, "lost", None),
+        (TAKEN, "", row("OUT_OF_MEMORY"), "exited", None),
+        ("", "", row("CANCELLED"), "exited", None),
+        (TAKEN, "", row("TIMEOUT"), "exited", None),
+    ],
+)
+def test_files_and_slurm_s_word_make_a_status(
+    place: str, code: str, said: Row | None, kind: str, exit_code: int | None
+) -> None:
+    found = status(place, code, said)
+    assert (found.kind, found.exit_code) == (kind, exit_code)
+
+
+def test_why_it_waits_and_how_long_it_ran_are_told() -> None:
+    (waits,) = queue_rows("9|lapis-job_1.1|PENDING|AssocGrpGRES|2026-11-29T18:00:00|N/A|\n")
+    assert status("", "", waits).reason == "it waits in Slurm: AssocGrpGRES; likely from 2026-11-29 18:00:00"
+    assert status(TAKEN, "0", row("COMPLETED", start=100.0, end=160.0)).seconds == 60
+    told = usages(
+        "lapis-job_1.2|teama|COMPLETED|60|billing=4,cpu=4,gres/gpu=2,node=2\nvi|x|RUNNING|9|cpu=1\n"
+    )
+    assert [(use.job_id, use.attempt, use.cpu_seconds, use.gpu_seconds, use.nodes) for use in told] == [
+        ("job_1", 2, 240, 120, 2)
+    ]
+
+
+def test_slurm_s_lists_of_nodes_are_read() -> None:
+    assert node_names("n[1-3,7],gpu-a[08-10],login") == {
+        "n1", "n2", "n3", "n7", "gpu-a08", "gpu-a09", "gpu-a10", "login",
+    }  # fmt: skip
+    assert node_names("rack[1-2]n[1-4]") is None
+    assert node_names("") == set()
+
+
+def test_of_two_submissions_the_one_that_took_the_place_counts() -> None:
+    other = Row(8, "lapis-job_1.1", "FAILED")
+    assert best_row([row("RUNNING"), other], TAKEN) == row("RUNNING")
+    assert best_row([other, row("PENDING")], "") == row("PENDING")
+    assert best_row([], TAKEN) is None
+
+
+def test_a_job_asks_slurm_for_what_it_needs() -> None:
+    section = SlurmSection(
+        partition="gpu", account="rest", accounts={"proj_a": "teama"}, qos={Priority.HIGH: "urgent"},
+        options=("--constraint=h200",),
+    )  # fmt: skip
+    gang = replace(JOB, spec=replace(SPEC, ranks=3, spread=True, time_limit=600, priority=Priority.HIGH))
+    told = set(submission(gang, section, Path("/home/100%j")))
+    assert told >= {
+        "--no-requeue", "--no-kill", "--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--cpus-per-task=4",
+        "--gres=gpu:2", "--mem=5120", "--time=13", "--account=teama", "--qos=urgent", "--partition=gpu",
+        "--constraint=h200", "--output=/home/100%%j/log", "--job-name=lapis-job_1.1",
+    }  # fmt: skip
+    packed = set(
+        submission(replace(JOB, project_id="proj_b", spec=replace(SPEC, ranks=3)), section, Path("/h"))
+    )
+    assert packed >= {"--ntasks=3", "--gpus-per-task=2", "--mem-per-cpu=1280", "--account=rest"}
+    assert not packed & {"--no-kill", "--nodes=3"}
+
+
+def test_a_shell_reads_the_settings_as_they_were_meant(tmp_path: Path) -> None:
+    argv = ("printf", "%s\n", "a 'b' $c `d`", "", "*", "é\nf")
+    job = replace(JOB, spec=replace(SPEC, argv=argv))
+    (tmp_path / "settings").write_text(settings(job, {"A": "x 'y' $z\nlast"}))
+    script = '. ./settings; "$@"; printf "%s" "$A"'
+    done = subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "a 'b' $c `d`\n\n*\né\nf\nx 'y' $z\nlast"
+
+
+def test_what_an_executor_with_its_own_queue_says_is_settled() -> None:
+    waiting, cancelled = Status("waiting", reason="…"), replace(JOB, cancel_at=5.0)
+    assert decide(JOB, waiting, 1e9, warned=False).act == "wait"
+    assert decide(cancelled, waiting, 6.0, warned=False).act == "terminate"
+    stopped = decide(replace(JOB, losses=1), Status("preempted", reason="for another"), 1.0, warned=False)
+    assert (stopped.act, stopped.reason) == ("requeue", "for another")
+    moved = decide(JOB, Status("exited", 75), 1.0, warned=False)
+    assert moved.act == "requeue"
+    assert decide(replace(JOB, losses=1), Status("exited", 75), 1.0, warned=False).state is State.FAILED
+    ended = decide(JOB, Status("exited", None, "it was cancelled in Slurm"), 1.0, warned=False)
+    assert (ended.state, ended.reason) == (State.FAILED, "it was cancelled in Slurm")
