@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from lapis.evaluate.graders.formula import Formula
 from lapis.evaluate.graders.grader import passing, read_grader, singles
 from lapis.evaluate.graders.grading import Grading, Means, check, grade
 from lapis.evaluate.graders.model_grader import Answer, Question
-from lapis.evaluate.graders.python_grader import PythonSandbox
+from lapis.evaluate.graders.python_grader import PROGRAMS, PythonSandbox
 from lapis.evaluate.graders.similarity import similarity
 from lapis.evaluate.graders.template import MissingError, NotJsonError, render, variables
 from lapis.inference.fake import FakeEngine
@@ -425,6 +426,26 @@ def test_a_program_that_does_not_end_is_ended() -> None:
             done = grade(read_grader(program(source)), "", {}, Means(Judge(), sandbox))
             assert done.errors.names == ["unresponsive_reward_error"] and done.reward == 0
         assert sandbox.grade("def grade(sample, item):\n    return 1", {}, {}).value == 1
+
+
+def test_no_more_than_four_programs_run_at_a_time() -> None:
+    """Each says from when to when it ran; at no moment there were five."""
+    source = """
+import time
+
+def grade(sample, item):
+    began = time.monotonic()
+    time.sleep(0.3)
+    return began
+"""
+
+    def one(number: int) -> float:
+        with PythonSandbox(seconds=20) as sandbox:
+            return sandbox.grade(source, {}, {}).value
+
+    with ThreadPoolExecutor(9) as pool:
+        began = sorted(pool.map(one, range(9)))
+    assert all(later - earlier > 0.29 for earlier, later in zip(began, began[PROGRAMS:], strict=False))
 
 
 def test_a_program_that_forges_an_answer_gains_nothing_but_its_own_number(sandbox: PythonSandbox) -> None:

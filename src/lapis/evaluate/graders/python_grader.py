@@ -21,11 +21,14 @@ from lapis.evaluate.graders import seccomp
 SECONDS = 30.0  # of one grading
 SPARE_SECONDS = 10.0  # for the sandbox itself to start and to say that the time is over
 SOURCE_LIMIT = 256 << 10  # characters
+PROGRAMS = 4  # that run at a time for one process of ours, so that their memory is bounded together
 ROOT = Path(seccomp.__file__).parents[3]  # where this very package lies: -I looks at no PYTHONPATH
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); from lapis.evaluate.graders import sandbox; sandbox.main()"
 )
 Failure = Literal["runtime", "time", "server"]
+
+_places = threading.BoundedSemaphore(PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class PythonSandbox:
         self.close()
 
     def _run(self, request: dict[str, Any]) -> PythonResult:
-        with self._lock:
+        with self._lock, _places:
             line = self._ask(json.dumps({**request, "seconds": self._seconds}).encode() + b"\n")
         if not line.endswith(b"\n"):
             return PythonResult(failure="server", details="The sandbox ended without an answer.")

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from lapis.evaluate.graders import seccomp
 
-MEMORY_LIMIT = 1 << 30  # bytes of address space beyond what is there at the start
+MEMORY_LIMIT = 512 << 20  # bytes of address space beyond what is there at the start
 ANSWER_LIMIT = 64 << 10  # bytes
 DETAILS = 2000  # characters of an error that are told
 NUMPY = "numpy"
