@@ -51,6 +51,7 @@ class Plain:
 
     starts: Mapping[str, Mapping[str, int]]
     preemptions: Mapping[str, str] = field(default_factory=dict)
+    firsts: frozenset[str] = frozenset()
 
 
 def read_tasks(folder: Path, days: float, projects: int, speed: float) -> list[Task]:

@@ -23,6 +23,8 @@ class Decided(Protocol):
     @property
     def starts(self) -> Mapping[str, Mapping[str, int]]: ...
     @property
+    def firsts(self) -> frozenset[str]: ...
+    @property
     def preemptions(self) -> Mapping[str, str]: ...
 
 
@@ -134,7 +136,8 @@ class World:
             task.first_start = self.now if task.first_start is None else task.first_start
             needs = task.left + (RESTART if task.stops else 0.0)
             self._push(self.now + needs, "end", f"{job_id}/{job.attempt}")
-            self.shares[job.project_id] = replace(self._share(job.project_id), started_at=self.now)
+            if job_id in decided.firsts:
+                self.shares[job.project_id] = replace(self._share(job.project_id), first_at=self.now)
 
     def _share(self, project: str) -> Share:
         """A project's share, decayed until now."""

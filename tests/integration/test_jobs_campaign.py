@@ -84,6 +84,7 @@ def wait_for_ticks(queue: JobQueue) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1500)
 def test_fifty_killed_controllers_under_load(tmp_path: Path) -> None:
     rng = random.Random(1)
     url, folder = f"sqlite:///{tmp_path / 'lapis.db'}", tmp_path / "work"
@@ -109,12 +110,13 @@ def test_fifty_killed_controllers_under_load(tmp_path: Path) -> None:
     submit(2 * BUSY)
     command = [sys.executable, "-c", CONTROLLER, url, str(executor.folder), str(LEASE)]
     for _ in range(KILLS):
-        process = subprocess.Popen(command)
-        if rng.random() < 0.9:  # the others die before their first tick
-            wait_for_ticks(queue)
-        time.sleep(rng.uniform(0.0, 0.7))
-        process.kill()
-        process.wait()
+        with subprocess.Popen(command) as process:
+            try:
+                if rng.random() < 0.9:  # the others die before their first tick
+                    wait_for_ticks(queue)
+                time.sleep(rng.uniform(0.0, 0.7))
+            finally:
+                process.kill()
         if sum(job.state not in ENDED for job in queue.list()) < BUSY:
             submit(BUSY)
     controller = Controller(queue, executor, policy=Policy(minimum_run=0.0, grace=5.0))

@@ -235,7 +235,8 @@ NODES = (Node("a", Resources(4, 2, 100)),)
 def test_gpus_of_running_jobs_are_disjoint_and_come_back_at_the_end(queue: JobQueue) -> None:
     spec = replace(SPEC, resources=Resources(1, 1), ranks=1)
     one, two, three = (queue.submit(spec, "os:ana") for _ in range(3))
-    leases = [queue.claim(job, "e", {"a": 1}, NODES) for job in (one, two)]
+    leases = [queue.claim(job, "e", {"a": 1}, NODES, first=job is one) for job in (one, two)]
+    assert shares(queue.db, 1000.0)["default"].first_at == 1000.0
     assert [queue.get(job.id).places for job in (one, two)] == [
         (Place("a", 1, (0,)),),
         (Place("a", 1, (1,)),),
@@ -278,7 +279,7 @@ def test_a_preempted_job_comes_back_to_its_place_and_its_use_is_counted(
     unit = HALF_LIFE / math.log(2) / 2  # the integral of 2^(-t / half-life) over one half-life
     share = shares(queue.db, clock.now)["default"]
     assert share.used == pytest.approx((4 * unit, 2 * unit, 20 * unit))
-    assert share.started_at == 1000.0
+    assert share.first_at is None
     assert booked(queue) == [(f"{job.id}:1", "train", 4 * HALF_LIFE, 2 * HALF_LIFE)]
     later = shares(queue.db, clock.now + HALF_LIFE)["default"].used
     assert later == pytest.approx((2 * unit, unit, 10 * unit))

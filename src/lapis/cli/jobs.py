@@ -6,6 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,7 +253,7 @@ def _facts(job: Job, wait: Wait | None) -> dict[str, Any]:
         "memory": spec.resources.memory, "ranks": spec.ranks, "priority": spec.priority,
         "time_limit": spec.time_limit, "preemptible": spec.preemptible, "spread": spec.spread,
         "attempt": job.attempt, "losses": job.losses, "executor": job.executor,
-        "places": [vars(place) for place in job.places], "exit_code": job.exit_code,
+        "places": [asdict(place) for place in job.places], "exit_code": job.exit_code,
         "created_at": job.created_at, "created_by": job.created_by,
         "started_at": job.started_at, "ended_at": job.ended_at,
         "cancel_at": job.cancel_at, "preempt_at": job.preempt_at, "preempt_for": job.preempt_for,

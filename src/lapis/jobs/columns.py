@@ -71,14 +71,14 @@ class Running(Columns):
         preempted: Matrix = np.array([job.preempt_at for job in jobs], float)
         # When it was asked to stop; inf: never.
         self.asked: Matrix = np.nan_to_num(np.fmin(cancelled, preempted), nan=math.inf, posinf=math.inf)
-        places = [
-            (index, names[place.node], place.ranks)
-            for index, job in enumerate(jobs)
-            for place in job.places
-            if place.node in names
-        ]
-        found: Numbers = np.array(places, np.int64).reshape(-1, 3)
-        self.of, self.node, self.there = found[:, 0], found[:, 1], found[:, 2]  # of each place
+        # Of each place: whose, where, and how many ranks; without those on nodes that are gone.
+        of = np.repeat(np.arange(len(jobs)), [len(job.places) for job in jobs])
+        node = np.array([names.get(place.node, -1) for job in jobs for place in job.places], np.int64)
+        there = np.array([place.ranks for job in jobs for place in job.places], np.int64)
+        known = node >= 0
+        self.of: Numbers = of[known]
+        self.node: Numbers = node[known]
+        self.there: Numbers = there[known]
         self.given: Matrix = self.each[self.of] * self.there[:, None]
         ends: Numbers = np.searchsorted(self.of, np.arange(len(jobs) + 1))
         self.first: list[int] = ends.tolist()  # the places of job i: first[i] until first[i + 1]

@@ -188,7 +188,7 @@ class Controller:
             if self.queue.preempt(by_id[job_id], claimant):
                 logger.info("jobs: %s is to stop for %s", job_id, claimant)
         for job_id, ranks in decided.starts.items():
-            self._start(by_id[job_id], ranks)
+            self._start(by_id[job_id], ranks, job_id in decided.firsts)
 
     def _note_nodes(self) -> None:
         now = self.queue.clock()
@@ -196,8 +196,8 @@ class Controller:
             self.queue.note_executor(self.executor.name, self.executor.nodes)
             self._noted_at = now
 
-    def _start(self, job: Job, ranks: Mapping[str, int]) -> None:
-        lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or ())
+    def _start(self, job: Job, ranks: Mapping[str, int], first: bool = False) -> None:
+        lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or (), first)
         if lease is None:
             return
         self._leases[job.id] = lease

@@ -24,6 +24,7 @@ class Schedule:
     """What to do now, by the ids of jobs: `starts` with ranks by node, `preemptions` with for whom."""
 
     starts: Mapping[str, Mapping[str, int]]
+    firsts: frozenset[str]  # of the starts, those that overtake nobody of their project
     preemptions: Mapping[str, str]
     refused: Mapping[str, str]  # what the nodes can never hold, and why
     turn: Turn
@@ -51,6 +52,7 @@ def schedule(
             turn.waiting.jobs[index].id: {names[node]: ranks for node, ranks in placement}
             for index, placement in turn.starts.items()
         },
+        firsts=frozenset(turn.waiting.jobs[index].id for index in turn.firsts),
         preemptions={victim.id: turn.waiting.jobs[index].id for victim, index in turn.preemptions},
         refused=turn.refused,
         turn=turn,

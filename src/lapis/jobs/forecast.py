@@ -62,8 +62,6 @@ def _refusal(turn: Turn, index: int) -> str:
 
 
 def _standing(turn: Turn, tenant: Tenant) -> str:
-    if tenant.closed and tenant.blocked is not None:
-        return f"so does {turn.waiting.jobs[tenant.blocked].id} of its project, which has waited longest"
     return f"its project holds {turn.part(tenant):.0%} and is due {tenant.due:.0%}"
 
 

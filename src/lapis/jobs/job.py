@@ -91,7 +91,7 @@ class Node:
     resources: Resources
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """What a job has of one node: how many of its ranks run there, and the numbers of their GPUs."""
 

@@ -30,7 +30,7 @@ from lapis.jobs.job import (
     check_move,
 )
 from lapis.jobs.placement import assign
-from lapis.jobs.shares import add_use_in, note_start_in
+from lapis.jobs.shares import add_use_in, note_first_in
 from lapis.tables.jobs import executors, jobs
 from lapis.tenants.tenant import DEFAULT
 from lapis.tenants.usage import UsageLedger, Work
@@ -114,11 +114,17 @@ class JobQueue:
             return _get(connection, job_id)
 
     def claim(
-        self, job: Job, executor: str, ranks: Mapping[str, int] | None = None, nodes: Sequence[Node] = ()
+        self,
+        job: Job,
+        executor: str,
+        ranks: Mapping[str, int] | None = None,
+        nodes: Sequence[Node] = (),
+        first: bool = False,
     ) -> Lease | None:
         """Take a queued job in order to start its next attempt, with so many ranks on each of the nodes.
 
         None if another one was faster: for the job, or for the room. Without `ranks` no room is looked for.
+        `first`: it was the first of its project's jobs.
         """
         with write(self.db, lock=f"executor:{executor}") as connection:
             current = _get(connection, job.id, to_change=True)
@@ -127,6 +133,8 @@ class JobQueue:
             places = assign(job.spec, ranks, nodes, _active(connection, executor)) if ranks else ()
             if places is None:
                 return None
+            if first:
+                note_first_in(connection, job.project_id, self.clock())
             return self._grant(
                 connection,
                 job.id,
@@ -228,9 +236,7 @@ class JobQueue:
             job, now = self._held(connection, lease), self.clock()
             check_move(lease.job_id, job.state, to)
             _set(connection, lease.job_id, state=to, **values)
-            if to is State.RUNNING:
-                note_start_in(connection, job.project_id, now)
-            elif job.state is State.RUNNING:
+            if job.state is State.RUNNING:
                 ran = job if seconds is None else replace(job, started_at=now - seconds)
                 add_use_in(connection, ran, now)
                 self.ledger.book_in(connection, _work(ran, now))

@@ -27,11 +27,11 @@ NOTHING: Amounts = (0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Share:
-    """A project's weight against the others', its decayed use, and when a job of it was last started."""
+    """A project's weight against the others', its decayed use, and when its first job of then was last started."""
 
     weight: float = 1.0
     used: Amounts = NOTHING  # resource-seconds
-    started_at: float | None = None
+    first_at: float | None = None
 
 
 def decayed(used: Amounts, seconds: float, half_life: float = HALF_LIFE) -> Amounts:
@@ -77,8 +77,8 @@ def set_weight(db: Engine, project_id: str, weight: float, actor: str, now: floa
         AuditLog(db, lambda: now).append_in(connection, actor, "share.set", project_id, {"weight": weight})
 
 
-def note_start_in(connection: Connection, project_id: str, now: float) -> None:
-    """Note that a job of the project starts, in the caller's transaction."""
+def note_first_in(connection: Connection, project_id: str, now: float) -> None:
+    """Note that the first of a project's waiting jobs starts, in the caller's transaction."""
     _ensure(connection, project_id, now)
     mine = project_shares.c.project_id == project_id
     connection.execute(project_shares.update().where(mine).values(started_at=now))

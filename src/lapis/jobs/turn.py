@@ -26,14 +26,13 @@ class Tenant:
     name: str
     weight: float
     past: list[float]  # what it held on decayed average
-    started_at: float | None
+    first_at: float | None  # when its first job of then was started last
     held: list[float]
     firm: list[float]  # held by jobs that cannot be stopped
     due: float  # the part of its dominant resource that it may take from others
     jobs: list[int]
     at: int = 0  # the next of its jobs
     blocked: int | None = None  # its first job that found no room
-    closed: bool = False  # that one has waited so long that the project's others wait behind it
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,13 @@ class Turn:
         self.head: Hold | None = None
         self.holds: dict[int, Hold] = {}
         self.starts: dict[int, Placement] = {}
+        self.firsts: set[int] = set()  # of those, the ones that overtake nobody of their project
         self.preemptions: list[tuple[Job, int]] = []
         self.kept_public: set[int] = set()  # jobs that may not have the public share
         self.would_delay: set[int] = set()  # jobs that fit now, but would delay the head's start
         self._hopeless: set[int] = set()  # shapes for which there is no room at all
         self._fresh: list[tuple[Placement, Amounts]] = []  # started, and not yet taken from `free`
-        self._victims: list[int] | None = None
+        self._victims: Numbers | None = None
         self._tried = 0
 
     # What there is
@@ -136,7 +136,7 @@ class Turn:
             jobs = order[begin : ends[code]].tolist()
             begin = ends[code]
             found[name] = Tenant(
-                name, share.weight, average, share.started_at, held[code], firmly[code], due, jobs
+                name, share.weight, average, share.first_at, held[code], firmly[code], due, jobs
             )
         return found
 
@@ -188,7 +188,7 @@ class Turn:
         """Lower is earlier: who got nothing for too long, then who has the lowest score."""
         created = float(self.waiting.created[tenant.jobs[tenant.at]])
         if tenant.at == 0:
-            since = max(created + self.policy.patience, tenant.started_at or 0.0)
+            since = max(created, tenant.first_at or 0.0)
             if self.now - since > self.policy.patience:
                 return 0.0, since, created, tenant.name
         return 1.0, self.score(tenant), created, tenant.name
@@ -220,9 +220,6 @@ class Turn:
                     return True
                 if self.head is None:
                     self._reserve(index)
-            if self.now - self.waiting.created[index] > self.policy.patience:
-                tenant.closed = True
-                return False
         return False
 
     def _start(self, tenant: Tenant, index: int) -> bool:
@@ -239,6 +236,8 @@ class Turn:
             self.kept_public.add(index)
             return False
         self.starts[index] = placement
+        if tenant.blocked is None:
+            self.firsts.add(index)
         self.short.take(placement, each)
         if self.long is not self.short:
             if before:
@@ -313,7 +312,7 @@ class Turn:
 
     def _claim(self, tenant: Tenant, index: int) -> bool:
         """Keep room for a job that others make by stopping, now or since an earlier decision."""
-        if self._tried >= CLAIMS or not (self._may_stop() or self.stopping.any()):
+        if self._tried >= CLAIMS or not (len(self._may_stop()) or self.stopping.any()):
             return False
         self._tried += 1
         each, ranks = self.waiting.shape(index)
@@ -369,10 +368,14 @@ class Turn:
         rows, fitting = then.tolist(), counts(then, each).tolist()
         missing = ranks - sum(fitting)
         chosen = []
-        for victim in self._may_stop():
+        victims = self._may_stop()
+        projects = self._projects[victims]
+        of_others = np.array([name in over for name in self.tenants])[projects]
+        own = np.array([name == tenant.name for name in self.tenants])[projects]
+        for victim in victims[of_others | (own & (active.levels[victims] < level))].tolist():
             name = active.projects[victim]
-            if name not in over and (name != tenant.name or active.levels[victim] >= level):
-                continue
+            if name not in over and name != tenant.name:
+                continue  # by now its project would be within its due
             _add(held[name], *_minus(active.shape(victim)))
             if name in over and _largest(held[name], self.per) <= self.tenants[name].due:
                 over.remove(name)
@@ -387,7 +390,7 @@ class Turn:
                 return chosen
         return None
 
-    def _may_stop(self) -> list[int]:
+    def _may_stop(self) -> Numbers:
         """What may be stopped: the lowest priority of the projects furthest over their due, the youngest."""
         if self._victims is None:
             active = self.active
@@ -396,7 +399,7 @@ class Turn:
             may = (active.preemptible > 0) & (active.started <= oldest) & np.isinf(active.asked)
             found = np.flatnonzero(may)
             keys = (-active.started[found], over[self._projects[found]], active.levels[found])
-            self._victims = found[np.lexsort((found, *keys))].tolist()
+            self._victims = found[np.lexsort((found, *keys))]
             self._nodes, self._given = active.node.tolist(), active.given.tolist()  # of each place
         return self._victims
 
@@ -414,7 +417,8 @@ class Turn:
     def _stop(self, victim: int, index: int, gain: Matrix) -> None:
         """Have an active job stopped for a waiting one."""
         self.preemptions.append((self.active.jobs[victim], index))
-        self._may_stop().remove(victim)
+        victims = self._may_stop()
+        self._victims = victims[victims != victim]
         self.stopping += gain
         first, last = self.active.first[victim], self.active.first[victim + 1]
         self.releases.hasten(first, last, self.now + self.policy.grace)

@@ -50,5 +50,5 @@ project_shares = sa.Table(  # what a project is due, and what it used, decayed
     Column("gpu_seconds", Double, nullable=False),
     Column("memory_byte_seconds", Double, nullable=False),
     Column("used_at", Double, nullable=False),
-    Column("started_at", Double),  # when a job of it was started last
+    Column("started_at", Double),  # when the first of its jobs in their order was started last
 )
