@@ -7,12 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from lapis.cli.cluster import group
+from lapis.db import open_database
+from lapis.home import Home
 from lapis.jobs.cluster import SlurmSection
-from lapis.jobs.controller import decide
+from lapis.jobs.controller import Controller, decide
 from lapis.jobs.executor import Status
+from lapis.jobs.executors.slurm import SlurmExecutor
 from lapis.jobs.job import Job, JobSpec, Priority, Resources, State
+from lapis.jobs.queue import JobQueue
+from lapis.jobs.shares import set_weight
 from lapis.jobs.slurm import Row, best_row, node_names, queue_rows, settings, status, submission, usages
+from lapis.tenants.tenant import Tenants
 
 SPEC = JobSpec("train", ("lapis", "train"), Resources(3.5, 2, 5 << 30), retries=1)
 JOB = Job(
@@ -120,3 +128,80 @@ def test_what_an_executor_with_its_own_queue_says_is_settled() -> None:
     assert decide(replace(JOB, losses=1), Status("exited", 75), 1.0, warned=False).state is State.FAILED
     ended = decide(JOB, Status("exited", None, "it was cancelled in Slurm"), 1.0, warned=False)
     assert (ended.state, ended.reason) == (State.FAILED, "it was cancelled in Slurm")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm that says what a test lets it say: each command prints its file, or fails with `NAME.error`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "sacct"):
+        script = f"#!/bin/sh\n[ -e {folder}/{name}.error ] && {{ cat {folder}/{name}.error >&2; exit 1; }}\n"
+        (folder / name).write_text(f"{script}[ ! -e {folder}/{name}.out ] || cat {folder}/{name}.out\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_submission_without_an_answer_is_settled_by_a_fence(commands: Path, home: Home) -> None:
+    clock = Clock()
+    queue = JobQueue(open_database(home.database_url), clock, lease_seconds=10)
+    executor = SlurmExecutor(home.jobs, SlurmSection())
+    controller = Controller(queue, executor)
+    job = queue.submit(SPEC, "os:ana")
+    (commands / "sbatch.error").write_text("sbatch: error: Socket timed out on send/recv operation\n")
+    controller.tick()
+    assert queue.get(job.id).state is State.STARTING  # Slurm may have it, or not
+    (commands / "sbatch.error").unlink()
+    clock.now += 10
+    controller.tick()  # it is nowhere: fenced, queued and submitted again
+    assert (executor.attempt(replace(job, attempt=1)) / "pid").read_text() == "fenced"
+    second = queue.get(job.id)
+    assert (second.state, second.attempt, second.losses) == (State.STARTING, 2, 0)
+    queue.db.dispose()
+
+
+def test_while_slurm_does_not_answer_nothing_is_lost(commands: Path, home: Home) -> None:
+    clock = Clock()
+    queue = JobQueue(open_database(home.database_url), clock, lease_seconds=10)
+    executor = SlurmExecutor(home.jobs, SlurmSection())
+    controller = Controller(queue, executor)
+    job = queue.submit(SPEC, "os:ana")
+    controller.tick()
+    (commands / "squeue.error").write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    for _ in range(5):
+        clock.now += 5
+        executor._asked_at = float("-inf")
+        controller.tick()
+    assert (queue.get(job.id).state, queue.get(job.id).attempt) == (State.STARTING, 1)
+    (commands / "squeue.error").unlink()
+    (commands / "squeue.out").write_text(f"7|lapis-{job.id}.1|RUNNING|None|N/A|N/A|n1\n")
+    controller.tick()
+    assert queue.get(job.id).state is State.RUNNING
+    (commands / "squeue.out").write_text("")  # it forgot the job, and sacct has it
+    (commands / "sacct.out").write_text(f"7|lapis-{job.id}.1|CANCELLED by 0|Unknown|Unknown\n")
+    executor._asked_at = float("-inf")
+    controller.tick()
+    assert (queue.get(job.id).state, queue.get(job.id).reason) == (State.FAILED, "it was cancelled in Slurm")
+    queue.db.dispose()
+
+
+def test_accounts_are_printed_as_commands(home: Home) -> None:
+    db = open_database(home.database_url)
+    team = Tenants(db).create_project("team", "os:ana").id
+    set_weight(db, team, 2.5, "os:ana", 0.0)
+    db.dispose()
+    home.root.joinpath("cluster.toml").write_text(
+        f'[slurm]\naccount = "rest"\naccounts = {{{team} = "team-a"}}\n'
+    )
+    told = CliRunner().invoke(group, ["accounts"], catch_exceptions=False, standalone_mode=False).stdout
+    assert "sacctmgr -i add account name=team-a fairshare=250\n" in told
+    assert "sacctmgr -i modify account where name=rest set fairshare=100\n" in told
+    assert "account=team-a\n" in told
