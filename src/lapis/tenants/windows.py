@@ -25,10 +25,23 @@ PER_MODEL = (
 
 # Statements that every request runs, made once: making one costs more than running it.
 _windows, _opened = usage_windows.c, open_reservations.c
-_CURRENT = ((_windows.seconds == MINUTE) & (_windows.start == sa.bindparam("minute"))) | (
-    (_windows.seconds == DAY) & (_windows.start == sa.bindparam("day"))
-)
-_OF_BOTH = (_windows.model == "") | (_windows.model == sa.bindparam("of_model"))
+
+
+def _current(project: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """The four windows of a request, each by its whole key: so SQLite looks them up, and reads no others."""
+    models: tuple[Any, Any] = ("", sa.bindparam("of_model"))
+    return sa.or_(
+        *(
+            (_windows.project_id == project)
+            & (_windows.model == model)
+            & (_windows.seconds == seconds)
+            & (_windows.start == sa.bindparam(name))
+            for model in models
+            for seconds, name in ((MINUTE, "minute"), (DAY, "day"))
+        )
+    )
+
+
 _STANDING = (  # a project's limits and the model's, and what was used in the current windows of both
     sa.select(
         projects,
@@ -42,12 +55,12 @@ _STANDING = (  # a project's limits and the model's, and what was used in the cu
         model_limits,
         (model_limits.c.project_id == projects.c.id) & (model_limits.c.model == sa.bindparam("of_model")),
     )
-    .outerjoin(usage_windows, (_windows.project_id == projects.c.id) & _OF_BOTH & _CURRENT)
+    .outerjoin(usage_windows, _current(projects.c.id))
     .where(projects.c.id == sa.bindparam("project"))
 )  # fmt: skip
 _COUNT = (
     usage_windows.update()
-    .where(_windows.project_id == sa.bindparam("project"), _OF_BOTH, _CURRENT)
+    .where(_current(sa.bindparam("project")))
     .values(
         requests=_windows.requests + sa.bindparam("more_requests"),
         tokens=_windows.tokens + sa.bindparam("more_tokens"),
