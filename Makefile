@@ -63,7 +63,7 @@ test-browser: $(VENV)/.installed-dev
 	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@test -f $(VENV)/axe.min.js || { cd $(VENV) && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz --strip-components=1 package/axe.min.js; } || echo "axe-core could not be fetched: its checks will be skipped."
-	@$(BIN)/python -m pytest tests/browser
+	@$(BIN)/python -m pytest -m "long or not long" tests/browser
 
 # Whatever daemons the packages start on a host with systemd: the tests have their own, with their own key, database and ports.
 SLURM := slurmctld slurmd slurmdbd slurm-client munge mariadb-server

@@ -34,6 +34,13 @@ PATIENCE = 60_000  # milliseconds; a busy machine is no failure
 Visit = Callable[..., "Page"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They take long, and `make test` needs no browser."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium, with an empty profile of its own."""

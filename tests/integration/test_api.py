@@ -262,7 +262,7 @@ def test_a_wrong_model_name_is_answered_with_the_nearest(client: openai.OpenAI) 
 
 def test_what_is_not_offered_says_so(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="not offered") as caught:
-        client.moderations.create(input="x")
+        client.vector_stores.list()
     assert caught.value.status_code == 501
     assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.NotFoundError, match="There is no"):

@@ -250,8 +250,8 @@ def test_wrong_methods_and_paths(http: httpx.Client) -> None:
     refused(http.get("/completions"), 405)
     refused(http.delete("/chat/completions"), 405)
     refused(http.get("/nothing/here"), 404)
-    refused(http.post("/moderations", json={}), 501)
-    refused(http.get("/fine_tuning/jobs"), 501)
+    refused(http.post("/images/generations", json={}), 501)
+    refused(http.get("/vector_stores"), 501)
     still_answers(http)
 
 
