@@ -128,6 +128,7 @@ def test_a_model_of_some_projects_is_not_there_for_the_others(registry: Registry
             router.lookup("poet", viewer)
         assert caught.value.message == "There is no model 'poet' here. Known: pirate, tiny."
     deployment = router.find("poet", mine)
+    assert [deployment.public_name(name) for name in ("poet", "pirate", "tiny")] == ["tiny", "pirate", "tiny"]
     items = [item for item in items if item.name != "poet"]
     router._refresh(at_once=True)
     with pytest.raises(NotFoundError, match="served no more"):  # and not answered by its base

@@ -86,6 +86,11 @@ class Deployment:
                 await asyncio.to_thread(self._adapt, engine, adapter)
             return engine, adapter.digest
 
+    def public_name(self, name: str) -> str:
+        """How the metrics, which everybody with a key may read, name a model: one of some projects by its base."""
+        adapter = self.adapters.get(name)
+        return name if adapter is None or adapter.projects is None else self.servable.name
+
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         self.active += 1

@@ -73,7 +73,7 @@ async def embed(
         read = sum(output.prompt_tokens for output in outputs)
         usage = Usage(read, 0, sum(output.cached_tokens for output in outputs))
         meterage.settle(usage)
-        counters.generation(model, usage, finished=len(outputs) == len(requests))
+        counters.generation(deployment.public_name(model), usage, finished=len(outputs) == len(requests))
     return Embedded([output.embedding for output in outputs], usage, meterage.limits)
 
 

@@ -64,8 +64,9 @@ class Generation:
         self._meterage: Meterage | None = None
         self._counters = counters
         self._streams: list[Stream] = []
-        self._first_token = counters.first_token[ask.model]
-        self._next_token = counters.next_token[ask.model]
+        self._name = deployment.public_name(ask.model)
+        self._first_token = counters.first_token[self._name]
+        self._next_token = counters.next_token[self._name]
         self._last: dict[int, Output] = {}
         self._asked = ask.at
         self._times: dict[int, float] = {}  # when the last output of each answer came
@@ -148,7 +149,7 @@ class Generation:
             return  # it never came to be
         usage = self.usage
         self._meterage.settle(usage)
-        self._counters.generation(self.ask.model, usage, finished=self.finished)
+        self._counters.generation(self._name, usage, finished=self.finished)
 
     def _submit(self, engine: Engine, adapter: str | None) -> None:
         tenant = self.ask.identity.project_id
