@@ -14,12 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 
 from lapis.audit import AuditLog
 from lapis.console.session import COOKIE
 from lapis.db import open_database
-from lapis.errors import ConfigError, NotFoundError
+from lapis.errors import ConfigError
 from lapis.gateway import oidc
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
@@ -53,17 +53,13 @@ def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
         app = FastAPI()
 
         @app.get("/")
-        def first(request: Request, choose: str = "") -> dict[str, Any]:
+        def first(request: Request) -> dict[str, Any]:
             session = request.scope["lapis.session"]
-            if choose:
-                try:
-                    session.choose(choose)
-                except NotFoundError as error:
-                    raise HTTPException(404) from error
             identity, user = session.identity(), session.user()
             return {
                 "email": user.email, "actor": session.actor(), "project": identity.project_id,
-                "admin": Scope.ADMIN in identity.scopes, "places": [place.name for place in session.places()],
+                "admin": Scope.ADMIN in identity.scopes,
+                "csrf": session.csrf, "places": [place.name for place in session.places()],
             }  # fmt: skip
 
         return app
@@ -121,9 +117,16 @@ def test_who_signs_in_becomes_a_user_with_the_places_that_the_groups_give(
         again = sign_in(browser).json()
         assert again["actor"] == seen["actor"]
         assert (again["places"], again["admin"]) == (["default", "search"], True)
-        place = browser.get("/console/", params={"choose": seen["project"]}).json()
-        assert place["project"] == browser.get("/console/").json()["project"] == seen["project"]
-        assert browser.get("/console/", params={"choose": "proj_other"}).status_code == 404
+        assert again["project"] == "default"
+
+        def choose(project: str, csrf: str) -> httpx.Response:
+            headers = {"origin": str(browser.base_url).rstrip("/")}
+            return browser.post("/console/project", data={"csrf": csrf, "project": project}, headers=headers)
+
+        assert choose(seen["project"], again["csrf"]).json()["project"] == seen["project"]
+        assert choose("proj_other", again["csrf"]).status_code == 404
+        assert choose("default", "guessed").status_code == 403
+        assert browser.get("/console/").json()["project"] == seen["project"]
         provider.person["groups"] = ["lapis-user"]
         down = sign_in(browser)
         assert down.status_code == 401  # no project any more
@@ -245,7 +248,7 @@ def test_a_sign_in_comes_back_once_to_the_browser_where_it_began(
     with console(home, provider) as browser:
         browser.headers.pop("origin")
         sent = browser.get("/console/sign-in/start", follow_redirects=False).headers["location"]
-        back = httpx.get(sent).headers["location"]
+        back = httpx.get(sent, timeout=60).headers["location"]
         with browser_at(str(browser.base_url)) as other:
             other.headers.pop("origin")
             assert "began elsewhere" in other.get(back).text
@@ -283,7 +286,7 @@ def test_no_secret_of_the_sign_in_is_logged(
     with caplog.at_level(logging.DEBUG), console(home, provider) as browser:
         browser.headers.pop("origin")
         sent = browser.get("/console/sign-in/start", follow_redirects=False).headers["location"]
-        back = httpx.get(sent).headers["location"]
+        back = httpx.get(sent, timeout=60).headers["location"]
         fields = httpx.URL(back).params
         assert browser.get(back).status_code == 200
         token = browser.cookies[COOKIE]

@@ -13,6 +13,7 @@ from nicegui import ui
 from lapis.console.parts import Text, link
 from lapis.console.session import FIELD, Session
 from lapis.console.view import PATH, View
+from lapis.gateway.directory import Place
 from lapis.gateway.services import Services
 from lapis.tenants.keys import ApiKeys, Identity
 from lapis.tenants.tenant import Tenants
@@ -34,6 +35,7 @@ def frame(
     session: Session,
     identity: Identity,
     who: str,
+    places: Sequence[Place],
     title: str,
     links: Sequence[Link],
     here: str,
@@ -44,7 +46,7 @@ def frame(
     with ui.element("div").classes("shell"):
         with ui.element("div").classes("side"):
             link("Lapis", PATH + "/", "brand")
-            _menu(session, who, links, here)
+            _menu(session, identity, who, places, links, here)
         with ui.element("div").classes("page").props('tabindex="-1"') as page:
             with ui.element("div").classes("head"):
                 Text(title, "h1")
@@ -53,7 +55,14 @@ def frame(
     ui.skip_link("Skip to the page", target=page)
 
 
-def _menu(session: Session, who: str, links: Sequence[Link], here: str) -> None:
+def _menu(
+    session: Session,
+    identity: Identity,
+    who: str,
+    places: Sequence[Place],
+    links: Sequence[Link],
+    here: str,
+) -> None:
     # On a phone the links are behind this button; on a wide screen it is not there.
     opener = Text("Menu", "button").classes("button opener").props('type="button" aria-expanded="false"')
     opener.on(
@@ -68,11 +77,25 @@ def _menu(session: Session, who: str, links: Sequence[Link], here: str) -> None:
                 made.props["aria-current"] = "page"
     with ui.element("div").classes("who"):
         Text(who).classes("name")
+        if len(places) > 1:
+            _choice(session, places, identity.project_id)
         Colours()
         if not session.local:
             with ui.element("form").props(f'method="post" action="{PATH}/sign-out"'):
                 ui.element("input").props(f'type="hidden" name="{FIELD}" value="{session.csrf}"')
                 Text("Sign out", "button").classes("button")
+
+
+def _choice(session: Session, places: Sequence[Place], here: str) -> None:
+    """The projects of a person who has several."""
+    with ui.element("form").props(f'method="post" action="{PATH}/project"'):
+        ui.element("input").props(f'type="hidden" name="{FIELD}" value="{session.csrf}"')
+        with ui.element("select").props('name="project" aria-label="Project"').classes("input"):
+            for place in places:
+                option = Text(place.name, "option").props(f'value="{place.project_id}"')
+                if place.project_id == here:
+                    option.props("selected")
+        Text("Look at this project", "button").classes("button")
 
 
 class Colours(ui.element, component="assets/colours.js"):

@@ -110,6 +110,8 @@ class Console:
             return self.sign_in.page(request)
         if path == "/sign-out" and not get:
             return await self.sign_in.sign_out(request, session)
+        if path == "/project" and not get:
+            return await self.sign_in.choose(request, session)
         if not get and not path.startswith(ASSETS) and not await allowed(request, session):
             return refused()
         request.scope["lapis.session"] = session

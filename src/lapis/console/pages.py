@@ -90,7 +90,8 @@ def _page(services: Services, place: Place) -> Callable[[Request], Awaitable[Non
         links = [Link(other.path, other.title) for other in PLACES if _may_see(identity, other)]
         here = next(other.path for other in PLACES if other.title == place.title)
         name = await asyncio.to_thread(who, services, identity)
-        with frame(services, session, identity, name, place.title, links, here) as view:
+        places = await asyncio.to_thread(session.places)
+        with frame(services, session, identity, name, places, place.title, links, here) as view:
             try:
                 identity.require(place.scope)
                 if place.operator:

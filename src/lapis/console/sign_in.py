@@ -113,6 +113,17 @@ class SignIn:
             return self.page(request, str(error), error.http_status)
         return await self._opened(request, token)
 
+    async def choose(self, request: Request, session: Session) -> Response:
+        """Look at the project that a form with its token names."""
+        form = await _form(request) or {}
+        if not session.allows(form.get(FIELD, "")):
+            return refused()
+        try:
+            await asyncio.to_thread(session.choose, form.get("project", ""))
+        except LapisError as error:
+            return PlainTextResponse(error.message, error.http_status)
+        return RedirectResponse(PATH, 303)
+
     async def sign_out(self, request: Request, session: Session) -> Response:
         """End the session that a form with its token asks to end."""
         if not await allowed(request, session):
