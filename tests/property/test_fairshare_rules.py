@@ -307,6 +307,20 @@ def test_no_more_are_stopped_than_needed_when_the_first_are_too_small() -> None:
     assert set(schedule([claimant], active, there, {}, NOW).preemptions) == {"a_old"}
 
 
+def test_who_would_delay_another_is_told_so_and_only_of_its_own_project_by_name() -> None:
+    there = [Node("n", Resources(4))]
+    spec = JobSpec("job", ("run",), Resources(2), time_limit=1200.0)
+    active = [running(job("r_1", spec, "a", 100), {"n": 1})]
+    first = job("a_1", replace(spec, resources=Resources(4)), "a", 90)
+    long = replace(spec, resources=Resources(1), time_limit=9000.0)
+    own, other = job("a_2", long, "a"), job("c_1", long, "c")
+    shares = {"a": Share(weight=100.0), "c": Share(used=(1e6, 0, 0))}  # so c comes after a
+    waits = schedule([first, own, other], active, there, shares, NOW).waits
+    assert waits["a_1"].likely_start == NOW + 1200.0
+    assert waits["a_2"].reason.startswith("it would delay a_1, which goes first; with a time limit of 20 min")
+    assert waits["c_1"].reason.startswith("it would delay a job of another project, which goes first")
+
+
 def decide(policy: Policy, there: Sequence[Node]):  # type: ignore[no-untyped-def]
     def decided(
         waiting: Sequence[Job], active: Sequence[Job], shares: Mapping[str, Share], now: float

@@ -200,7 +200,7 @@ def test_what_stops_for_another_has_time_to_save_and_comes_back() -> None:
     assert decide(job, running, 160.0, warned=True, checkpoint_grace=60).act == "kill"
     for status in (Status("lost"), Status("exited", 130)):
         decision = decide(job, status, 120.0, warned=True)
-        assert decision.act == "preempt" and "job_2" in decision.reason
+        assert decision.act == "preempt" and "stopped for another" in decision.reason
     assert decide(job, Status("exited", 0), 120.0, warned=True).state is State.SUCCEEDED  # it was done
     cancelled = replace(job, cancel_at=110.0)
     assert decide(cancelled, running, 121.0, warned=True, grace=10).act == "kill"

@@ -64,7 +64,7 @@ def decide(
     if status.kind == "fenced":
         return Decision("requeue", reason=f"attempt {job.attempt} lost its controller before it began")
     if job.preempt_at is not None:
-        return Decision("preempt", reason=f"stopped for {job.preempt_for}; it goes on when there is room")
+        return Decision("preempt", reason="stopped for another job; it goes on when there is room")
     if job.spec.time_limit is not None and now >= (job.started_at or now) + job.spec.time_limit:
         return Decision("finish", State.FAILED, f"it ran into its time limit of {job.spec.time_limit:g} s")
     if status.kind == "exited" and status.exit_code != NO_PLACE:

@@ -56,7 +56,9 @@ def _refusal(turn: Turn, index: int) -> str:
         )
     head = turn.head
     assert head is not None
-    text = f"it would delay {turn.waiting.jobs[head.index].id}, which goes first"
+    first, project = turn.waiting.jobs[head.index], turn.waiting.projects[index]
+    known = first.project_id == project  # nobody learns of another project's jobs
+    text = f"it would delay {first.id if known else 'a job of another project'}, which goes first"
     left = int((head.at - turn.now) // 60)
     return f"{text}; with a time limit of {left} min it could start now" if left else text
 
