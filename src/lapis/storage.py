@@ -17,6 +17,9 @@ from typing import IO, Any
 
 from lapis.errors import ConflictError, InputError, StorageError, UnavailableError, nearest
 
+# Set for the ranks of a supervisor that starts them on several nodes, and never two groups at once: there the locks
+# that a rank would hold are left out, for those of a lost node would stay held.
+HELD = "LAPIS_RUN_HELD"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -13,11 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from lapis.errors import UnavailableError
+from lapis.checkpoint.retention import Retention
+from lapis.checkpoint.sharded import save
+from lapis.errors import ConflictError, UnavailableError
+from lapis.storage import HELD, lock
 from lapis.train.launch import Program
 from lapis.train.nodes import Allocation, NodeGroup
 from lapis.train.recipe import SupervisorSection
+from lapis.train.run import Run
 from lapis.train.supervisor import End, newest_step, supervise
 
 from .test_supervisor import events_of, paths, told, until
@@ -128,6 +133,20 @@ def test_two_ranks_a_node_move_together_and_without_a_node_it_ends(tmp_path: Pat
 
     end = run(tmp_path, kill_two, ranks=4)
     assert (end.outcome, end.status) == ("gave_up", 75)  # elsewhere it can go on
+
+
+def test_locks_that_a_lost_node_holds_stand_in_nobody_s_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"model": {"weights": torch.zeros(3)}}
+    run = Run(tmp_path)
+    with lock(tmp_path / ".lock", "it"), lock(tmp_path / "checkpoints" / ".lock", "it"):  # by a frozen rank
+        with pytest.raises(ConflictError):
+            save(run.checkpoints, 1, weights, {}, keep=Retention(2))
+        monkeypatch.setenv(HELD, "1")
+        with run.hold():
+            save(run.checkpoints, 1, weights, {}, keep=Retention(2))
+    assert newest_step(run.checkpoints) == 1
 
 
 def test_agents_that_never_come_are_named(tmp_path: Path) -> None:

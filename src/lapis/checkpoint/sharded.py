@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ from lapis.checkpoint.ranks import Outcome, Ranks
 from lapis.checkpoint.retention import Retention
 from lapis.errors import InputError, IntegrityError, LapisError
 from lapis.hashing import canonical_json, digest_bytes
-from lapis.storage import lock, storage_errors, sync_folder
+from lapis.storage import HELD, lock, storage_errors, sync_folder
 
 __all__ = ["Checkpoint", "Groups", "Loaded", "Value", "latest", "load", "save"]
 
@@ -145,7 +145,8 @@ def _room(folder: Path, ranks: Ranks) -> Iterator[Path]:
     try:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".lock", f"The checkpoint folder {folder}"):
+        what = f"The checkpoint folder {folder}"
+        with nullcontext() if os.environ.get(HELD) else lock(folder / ".lock", what):
             clear_leftovers(folder)
             with storage_errors(folder):
                 temporary.mkdir()

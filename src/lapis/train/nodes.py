@@ -25,10 +25,10 @@ from typing import Any, Self
 
 from lapis.errors import UnavailableError
 from lapis.log import EventLog, logger
+from lapis.storage import HELD
 from lapis.train.agent import LEASE, TOKEN
 from lapis.train.heartbeat import Beat, decode
 from lapis.train.launch import LOST, Program
-from lapis.train.run import HELD
 
 MARGIN_S = 0.5  # for an agent whose lease ran out to have killed its ranks
 LOOK_DOWN_S = 3.0  # between two questions to the cluster which nodes are down

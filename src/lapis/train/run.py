@@ -30,7 +30,7 @@ from typing import Any, Literal
 from lapis.errors import ConflictError, InputError, NotFoundError, nearest
 from lapis.home import Home
 from lapis.log import EventLog, UntoldEvents
-from lapis.storage import lock, storage_errors, sync_folder, sync_tree, write_text
+from lapis.storage import HELD, lock, storage_errors, sync_folder, sync_tree, write_text
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -38,7 +38,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 IDENTIFIER = re.compile(r"(?P<name>.+)-(?P<start>\d{8}-\d{6})-(?P<suffix>[0-9a-f]{4})")
 RECIPE = "recipe.toml"
 LOCK, WATCH = ".lock", ".watch"  # held by the process that trains; by the supervisor of several
-HELD = "LAPIS_RUN_HELD"  # set where a supervisor on another node holds WATCH: a lost node's LOCK would stay for long
 PROBES = 5
 
 
