@@ -345,7 +345,7 @@ def _entry(
     return {
         "reservation_id": of.id, "kind": kind, "at": at, "project_id": of.project_id, "key_id": of.key_id,
         "model": of.model, "tokens": tokens, "reason": reason, **vars(usage or NOTHING), "user_id": of.user_id,
-        "operation": of.operation, "batch": int(of.batch), "cost": cost, "cpu_ms": 0, "gpu_ms": 0,
+        "operation": of.operation, "batch": int(of.batch), "cost": cost,
     }  # fmt: skip
 
 
