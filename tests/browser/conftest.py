@@ -14,7 +14,7 @@ import pytest
 
 from lapis.errors import ConflictError
 from lapis.home import Home
-from lapis.inference.fake import FakeEngine
+from lapis.inference.fake import FakeEngine, babble
 from lapis.jobs.job import ACTIVE, State
 from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer, running_server
@@ -66,10 +66,15 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, str]:
 @pytest.fixture(scope="module")
 def server(furnished: tuple[Home, str]) -> Iterator[RunningServer]:
     """A server over the furnished home; its models are made up, and slow enough to be stopped."""
-    engine = lambda _, name: FakeEngine(name, seconds_per_token=0.01)  # noqa: E731
+    engine = lambda _, name: FakeEngine(name, reply=tell, seconds_per_token=0.01)  # noqa: E731
     with running_server(furnished[0], ("tiny", "harbour-1b"), load=engine, console=True) as running:
         yield running
         end_jobs(running)
+
+
+def tell(prompt: str, seed: int) -> str:
+    """A short answer, but a story that takes until somebody stops it."""
+    return " ".join([babble(prompt, seed)] * (100 if "long story" in prompt else 1))
 
 
 def end_jobs(server: RunningServer) -> None:

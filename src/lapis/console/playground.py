@@ -39,7 +39,8 @@ class Talk:
     def __init__(self, view: View, models: dict[str, str], chosen: str) -> None:
         self.view = view
         self.messages: list[dict[str, str]] = []
-        self.generation: Generation | None = None
+        self.generation: Generation | None = None  # while it answers
+        self.stopped = False
         with panel("Conversation", silent=True):
             self.model = Field("Model", "select", chosen, options=models)
             self.turns = ui.element("div").classes("talk")
@@ -57,6 +58,7 @@ class Talk:
             Text(str(self.model.value)).classes("by")
             answer = Answer(label, settings.odds)
         said = [{"role": "system", "content": system}] if system else []
+        self.stopped = False
         try:
             self.generation = await chat.ask(
                 self.view.services, identity, str(self.model.value), [*said, *self.messages], settings
@@ -65,29 +67,41 @@ class Talk:
         except LapisError as error:
             self.messages.pop()
             for part in (question, turn):
-                self.turns.remove(part)
+                if not part.is_deleted:
+                    part.delete()
             self.view.complain(error)
         finally:
-            self.stop()
+            if self.generation is not None:
+                self.generation.close()
+            self.generation = None
 
     async def _show(self, answer: Answer) -> str:
+        """Show the tokens as they come; what came before somebody pressed Stop is the answer too."""
         assert self.generation is not None
         begun = sent = time.monotonic()
         waiting: list[Token] = []
         text = ""
-        async for tokens in chat.tokens(self.generation):
-            waiting += tokens
-            text += "".join(token["t"] for token in tokens)
-            if time.monotonic() - sent > FLUSH:
-                answer.append(waiting)
-                waiting, sent = [], time.monotonic()
+        try:
+            async for tokens in chat.tokens(self.generation):
+                if self.stopped:  # before it began
+                    break
+                waiting += tokens
+                text += "".join(token["t"] for token in tokens)
+                if time.monotonic() - sent > FLUSH:
+                    answer.append(waiting)
+                    waiting, sent = [], time.monotonic()
+        except LapisError:
+            if not self.stopped:
+                raise
         answer.append(waiting)
         count = self.generation.usage.completion_tokens
-        self.speed.text = f"{count:,} tokens, {count / max(time.monotonic() - begun, 1e-3):,.0f}/s"
+        ended = "stopped after " if self.stopped else ""
+        self.speed.text = f"{ended}{count:,} tokens, {count / max(time.monotonic() - begun, 1e-3):,.0f}/s"
         return text
 
     def stop(self) -> None:
         """End the answer where it is."""
+        self.stopped = True
         if self.generation is not None:
             self.generation.close()
 
