@@ -6,7 +6,7 @@ SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/lapis/*/*.c sr
 export LAPIS_TEST_MODELS ?= $(CURDIR)/$(VENV)/lapis-test-home
 
 # Cheap ones first; `serving` starts every peer that bench-peers has installed.
-BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start quality serving
+BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start fairshare gateway_load quality serving
 
 .PHONY: help install quickstart test test-long test-cluster test-slurm test-postgres test-browser lint bench bench-peers clean
 
