@@ -168,7 +168,7 @@ def test_the_audit_log_is_filtered_and_verified(visit: Visit) -> None:
     page = visit("/audit")
     page.get_by_role("button", name="Verify the chain").click()
     page.wait_for_selector("text=entries are there, unchanged and in order")
-    page.get_by_label("Did").fill("project.create")
+    page.get_by_label("Did").fill("release.create")
     page.wait_for_function("document.querySelectorAll('tbody tr').length === 2")
 
 
@@ -204,7 +204,7 @@ def test_a_member_sees_only_the_own_project(visit: Visit, server: RunningServer)
     assert "Audit" not in links and "Playground" not in links
     page.goto("/console/audit")
     page.wait_for_selector("text=it lacks the scope 'admin'")
-    for path, text in (("/training", "No run yet."), ("/jobs", "Nothing waits"), ("/members", "reader")):
+    for path, text in (("/training", "No job yet."), ("/jobs", "Nothing waits"), ("/members", "reader")):
         page.goto(f"/console{path}")
         page.wait_for_selector(f"text={text}")
         assert "poems" not in page.content() and "nightly" not in page.content()
