@@ -255,7 +255,7 @@ def test_administration_needs_an_admin_key_everywhere(place: Place) -> None:
     routes = [(method, path) for method, path in _routes() if path.startswith(ADMIN)]
     assert len(routes) >= 40
     for method, path in routes:
-        url = _url(place, path.replace("{kind}", "completions"), unknown=False)
+        url = _url(place, path.replace("{kind}", "completions").replace("{rest}", "groups"), unknown=False)
         answer = place.foreign.request(method, url, json={} if method == "POST" else None)
         assert answer.status_code in (401, 403), (method, path, answer.text)
 

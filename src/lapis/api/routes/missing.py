@@ -23,6 +23,7 @@ NOT_OFFERED = {
     "realtime": "Realtime sessions are not offered: Lapis serves text models.",
 }
 ADMINISTRATION = {  # asked for with an admin key
+    "organization": "This part of administration is not offered.",
     "projects": "Roles and groups are not offered: users are owners, members or readers.",
 }
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
