@@ -375,7 +375,7 @@ def test_a_program_may_use_numpy(sandbox: PythonSandbox) -> None:
     ("body", "told"),
     [
         ("open('/etc/passwd').read()", "PermissionError"),
-        ("__import__('os').open('/tmp/x', 65)", "PermissionError"),
+        ("__import__('os').open('x', 65)", "PermissionError"),
         ("__import__('os').listdir('/')", "PermissionError"),
         ("__import__('os').stat('/etc/passwd')", "PermissionError"),
         ("__import__('_socket').socket()", "ModuleNotFoundError"),
