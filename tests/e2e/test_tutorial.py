@@ -42,7 +42,12 @@ def script(model: str) -> str:
     assert blocks["bash"].index("lapis pull") < blocks["bash"].index("lapis serve")
     if model != MODEL:  # it is nowhere to be fetched
         blocks["bash"] = PULL.sub("", blocks["bash"])
-    shell = SERVE.sub(lambda found: SERVED.format(serve=found[0]), blocks["bash"])
+    program = (
+        f"{sys.executable} -m lapis.cli.main"  # a function's process would stand before it and be ended alone
+    )
+    shell = SERVE.sub(
+        lambda found: SERVED.format(serve=found[0].replace("lapis", program, 1)), blocks["bash"]
+    )
     assert "server=$!" in shell
     return f"{BEFORE}{shell}cat > tutorial.py <<'END'\n{blocks['python']}END\n{sys.executable} tutorial.py\n"
 
