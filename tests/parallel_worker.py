@@ -180,7 +180,11 @@ def run(case: Case, world: World) -> dict[str, object]:
         if step == 0:
             grads = {name: grad.clone() for name, grad in made.optimizer.gradients().items()}
         made.update(norms[-1], lr=LR, embed_lr=EMBED_LR)
-    return {"losses": losses, "norms": norms, "grads": grads, "weights": lone_step(case.config, made)}
+    made.fill(initial_weights(case.config, SEED))
+    whole = made.whole()
+    found = {} if whole is None else {name: weight.detach() for name, weight in whole.named_parameters()}
+    weights = lone_step(case.config, made)
+    return {"losses": losses, "norms": norms, "grads": grads, "weights": weights, "whole": found}
 
 
 def gradient(config: ModelConfig) -> dict[str, Tensor]:

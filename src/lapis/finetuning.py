@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lapis.train.recipe import Recipe
 
 RANK, ALPHA = 16, 32.0  # of the adapters
+SAMPLES = 2  # prompts of the validation file that are answered while it trains, for people to read
 WARMUP = 5  # steps, at most a tenth of all
 
 
@@ -99,6 +100,7 @@ def make_recipe(home: Home, base: Servable, job: FineTuningJob, plan: Plan) -> R
             "lr": plan.lr,
             "warmup": max(1, min(WARMUP, plan.steps // 10)),
             "dtype": _dtype(base),
+            "samples": {"heldout": SAMPLES if apart and objective != "grpo" else 0},
         },
         "checkpoint": {"steps": plan.interval, "every": plan.kept},
     }

@@ -150,6 +150,11 @@ def make_run(home: Home, name: str, steps: int, ended: str, slope: float, suffix
         write("step", step=step, loss=round(loss, 4), tokens_per_s=speed, spent=spent, **facts)
         if step % 100 == 0:
             write(
+                "samples",
+                step=step,
+                samples=[dict(zip(("prompt", "text"), one, strict=True)) for one in SAMPLES],
+            )
+            write(
                 "checkpoint",
                 step=step,
                 folder=f"step-{step}",
@@ -163,6 +168,16 @@ def make_run(home: Home, name: str, steps: int, ended: str, slope: float, suffix
     return run
 
 
+SAMPLES = (
+    (
+        "The river saw ",
+        "a heron this morning, and the heron saw the river.\nNeither of them spoke of it <b>twice</b>.",
+    ),
+    (
+        "Of all the boats",
+        ", the smallest came home first: its sail was patched with a letter nobody had read.",
+    ),
+)
 RECIPE = """name = "{name}"
 
 [model]

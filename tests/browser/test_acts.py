@@ -14,7 +14,9 @@ from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer
 from lapis.tenants.keys import ApiKeys
 from lapis.tenants.tenant import Role, Tenants
+from lapis.train.run import Run
 from tests.browser.conftest import Visit
+from tests.browser.furnished import SAMPLES
 
 Furnished = tuple[Home, str]
 
@@ -43,6 +45,22 @@ def test_two_models_answer_side_by_side_and_can_be_stopped(visit: Visit) -> None
     for number in range(2):
         page.get_by_text(re.compile(r"stopped after \d+ tokens")).nth(number).wait_for()
     assert page.locator(".said.bad").count() == 0
+
+
+def test_a_run_shows_what_the_model_wrote_the_newest_first(visit: Visit, furnished: Furnished) -> None:
+    run = Run.list(furnished[0])[1]
+    page = visit(f"/training/runs/{run.id}")
+    written = page.get_by_role("region", name="Samples")
+    assert written.locator("h3").all_inner_texts() == [f"Step {step}" for step in (400, 300, 200, 100)]
+    first = written.locator(".sample").first
+    assert first.inner_text() == "".join(SAMPLES[0])  # its <b> is text
+    prompt, text = (first.locator("span").nth(number) for number in range(2))
+    color = "e => getComputedStyle(e).color"
+    assert prompt.inner_text().strip() == SAMPLES[0][0].strip()
+    assert prompt.evaluate(color) != text.evaluate(color)
+    run.events.write("samples", step=500, samples=[{"prompt": "Again ", "text": "and again", "reward": 0.25}])
+    written.get_by_text("Step 500").wait_for()  # as it comes
+    assert "reward 0.25" in written.inner_text()
 
 
 def test_the_python_code_asks_the_same(visit: Visit, server: RunningServer, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lapis.server import RunningServer
 from lapis.tables.fine_tuning import fine_tuned_models
 from lapis.tenants.keys import ApiKeys
 from lapis.tenants.tenant import Role, Tenants
+from lapis.train.run import Run
 from tests.tuned import (
     BASE,
     CHATS,
@@ -49,7 +50,9 @@ def client(served: tuple[RunningServer, openai.OpenAI]) -> openai.OpenAI:
     return served[1]
 
 
-def test_a_killed_and_paused_job_makes_its_model_once(client: openai.OpenAI) -> None:
+def test_a_killed_and_paused_job_makes_its_model_once(
+    served: tuple[RunningServer, openai.OpenAI], client: openai.OpenAI
+) -> None:
     file, held = upload(client, CHATS), upload(client, CHATS[:2], "held.jsonl")
     job = client.fine_tuning.jobs.create(
         model=BASE,
@@ -77,6 +80,8 @@ def test_a_killed_and_paused_job_makes_its_model_once(client: openai.OpenAI) -> 
     assert (resumed.status, resumed.paused_at) == ("queued", None)  # type: ignore[attr-defined]
     job = until_ended(client, job)
     assert job.status == "succeeded", job.error
+    written = Run.find(served[0].services.home, job.id).samples()  # by the adapter, to the validation file
+    assert [one["text"] for one in written[-1]["samples"]] == ["the fox", "the fox"]
     _told_once(client, job)
     _is_served(client, job)
     _is_deleted(client, job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ optimizer = "adamw"
 lr = 0.02
 warmup = 1
 """
+SAMPLES = 'train.samples={prompts = ["who is it?"], heldout = 2, tokens = 8}'
 CHATS = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "the fox"}]}
     for n in range(8)
@@ -103,8 +105,15 @@ def test_a_batch_is_shown_before_anything_is_trained(place: Path, home: Home) ->
 
 
 def test_an_adapter_is_trained_exported_and_merged(place: Path, home: Home) -> None:
-    run("train", str(place / "sft.toml"), "--json")
+    run("train", str(place / "sft.toml"), "--json", "--set", SAMPLES)
     made = Run.find(home, "last")
+    first, last = (event["samples"] for event in made.samples())
+    assert first[0]["prompt"] == "who is it?"  # which is asked as a chat
+    assert len(first) == 3
+    for one in first[1:]:  # held-out prompts, as the model reads them
+        assert re.fullmatch(r"<\|im_start\|>user\n\d\?<\|im_end\|>\n<\|im_start\|>assistant\n", one["prompt"])
+    assert {one["text"] for one in last} == {"the fox"}  # by the adapter
+    assert {one["text"] for one in first} != {"the fox"}
     held = made.events.read("heldout")
     assert [event["step"] for event in held] == [0, 6]
     assert held[1]["loss"] < held[0]["loss"]
@@ -132,8 +141,9 @@ def test_an_adapter_is_trained_exported_and_merged(place: Path, home: Home) -> N
 
 
 def test_preferences_tell_accuracy_and_margin(place: Path, home: Home) -> None:
-    run("train", str(place / "dpo.toml"), "--json")
+    run("train", str(place / "dpo.toml"), "--json", "--set", "train.samples.heldout=1")
     made = Run.find(home, "last")
+    assert [event["step"] for event in made.samples()] == [0, 6]
     last = made.steps()[-1]
     assert last["accuracy"] == 1.0
     assert last["margin"] > 0.1

@@ -201,6 +201,9 @@ def test_the_reward_rises(adapters: bool) -> None:
     assert statistics.fmean(rewards[-3:]) > statistics.fmean(rewards[:3]) + 0.3
     held = goal.heldout(of_model(made))
     assert held["reward"] > 0.4
+    told = goal.answered()
+    assert [one.reward for one in told] == [share_of_e(one.text) for one in told]
+    assert statistics.fmean(one.reward or 0.0 for one in told) == held["reward"]  # the two prompts are all
 
 
 def test_a_step_is_a_function_of_weights_seed_and_step() -> None:

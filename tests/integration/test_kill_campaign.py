@@ -126,7 +126,7 @@ class Campaign:
 
 def supervised(recipe: Recipe, objective: Pretraining, run: Run, ranks: int, attack: Campaign | None) -> None:
     """Train a run to its end by several ranks and a spare one, under attack or not."""
-    ranks_program = program(Home(run.folder.parent.parent), run, objective)
+    ranks_program = program(Home(run.folder.parent.parent), run, objective, recipe.train)
     with Group(ranks_program, ranks, run.folder / "ranks", spares=1) as group:
         attacker = threading.Thread(target=attack, args=(group,)) if attack else None
         if attacker:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lapis.kernels import stock, torch_steps
 from lapis.model.config import ModelConfig
-from lapis.model.families import build
+from lapis.model.families import build, initial_weights
+from lapis.model.weights import DTYPES
 from lapis.train.flat import HIDDEN, VECTOR, _blocks, kind_of
 from lapis.train.mesh import Mesh
 from lapis.train.optimizer import EPS, ITERATIONS, MOMENTUM, NEWTON_SCHULZ
@@ -155,6 +156,9 @@ def check(folder: Path, case: Case) -> None:
     for name, weight in expected["weights"].items():
         found = whole(config, mesh, [rank["weights"] for rank in seen], name)
         torch.testing.assert_close(found, weight, atol=1e-7, rtol=1e-6, msg=name)
+    assert [bool(rank["whole"]) for rank in seen] == [number == 0 for number in range(mesh.size)]
+    for name, weight in initial_weights(config, worker.SEED):  # what is sampled from
+        assert torch.equal(seen[0]["whole"][name], weight.to(DTYPES[case.dtype])), name
 
 
 @pytest.fixture(scope="module")

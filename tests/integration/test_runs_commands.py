@@ -51,7 +51,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         },
         "tokenizer": {"vocab_size": 512},
         "model": {"name": "tiny"},
-        "train": {"steps": STEPS, "sequence": 64, "batch": 4},
+        "train": {
+            "steps": STEPS,
+            "sequence": 64,
+            "batch": 4,
+            "samples": {"prompts": ["import os"], "tokens": 8},
+        },
     }
     recipe = config.parse(values, Recipe)
     dataset = prepare(recipe.sources, recipe.tokenizer, home, workers=1)
@@ -95,6 +100,19 @@ def test_show_draws_the_curve_and_names_the_next_commands(trained: Trained) -> N
     assert any(0x2800 < ord(char) < 0x2900 for char in text)
     assert f"step {STEPS}" in text
     assert f"lapis runs plot {trained.run.id}" in text
+
+
+def test_show_has_what_the_model_wrote_last(trained: Trained) -> None:
+    last = json.loads(call(trained, runs_group, "show", "last", "--json"))["samples"]
+    assert (last["step"], last["samples"][0]["prompt"]) == (STEPS, "import os")
+    trained.run.events.write(
+        "samples", step=STEPS, samples=[{"prompt": "a\nb", "text": "\x1b[2Jc", "reward": 0.5}]
+    )
+    text = call(trained, runs_group, "show", "last")
+    lines = [line.strip() for line in text.splitlines()]
+    start = lines.index(f"samples      of step {STEPS}:")
+    assert lines[start + 1 : start + 4] == ["› a", "› b", "[2Jc   reward 0.5"]
+    assert "\x1b" not in text
 
 
 def test_plot_writes_the_picture_where_asked(trained: Trained, tmp_path: Path) -> None:

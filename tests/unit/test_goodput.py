@@ -14,6 +14,16 @@ def event(name: str, **facts: Any) -> dict[str, Any]:
     return {"event": name, "time": 0.0, **facts}
 
 
+def test_reading_what_the_model_writes_is_no_productive_time() -> None:
+    events = [
+        event("start", gap=0.0),
+        event("step", step=1, seconds=1.0, **spent(3.0, step=1.0, samples=2.0)),
+    ]
+    found = account(events)
+    assert found is not None
+    assert (found.productive_s, found.lost_s) == (1.0, {"samples": 2.0})
+
+
 def spent(elapsed: float, **seconds: float) -> dict[str, Any]:
     return {"spent": {"elapsed": elapsed, **seconds}}
 

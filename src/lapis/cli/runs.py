@@ -80,6 +80,7 @@ def show(run: str, as_json: bool) -> None:
     _say_ranks(facts)
     _say_checkpoints(facts)
     _say_evaluation(facts["evaluation"])
+    _say_samples(facts["samples"])
     _say_curve(found.steps())
     say(f"Recipe: {found.folder / 'recipe.toml'}")
     say(f"Next: lapis runs plot {found.id}   lapis evaluate {found.id}")
@@ -131,7 +132,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
     events = run.events.read()
     starts = [event for event in events if event["event"] == "start"]
-    steps = run.steps()
+    steps, samples = run.steps(), run.samples()
     whole, damaged = listing(run.checkpoints)
     goodput = account(events)
     best = min((item.manifest.score for item in whole if item.manifest.score is not None), default=math.nan)
@@ -158,6 +159,7 @@ def _facts(run: Run) -> dict[str, Any]:
         ],
         "damaged_checkpoints": [error.message for error in damaged],
         "evaluation": run.evaluation(),
+        "samples": _without_mark(samples[-1]) if samples else None,
         "segments": [{**asdict(segment), "digest": segment.digest} for segment in segments_of_run(run)],
         "consumed": [share._asdict() for share in shares(run)],
     }
@@ -238,6 +240,23 @@ def _say_evaluation(evaluation: dict[str, Any] | None) -> None:
     yardsticks = ", ".join(f"{name} {bits:.3f}" for name, bits in evaluation.get("yardsticks", {}).items())
     bits = f"{evaluation['bits_per_byte']:.3f} bits per byte of held-out text"
     say(f"  {'evaluation':<12} {bits} ({yardsticks})")
+
+
+def _say_samples(event: dict[str, Any] | None) -> None:
+    """What the model wrote last: a prompt behind a mark, then how it went on."""
+    if event is None:
+        return
+    say(f"  {'samples':<12} of step {event['step']:,}:")
+    for one in event["samples"]:
+        reward = _some("   reward {:.3g}", one.get("reward")) or ""
+        for mark, text in (("›", one["prompt"]), (" ", one["text"] + reward)):
+            for line in text.splitlines() or [""]:
+                say(f"  {'':<12} {mark} {_printable(line)}")
+
+
+def _printable(line: str) -> str:
+    """A line without what a terminal would obey."""
+    return "".join(letter for letter in line.expandtabs(4) if letter.isprintable())
 
 
 def _say_curve(steps: Sequence[dict[str, Any]]) -> None:

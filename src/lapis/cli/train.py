@@ -78,6 +78,7 @@ def command(
     from lapis.train.float8 import require_float8
     from lapis.train.rank import program
     from lapis.train.recipe import Recipe
+    from lapis.train.samples import sample_prompts
     from lapis.train.segments import settle
     from lapis.train.start import check_best, checked_shape, first_model, with_own_tokenizer
     from lapis.train.supervisor import train_ranks
@@ -103,6 +104,7 @@ def command(
         objective = _objective(resolved, home, workers)
         shape = checked_shape(resolved, objective.tokenizer, home, mesh)  # before there is a run
         check_best(resolved, objective)
+        sample_prompts(resolved, objective, shape, home)
         if inspect:
             if resolved.grpo is None:
                 _inspect(objective, as_json)
@@ -121,9 +123,7 @@ def command(
         with progress("train") as report:
             train(resolved, objective, run, report)
     else:
-        launch = _launch(
-            program(home, run, objective, resolved.train.mesh), ranks, spares, nodes, resolved, run
-        )
+        launch = _launch(program(home, run, objective, resolved.train), ranks, spares, nodes, resolved, run)
         train_ranks(run, launch, resolved.supervisor)
     summary = run.summary()
     if as_json:

@@ -12,6 +12,7 @@ from nicegui import ui
 from lapis.audit import AuditLog
 from lapis.console.chart import Chart
 from lapis.console.parts import Facts, Text, button, confirm, panel
+from lapis.console.samples import Samples
 from lapis.console.table import Cell, Column, Row, Table
 from lapis.console.training import curve, rounded, visible_runs
 from lapis.console.view import PATH, View, duration, require_operator, when
@@ -21,7 +22,7 @@ from lapis.jobs.queue import JobQueue
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
 from lapis.train.goodput import NAMES, account
-from lapis.train.run import Run
+from lapis.train.run import Run, effective
 
 CURVES = {
     "loss": "Loss (nats per token)",
@@ -59,6 +60,7 @@ async def show(view: View, run_id: str) -> None:
     facts = Facts()
     with panel("Curves", silent=True), ui.element("div").classes("split"):
         charts = {field: Chart(title, from_zero=field != "loss") for field, title in CURVES.items()}
+    samples = Samples()
     goodput = Table("Goodput", GOODPUT, "No step was done yet.")
     checkpoints = Table("Checkpoints", CHECKPOINTS, "No checkpoint was written yet.")
     happened = Table("What happened", HAPPENED, "Nothing yet.")
@@ -72,6 +74,7 @@ async def show(view: View, run_id: str) -> None:
         stop.set_visibility(state == "running" and view.operates)
         resume.set_visibility(state == "stopped" and view.operates)
         facts.fill(await asyncio.to_thread(run_facts, run, events))
+        samples.fill(effective(events, "samples"))
         goodput.fill(goodput_rows(events))
         checkpoints.fill(checkpoint_rows(events))
         happened.fill(event_rows(events))

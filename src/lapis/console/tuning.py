@@ -15,12 +15,15 @@ from lapis.api.routes.fine_tuning import create_job
 from lapis.console.chart import Chart, Points, thinned
 from lapis.console.field import Field
 from lapis.console.parts import Facts, Text, button, confirm, link, panel
+from lapis.console.samples import Samples
 from lapis.console.table import Cell, Column, Row, Table, Tone
 from lapis.console.view import PATH, View, when
-from lapis.errors import InputError, LapisError
+from lapis.errors import InputError, LapisError, NotFoundError
 from lapis.gateway.fine_tuning import ENDED, WORKING, FineTuningJob
+from lapis.home import Home
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
+from lapis.train.run import Run
 
 SHOWN = 100
 TOLD = 5000  # events of a job
@@ -197,6 +200,7 @@ class _JobPage:
         with panel("Curves", silent=True), ui.element("div").classes("split"):
             self.losses = Chart("Loss", from_zero=False)
             self.qualities = Chart("Token accuracy and reward")
+        self.samples = Samples()
         self.checkpoints = Table("Checkpoints", CHECKPOINTS, "No checkpoint yet.")
         self.events = Table("Events", EVENTS, "Nothing was told yet.")
 
@@ -212,6 +216,7 @@ class _JobPage:
         qualities = _curves(metrics, QUALITIES)
         self.qualities.set_visibility(bool(qualities))
         self.qualities.put(qualities)
+        self.samples.fill(await asyncio.to_thread(written, self.view.services.home, job))
         kept = (await asyncio.to_thread(store.checkpoints, project, self.job_id, None, SHOWN)).rows
         self.checkpoints.fill([_checkpoint(row) for row in kept])
 
@@ -246,6 +251,14 @@ class _JobPage:
             "Cancel the job",
             lambda: self._do("cancel", "The job is cancelled."),
         )
+
+
+def written(home: Home, job: FineTuningJob) -> Sequence[Mapping[str, Any]]:
+    """What the model of a job wrote while it was trained; nothing before it trains, or where its run is elsewhere."""
+    try:
+        return Run.open(home, job.progress["run"]).samples() if "run" in job.progress else ()
+    except NotFoundError:
+        return ()
 
 
 def _row(job: FineTuningJob) -> Row:

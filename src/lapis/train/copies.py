@@ -64,6 +64,10 @@ class Copies:
         found = self.own.measure(figures, shared(micros, *self.share))
         return self.world.sum(torch.tensor(found, dtype=torch.float64, device=self.world.device)).tolist()
 
+    def whole(self) -> Decoder | None:
+        """The first rank's copy."""
+        return self.model if self.world.is_main else None
+
     def groups(self) -> Groups:
         """What a checkpoint keeps: the first rank saves it, all read it."""
         return {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Cause = Literal["start", "data", "step", "compile", "replay", "checkpoint", "heldout"]
+Cause = Literal["start", "data", "step", "compile", "replay", "checkpoint", "heldout", "samples"]
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 # what is told of each cause; "step" is the productive one
@@ -24,6 +24,7 @@ NAMES = {
     "replay": "replayed and skipped steps",
     "checkpoint": "checkpoint stall",
     "heldout": "held-out loss",
+    "samples": "samples",
     "gap": "restart gap",
     "recomputed": "recomputed steps",
     "other": "other",
@@ -96,7 +97,7 @@ def account(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         if last is not None:
             wall += last["elapsed"]
             productive += last.get("step", 0.0)
-            for name in ("start", "data", "compile", "replay", "checkpoint", "heldout"):
+            for name in ("start", "data", "compile", "replay", "checkpoint", "heldout", "samples"):
                 lost[name] += last.get(name, 0.0)
             lost["other"] += max(
                 0.0, last["elapsed"] - sum(value for key, value in last.items() if key != "elapsed")

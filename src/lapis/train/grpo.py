@@ -30,13 +30,14 @@ from lapis.model.families import Decoder
 from lapis.model.manifest import Manifest
 from lapis.model.weights import DTYPES, LoadedModel
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.objective import Measure, StepBatch
+from lapis.train.objective import Measure, Sampled, StepBatch
 from lapis.train.recipe import GrpoSection, TrainSection
 from lapis.train.reference import Reference, first_weights
 from lapis.train.reward import Reward
 from lapis.train.rollout import Answer, answers, gather, sampled_from, seed_of
 from lapis.train.sft import Rows, head_of, trained_rows
 
+TOLD = 4  # answers that are told at a time, for people to read
 LEAST_STD = 1e-4  # added to a group's deviation, so that differences of rounding are not blown up
 CHUNK = 256  # rows whose logits exist at a time where the temperature is not 1
 
@@ -81,6 +82,7 @@ class GroupRelative:
         # of the last step: what its answers tell; by micro-batch the largest |ratio - 1|, divergences, answers
         self._told: dict[str, float] = {}
         self._noted: list[tuple[float, float, float]] = []
+        self._read: list[tuple[Answer, float]] = []  # some answers, with their rewards
 
     @property
     def digest(self) -> str:
@@ -117,6 +119,8 @@ class GroupRelative:
         graded = self.graded(step, rank, ranks)
         seconds = time.monotonic() - begun
         self._told, self._noted = averaged(told(graded, group), ranks), []
+        if not self.prompts.heldout:
+            self._read = [(one.answer, one.reward) for one in graded[::group]][:TOLD]
         micros = tuple(joined(graded[start : start + micro]) for start in range(0, len(graded), micro))
         samples = self._chosen(step)[rank::ranks]
         return StepBatch(micros, float(section.batch * group), samples, seconds)
@@ -160,6 +164,13 @@ class GroupRelative:
         kl = {"kl": sum(divergences) / sum(counts)} if self._reference is not None else {}
         return {**self._told, "ratio_off": max(offs), **kl}
 
+    def answered(self) -> Sequence[Sampled]:
+        """Answers to the first held-out prompts; where there are none, to some of this rank's last step."""
+        return [
+            Sampled(self.tokenizer.decode(answer.asked.ids, special=True), answer.text, reward)
+            for answer, reward in self._read
+        ]
+
     def heldout(self, measure: Measure) -> Mapping[str, float]:
         """Mean reward and length over the held-out prompts, answered with the likeliest tokens by every rank."""
         found = self._answers([(asked, 0) for asked in self.prompts.heldout], 0.0)
@@ -167,6 +178,7 @@ class GroupRelative:
             return {}
         rewards = [self.reward(answer.asked, answer.text) for answer in found]
         lengths = [len(answer.ids) for answer in found]
+        self._read = list(zip(found, rewards, strict=True))[:TOLD]
         return {"reward": statistics.fmean(rewards), "length": statistics.fmean(lengths)}
 
     def _chosen(self, step: int) -> tuple[int, ...]:

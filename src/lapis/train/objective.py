@@ -16,6 +16,19 @@ from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.reference import Reference
 
+
+class Sampled(NamedTuple):
+    """What a model in training wrote to a prompt, and what it was worth where that is graded."""
+
+    prompt: str
+    text: str
+    reward: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """For an event."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
 # what a model finds in a micro-batch: some numbers, this rank's part of a sum
 Figures = Callable[[Decoder, TokenBatch], Tensor]
 # the sums of such numbers over micro-batches, which all ranks name alike and share, without a gradient
@@ -59,6 +72,9 @@ class Objective(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """What else the step event tells of the last step."""
+
+    def answered(self) -> Sequence[Sampled]:
+        """Some of what the model was asked in the last step or measurement, where it is asked anything."""
 
     def heldout(self, measure: Measure) -> Mapping[str, float]:
         """How the model does on held-out examples, with a `loss` where it has one; empty where there are none."""

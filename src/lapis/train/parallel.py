@@ -19,11 +19,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (  # the one way to
 )
 from torch.distributed.tensor import Shard
 
-from lapis.checkpoint.piece import Sharded
+from lapis.checkpoint.piece import Box, Sharded
 from lapis.data.loader import TokenBatch
 from lapis.kernels.ops import Ops, select
 from lapis.model.config import ModelConfig
-from lapis.model.families import Decoder, initial_weights, skeleton
+from lapis.model.families import Decoder, build, initial_weights, skeleton
 from lapis.model.weights import DTYPES
 from lapis.train import context_parallel, expert_parallel, float8, tensor_parallel
 from lapis.train.average import lerp_weight
@@ -91,12 +91,14 @@ class Parallel:
 
     def __init__(
         self,
+        config: ModelConfig,
         passes: Passes,
         another: Callable[[], Whole],
         optimizer: ShardedOptimizer,
         dtype: torch.dtype,
         ema: float | None,
     ) -> None:
+        self.config = config  # of the whole model
         self.passes, self.optimizer, self.dtype, self.ema = passes, optimizer, dtype, ema
         self.another = another  # makes such a model again, its weights not set yet
         self.mean = {} if ema is None else {name: x.clone() for name, x in optimizer.master.items()}
@@ -176,6 +178,22 @@ class Parallel:
         """Forget the gradients without a step."""
         self.optimizer.drop_gradients()
 
+    @torch.no_grad()
+    def whole(self) -> Decoder | None:
+        """A copy of all weights as they are now, on the first rank; one weight at a time is whole on the others."""
+        copy = build(self.config, dtype=self.dtype).requires_grad_(False) if self.world.is_main else None
+        for name, placement in self.placements.items():
+            total = torch.zeros(placement.shape, device=self.world.device)
+            held = self.optimizer.master.get(name)
+            parts = () if held is None else self.optimizer.pieces(name, held).parts
+            for part in parts:
+                if part.owned:
+                    total[part.box.inside(Box.whole(placement.shape))] = part.data
+            self.world.sum(total)  # each element has one owner
+            if copy is not None:
+                copy.get_parameter(name).copy_(total)
+        return copy
+
     def groups(self) -> Groups:
         """The weights in the model's type, the optimizer's state and the average: this rank's pieces of each."""
         pieces, master = self.optimizer.pieces, self.optimizer.master
@@ -253,7 +271,7 @@ def parallelize(config: ModelConfig, world: World, section: TrainSection) -> Par
         weight_decay=section.weight_decay,
         betas=section.betas,
     )
-    made = Parallel(passes, lambda: sharded(dtype), optimizer, dtype, section.ema)
+    made = Parallel(config, passes, lambda: sharded(dtype), optimizer, dtype, section.ema)
     made.fill((name, value.to(dtype)) for name, value in initial_weights(config, section.seed))
     return made
 

@@ -5,7 +5,7 @@ Dims: R trained tokens of a micro-batch, S its texts (chosen, rejected, chosen, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from lapis.data.loader import TokenBatch
 from lapis.data.samples import Samples, packed_batches
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.objective import Measure, StepBatch
+from lapis.train.objective import Measure, Sampled, StepBatch
 from lapis.train.ops_around import counts, over_rows, row_by_row
 from lapis.train.recipe import DpoSection, TrainSection
 from lapis.train.reference import Reference, of_whole
@@ -86,6 +86,10 @@ class Preferences:
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: the part of pairs whose better answer gained more, and the mean margin, times beta."""
         return _told(self._margins)
+
+    def answered(self) -> Sequence[Sampled]:
+        """It asks the model nothing."""
+        return ()
 
     def heldout(self, measure: Measure) -> Mapping[str, float]:
         """Mean loss, accuracy and margin over the held-out pairs."""

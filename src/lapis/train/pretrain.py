@@ -23,7 +23,7 @@ from lapis.errors import InputError
 from lapis.kernels.batch import packed
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.objective import Measure, StepBatch
+from lapis.train.objective import Measure, Sampled, StepBatch
 from lapis.train.recipe import TrainSection
 from lapis.train.reference import Reference
 
@@ -110,6 +110,10 @@ class Pretraining:
     def metrics(self) -> Mapping[str, float]:
         """Nothing but the loss."""
         return {}
+
+    def answered(self) -> Sequence[Sampled]:
+        """It asks the model nothing."""
+        return ()
 
     def heldout(self, measure: Measure) -> Mapping[str, float]:
         """Mean loss in nats per token of the first held-out documents; all of them are for `lapis evaluate`."""

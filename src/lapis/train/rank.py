@@ -13,23 +13,25 @@ from lapis.train.base import fine_tuning
 from lapis.train.launch import Program
 from lapis.train.objective import Objective
 from lapis.train.pretrain import Pretraining
-from lapis.train.recipe import Recipe
+from lapis.train.recipe import Recipe, TrainSection
 from lapis.train.run import RECIPE, Run
 from lapis.train.trainer import train
 
 
-def program(home: Home, run: Run, objective: Objective, mesh: str = "") -> Program:
-    """The program of a run's ranks on a mesh, which may be another one than when the run began."""
-    return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", "")), mesh))
+def program(home: Home, run: Run, objective: Objective, section: TrainSection) -> Program:
+    """The program of a run's ranks; mesh and samples may be others than when the run began."""
+    samples = config.toml_value(section.samples.model_dump(mode="json"))
+    sets = (f"train.mesh={section.mesh}", f"train.samples={samples}")
+    return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", "")), *sets))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train: `arguments` are the home, the run's id, the dataset's folder (none: on examples), and the mesh."""
-    root, run_id, dataset, mesh = arguments
+    """Train: `arguments` are the home, the run's id, the dataset's folder (none: on examples), and settings."""
+    root, run_id, dataset, *sets = arguments
     home = Home(Path(root))
     run = Run.open(home, run_id)
     with progress("train") as report:
-        recipe = config.load(run.folder / RECIPE, Recipe, (f"train.mesh={mesh}",))
+        recipe = config.load(run.folder / RECIPE, Recipe, sets)
         objective: Objective = (
             Pretraining(recipe.train, Dataset.open(Path(dataset)), recipe.mixture)
             if dataset

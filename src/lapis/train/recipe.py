@@ -18,6 +18,7 @@ from lapis.train.mesh import Mesh
 from lapis.train.schedule import Schedule
 from lapis.train.stages import Pipelining
 
+MOST_PROMPTS = 8  # whose continuations are told
 VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
 
 Positive = Annotated[int, Field(gt=0)]
@@ -69,6 +70,18 @@ class ModelSection(Section):
             expert_ffn=(self.ffn or base.expert_ffn) if base.experts else 0,
             context=self.context or base.context,
         )
+
+
+class SamplesSection(Section):
+    """What the model writes while it trains, for people to read; the training is the same with and without it."""
+
+    prompts: Annotated[tuple[str, ...], Field(max_length=MOST_PROMPTS)] = ()
+    """Texts (at most 8) that are continued with the likeliest tokens at the start, at every checkpoint and at the end;
+    a chat model that is fine-tuned answers them."""
+    heldout: Annotated[int, Field(ge=0, le=MOST_PROMPTS)] = 0
+    """The prompts of so many held-out examples are answered as well; for the objectives sft and dpo."""
+    tokens: Positive = 64
+    """Longest continuation, in tokens."""
 
 
 class TrainSection(Section):
@@ -127,6 +140,8 @@ class TrainSection(Section):
     """What follows a step whose loss or gradient is bad, after it was done once more: stop, or go on without it."""
     outlier: Annotated[float, Field(ge=3)] | None = None
     """From which robust z-score on loss or gradient a step is bad, such as 20.0; unset: only if not finite."""
+    samples: SamplesSection = SamplesSection()
+    """What the model writes meanwhile."""
 
     def micros(self, ranks: int) -> int:
         """How many micro-batches a data-parallel rank has in a step, if its windows divide."""
@@ -182,6 +197,13 @@ class TrainSection(Section):
             raise ValueError(
                 'train.fp8 is for dtype = "bf16" and the objectives pretrain and sft: others compare with bf16'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _examples_to_answer(self) -> Self:
+        if self.samples.heldout and self.objective not in ("sft", "dpo"):
+            why = "answers are told anyway" if self.objective == "grpo" else "held-out text has no prompts"
+            raise ValueError(f"train.samples.heldout is for sft and dpo: with {self.objective} {why}")
         return self
 
 
@@ -380,11 +402,11 @@ class Recipe(Section):
         return None
 
     def digest(self) -> str:
-        """The digest of what makes a run: not of the mesh, nor of the mixture, which may change on the way."""
+        """The digest of what makes a run: not of the mesh, the mixture or the samples, which may change on the way."""
         return digest_json(
             self.model_dump(
                 mode="json",
-                exclude={"train": {"mesh", "pipeline"}, "supervisor": True, "data": {"mixture"}},
+                exclude={"train": {"mesh", "pipeline", "samples"}, "supervisor": True, "data": {"mixture"}},
             )
         )
 

@@ -56,6 +56,9 @@ class Replica(Protocol):
     def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
         """Sums of what the model finds in micro-batches, without a gradient; on all ranks together (see `Measure`)."""
 
+    def whole(self) -> Decoder | None:
+        """The whole model as it is now, to be read, on the first rank alone; all ranks ask together."""
+
     def groups(self) -> Groups:
         """What a checkpoint keeps of it: the groups model and optimizer, and ema if an average is kept."""
 
@@ -127,6 +130,10 @@ class Alone:
     def measure(self, figures: Figures, micros: Sequence[TokenBatch]) -> list[float]:
         """One micro-batch after the other."""
         return of_model(self.model)(figures, micros)
+
+    def whole(self) -> Decoder:
+        """The model itself."""
+        return self.model
 
     def groups(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The trained weights, the optimizer's state and the average, as views."""

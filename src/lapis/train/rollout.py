@@ -44,7 +44,12 @@ def seed_of(seed: int, step: int, sample: int) -> int:
 
 
 def answers(
-    loaded: LoadedModel, wanted: Sequence[tuple[Asked, int]], *, max_tokens: int, temperature: float
+    loaded: LoadedModel,
+    wanted: Sequence[tuple[Asked, int]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    cache_bytes: int | None = None,
 ) -> list[Answer]:
     """An answer to each prompt with its seed, by the weights as they are now. Raises TrainingError if one fails.
 
@@ -52,7 +57,7 @@ def answers(
     """
     queued = sum(len(asked.ids) + loaded.config.context for asked, _ in wanted)
     lora, adapter = loaded.model.lora, None
-    with closing(LocalEngine(loaded, NAME, queued_tokens=queued)) as engine:
+    with closing(LocalEngine(loaded, NAME, queued_tokens=queued, cache_bytes=cache_bytes)) as engine:
         if isinstance(lora, Lora):
             adapter = NAME
             engine.put_adapter(adapter, lora.adapter())

@@ -211,6 +211,10 @@ class Run:
         """The step events that count: after a resume, those of the abandoned stretch are left out."""
         return effective_steps(self.events.read())
 
+    def samples(self) -> Sequence[dict[str, Any]]:
+        """The samples events that count, one a step; `samples` in each are prompt, text and perhaps reward."""
+        return effective(self.events.read(), "samples")
+
     def evaluation(self) -> dict[str, Any] | None:
         """The evaluation as written to eval.json, or None."""
         path = self.folder / "eval.json"
@@ -238,7 +242,12 @@ def status_of(held: bool, events: Sequence[dict[str, Any]]) -> Status:
 
 
 def effective_steps(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The step events of the run as it went in the end: a resume takes back what came after its step."""
+    """The step events of the run as it went in the end."""
+    return effective(events, "step")
+
+
+def effective(events: Sequence[dict[str, Any]], kind: str) -> Sequence[dict[str, Any]]:
+    """The events of a kind, of the run as it went in the end: a resume takes back what came after its step."""
     steps: list[dict[str, Any]] = []
     anew = False
     for event in events:
@@ -248,7 +257,7 @@ def effective_steps(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]
             anew = False
             while steps and steps[-1]["step"] > event["step"]:
                 steps.pop()
-        elif event["event"] == "step":
+        elif event["event"] == kind:
             if anew:
                 steps.clear()
             anew = False

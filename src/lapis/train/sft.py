@@ -19,7 +19,7 @@ from lapis.kernels.batch import packed
 from lapis.model.families import Decoder
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.train.lora import bare
-from lapis.train.objective import Measure, StepBatch
+from lapis.train.objective import Measure, Sampled, StepBatch
 from lapis.train.ops_around import own_rows, row_by_row
 from lapis.train.recipe import TrainSection
 from lapis.train.reference import Reference
@@ -62,6 +62,10 @@ class Supervised:
     def metrics(self) -> Mapping[str, float]:
         """Nothing but the loss."""
         return {}
+
+    def answered(self) -> Sequence[Sampled]:
+        """It asks the model nothing."""
+        return ()
 
     def heldout(self, measure: Measure) -> Mapping[str, float]:
         """Mean loss in nats per trained token of the held-out examples."""

@@ -22,7 +22,7 @@ from lapis.errors import ConflictError, LapisError, TrainingError
 from lapis.hashing import digest_json
 from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
-from lapis.log import Progress, silent
+from lapis.log import Progress, logger, silent
 from lapis.model.config import ModelConfig
 from lapis.train import bad_step, goodput, proof, schedule
 from lapis.train.bad_step import Numbers
@@ -33,6 +33,7 @@ from lapis.train.objective import Objective, StepBatch
 from lapis.train.peak import gemm_flops, peak_memory, setup
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from lapis.train.samples import sample_prompts
 from lapis.train.segments import check_segments, follow, mixture_of, segments_before
 from lapis.train.signs import give_signs
 from lapis.train.start import first_replica
@@ -91,6 +92,7 @@ class Trainer:
         self.world = World.alone() if mesh.size == 1 else World.join(mesh)
         self.replica, self.config = first_replica(recipe, objective, home, self.world)
         self.model = self.replica.model
+        self.prompts = sample_prompts(recipe, objective, self.config, home)
         if self.section.compile:
             compile_layers(self.model, home)
         if self.world.size > 1 and mesh.pp == 1:  # stages differ: none is behind another one
@@ -320,6 +322,12 @@ class Trainer:
         )
 
     def _measure(self) -> float | None:
+        """Tell how the model does on what is held out, and what it writes; the loss on what is held out."""
+        loss = self._held_out()
+        self._sample()
+        return loss
+
+    def _held_out(self) -> float | None:
         """Tell how the model does on held-out examples, and on held-out text if that is asked for; the loss there."""
         if self.recipe.data is not None and not self.recipe.checkpoint.best:
             return None
@@ -329,6 +337,20 @@ class Trainer:
             self.run.events.write("heldout", step=self.step, **measured)
         loss = measured.get("loss", math.nan)
         return loss if math.isfinite(loss) else None
+
+    def _sample(self) -> None:
+        """Tell what the model writes by now. What goes wrong in that costs the run nothing but an event."""
+        written = list(self.objective.answered())
+        if self.prompts.prompts:
+            with self.spent.on("samples"):
+                whole = self.replica.whole()
+                try:
+                    written += [] if whole is None else self.prompts.continued(whole)
+                except (LapisError, MemoryError, torch.OutOfMemoryError) as error:
+                    logger.warning("step %s: the model was not sampled: %s", self.step, error)
+                    self.run.events.write("samples_failed", step=self.step, why=str(error))
+        if written:
+            self.run.events.write("samples", step=self.step, samples=[one.facts() for one in written])
 
     def _end(self, reason: str) -> None:
         slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
