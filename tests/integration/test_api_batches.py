@@ -274,6 +274,32 @@ def test_a_batch_is_its_projects_and_runs_in_its_name(home: Home) -> None:
             each.close()
 
 
+def test_a_batch_ends_with_the_key_that_began_it(home: Home) -> None:
+    endless = "word " * 3000
+    db = open_database(home.database_url)
+    keys = ApiKeys(db)
+    made, text = keys.create("leaves", "test")
+    stays = keys.create("stays", "test")[1]
+    with (
+        fake_server(home, reply=lambda prompt, seed: endless, seconds_per_token=0.01, running=64) as server,
+        connect(server.url, text) as client,
+        connect(server.url, stays) as colleague,
+    ):
+        lines = [chat("short", max_tokens=1), *[chat(f"l{n}", max_tokens=1900) for n in range(9)]]
+        batch = begin(client, lines)
+        until(lambda: completed(client, batch) == 1, 60)
+        keys.revoke(made.prefix, "test")
+        done = finished(colleague, batch)
+        assert done.status == "failed"
+        assert done.errors is not None
+        assert [error.code for error in done.errors.data or []] == ["invalid_api_key"]
+        assert [line["custom_id"] for line in content(colleague, done.output_file_id)] == ["short"]
+        unfinished = content(colleague, done.error_file_id)
+        assert [line["error"]["code"] for line in unfinished] == ["invalid_api_key"] * 9
+        until(lambda: engine_is_free(server))
+    db.dispose()
+
+
 SERVER = """
 import sys
 from pathlib import Path

@@ -314,7 +314,12 @@ def test_a_run_whose_key_or_file_is_gone_fails_and_says_so(home: Home) -> None:
         key, secret = keys.create("k", "test")
         ending, client = strict(server.url, secret), strict(server.url, keys.create("other", "test")[1])
         eval_id = make(client, EQUAL)
-        first = [client.evals.runs.create(eval_id, data_source=completions()).id for _ in range(2)]  # type: ignore[arg-type]
+        other, under_way = (
+            side.evals.runs.create(eval_id, data_source=completions()).id  # type: ignore[arg-type]
+            for side in (client, ending)
+        )
+        runs = client.evals.runs
+        until(lambda: len(runs.list(eval_id, status="in_progress").data) == 2)  # the next ones wait for them
         by_key = ending.evals.runs.create(eval_id, data_source=completions()).id  # type: ignore[arg-type]
         file = upload(client, json.dumps({"item": ITEMS[0]}).encode())
         of_file = client.evals.runs.create(
@@ -323,11 +328,11 @@ def test_a_run_whose_key_or_file_is_gone_fails_and_says_so(home: Home) -> None:
         ).id
         keys.revoke(key.id, "test")
         client.files.delete(file)
-        for id in first:  # they kept the others waiting
-            client.evals.runs.cancel(id, eval_id=eval_id)
-        told = {id: finished(client, eval_id, id) for id in (by_key, of_file)}
+        told = {id: finished(client, eval_id, id) for id in (under_way, by_key, of_file)}
+        client.evals.runs.cancel(other, eval_id=eval_id)
         assert {run.status for run in told.values()} == {"failed"}
-        assert told[by_key].error.code == "unauthorized" and "revoked" in told[by_key].error.message
+        for id in (under_way, by_key):
+            assert told[id].error.code == "unauthorized" and "revoked" in told[id].error.message
         assert told[of_file].error.code == "not_found" and file in told[of_file].error.message
 
 

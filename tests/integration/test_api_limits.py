@@ -213,6 +213,11 @@ def test_answers_say_what_is_left_of_the_limits(home: Home) -> None:
             assert answer.headers["x-ratelimit-remaining-requests"] == str(9 - number)
             assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 9000
             assert answer.headers["x-ratelimit-reset-tokens"].endswith("s")
+        left = answer.headers["x-ratelimit-remaining-tokens"]
+        refused = httpx.post(f"{server.url}/completions", json={**asked, "max_tokens": 1500, "n": 8})
+        assert refused.status_code == 429
+        assert refused.headers["x-ratelimit-remaining-requests"] == "4"  # nothing was taken
+        assert refused.headers["x-ratelimit-remaining-tokens"] == left
         Tenants(server.services.db).set_quota("default", Quota(), ACTOR)
         free = httpx.post(f"{server.url}/completions", json=asked)
         assert not [name for name in free.headers if name.startswith("x-ratelimit")]

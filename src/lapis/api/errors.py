@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from lapis.api.rate_limits import limit_headers
 from lapis.errors import LapisError, LimitError, UnavailableError
 from lapis.log import logger
+from lapis.tenants.quota import QuotaError
 
 TYPES = {
     401: "authentication_error",
@@ -71,10 +73,11 @@ def error_code(error: LapisError) -> str:
 
 
 def error_headers(error: LapisError) -> dict[str, str]:
-    """When to come back, and for a wrong key how to sign in."""
+    """When to come back and what is left of the limits, and for a wrong key how to sign in."""
     if isinstance(error, LimitError | UnavailableError) and error.retry_after is not None:
         seconds = max(error.retry_after, 0.001)
-        return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+        later = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+        return {**later, **(limit_headers(error.limits) if isinstance(error, QuotaError) else {})}
     if error.http_status == 401:
         return {"www-authenticate": "Bearer"}
     # The official client repeats 409, 429 and 5xx by itself; these would only fail again.

@@ -12,11 +12,13 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from lapis.errors import LapisError, NotFoundError
+from lapis.errors import AuthError, LapisError, NotFoundError
 from lapis.gateway.batch_input import Line, LineError, body_of, read_input
 from lapis.gateway.batches import LEASE_SECONDS, Batch, LineResult
 from lapis.gateway.inside import Answer
+from lapis.gateway.on_behalf import restored
 from lapis.log import logger
+from lapis.tenants.keys import Identity
 from lapis.tenants.usage import Usage
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ TICK_SECONDS = 0.05  # between two looks for room, and two writes of finished li
 TRIES = 3  # of a line that the server fails
 BUSY = (408, 409, 429, 503)  # a later try makes sense, unless the answer says not
 EXPIRED = LineError("batch_expired", "The batch's time was over before this request was run.")
+ENDED = LineError("invalid_api_key", "The API key that began the batch has ended.")
 GONE = LineError("input_file_gone", "The input file was deleted before all requests were run.")
 
 
@@ -89,6 +92,8 @@ class _BatchRun:
         self._width = FIRST
         self._hold_until = 0.0  # loop time before which nothing more is begun
         self._renewed = 0.0
+        self._looked = 0.0
+        self._identity: Identity | None = None
 
     async def run(self) -> None:
         """Run it. What cannot go on here is left to the next who takes it."""
@@ -110,11 +115,15 @@ class _BatchRun:
         if self._batch.status == "cancelling":
             await self._finish("cancelled")
         elif self._batch.status == "finalizing":
-            await self._finish(self._batch.facts["outcome"])
+            outcome = self._batch.facts["outcome"]
+            await self._finish(outcome, [ENDED] if outcome == "failed" else None)
 
     async def _run_file(self) -> str:
         """Read the input and run its lines; the status that the batch gets if it was not cancelled meanwhile."""
         batch = self._batch
+        if not await self._may_go_on() and batch.status == "validating":
+            await self._finish("failed", [ENDED])
+            return "failed"
         try:
             file = await asyncio.to_thread(self._services.files.open, batch.project_id, batch.input_file_id)
         except NotFoundError:
@@ -139,9 +148,9 @@ class _BatchRun:
         try:
             while (waiting or running) and self._batch.status == "in_progress":
                 if self._services.files.clock() >= self._batch.expires_at:
-                    self._results += [_not_run(line, EXPIRED) for line in [*waiting, *running.values()]]
-                    await self._write()
-                    return "expired"
+                    return await self._give_up(EXPIRED, [*waiting, *running.values()], "expired")
+                if self._identity is None:
+                    return await self._give_up(ENDED, [*waiting, *running.values()], "failed")
                 if self._services.draining and not running:
                     break
                 self._begin(file, waiting, running)
@@ -158,6 +167,20 @@ class _BatchRun:
             self._runner.in_flight -= len(running)
         return "completed"
 
+    async def _may_go_on(self) -> bool:
+        """Look whose requests these are; whether the key that began them still opens anything."""
+        keys = self._services.admission.keys
+        try:
+            self._identity = await asyncio.to_thread(restored, self._batch.facts["identity"], keys)
+        except AuthError:
+            self._identity = None
+        return self._identity is not None
+
+    async def _give_up(self, why: LineError, lines: Iterable[Line], outcome: str) -> str:
+        self._results += [_not_run(line, why) for line in lines]
+        await self._write()
+        return outcome
+
     def _begin(
         self, file: IO[bytes], waiting: deque[Line], running: dict[asyncio.Task[Answer], Line]
     ) -> None:
@@ -171,8 +194,10 @@ class _BatchRun:
             self._runner.in_flight += 1
 
     async def _ask(self, file: IO[bytes], line: Line) -> Answer:
+        identity = self._identity
+        assert identity is not None  # looked at before a line is begun
         body = await asyncio.to_thread(body_of, file, line)
-        return await self._services.post(self._batch.identity, self._batch.endpoint, body)
+        return await self._services.post(identity, self._batch.endpoint, body)
 
     def _collect(self, waiting: deque[Line], running: dict[asyncio.Task[Answer], Line]) -> None:
         for task in [task for task in running if task.done()]:
@@ -198,6 +223,9 @@ class _BatchRun:
     async def _write(self) -> None:
         """Keep what is finished; from time to time renew the lease, by which we learn of a cancellation."""
         now = asyncio.get_running_loop().time()
+        if now - self._looked > 1.0:
+            self._looked = now
+            await self._may_go_on()
         if self._results:
             results, self._results = self._results, []
             self._batch = await asyncio.to_thread(self._store.record, self._batch, self._token, results)

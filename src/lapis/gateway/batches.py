@@ -19,34 +19,22 @@ from lapis.db import write
 from lapis.errors import ConflictError, InputError, NotFoundError
 from lapis.gateway.batch_input import MAX_BYTES
 from lapis.gateway.files import FileStore, StoredFile
+from lapis.gateway.on_behalf import kept
 from lapis.gateway.paging import Order, page
 from lapis.tables.batches import batch_lines, batches
-from lapis.tables.tenants import projects
 from lapis.tenants.keys import Identity
-from lapis.tenants.policy import policy_of
-from lapis.tenants.tenant import Scope
 from lapis.tenants.usage import Usage
 
 WINDOW_SECONDS = 86_400.0
 LEASE_SECONDS = 10.0
 ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
 CANCELLABLE = ("validating", "in_progress", "cancelling")
-WHO = (
-    "organization_id",
-    "project_id",
-    "key_id",
-    "user_id",
-    "service_account_id",
-)  # what is kept of an identity
 _columns = batches.c
-_ALL = sa.select(batches, projects.c.models_mode, projects.c.models).join(
-    projects
-)  # the policy is that of now
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch. `facts` holds what is only shown: metadata, errors, files, and a time for each status it had."""
+    """A batch. `facts` holds whose it is and what is only shown: metadata, errors, files, a time for each status."""
 
     id: str
     project_id: str
@@ -59,7 +47,6 @@ class Batch:
     completed: int
     failed: int
     usage: Usage
-    identity: Identity  # whose requests these are
     facts: Mapping[str, Any]
 
 
@@ -100,10 +87,7 @@ class BatchStore:
             raise InputError(f"A batch's file has at most {MAX_BYTES:,} bytes.", param="input_file_id")
         now = self._files.clock()
         facts = {
-            "identity": {
-                **{name: getattr(identity, name) for name in WHO},
-                "scopes": sorted(identity.scopes),
-            },
+            "identity": kept(identity),
             "metadata": metadata,
             "output_seconds": output_seconds,
         }
@@ -127,7 +111,7 @@ class BatchStore:
         self, project_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
     ) -> tuple[list[Batch], bool]:
         """A page of a project's batches, and whether more follow. Raises InputError for an unknown `after`."""
-        query = _ALL.where(_columns.project_id == project_id)
+        query = sa.select(batches).where(_columns.project_id == project_id)
         with self._db.connect() as connection:
             found = page(connection, query, batches, after=after, limit=limit, order=order)
         return [_batch(row) for row in found.rows], found.has_more
@@ -269,7 +253,7 @@ class BatchStore:
 
 
 def _find(connection: Connection, project_id: str, id: str) -> Batch:
-    query = _ALL.where(_columns.id == id, _columns.project_id == project_id)
+    query = sa.select(batches).where(_columns.id == id, _columns.project_id == project_id)
     row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(
@@ -279,14 +263,9 @@ def _find(connection: Connection, project_id: str, id: str) -> Batch:
 
 
 def _batch(row: Row[Any]) -> Batch:
-    facts = json.loads(row.facts)
-    who = facts["identity"]
-    scopes = frozenset(Scope(name) for name in who["scopes"])
-    policy = policy_of(row.models_mode, row.models)
-    identity = Identity(**{**who, "scopes": scopes, "models": policy, "background": True})
     return Batch(
         row.id, row.project_id, row.status, row.endpoint, row.input_file_id, row.created_at, row.expires_at,
         row.total, row.completed, row.failed,
         Usage(row.prompt_tokens, row.completion_tokens, row.cached_tokens),
-        identity, facts,
+        json.loads(row.facts),
     )  # fmt: skip

@@ -82,18 +82,22 @@ class EvalRunner:
             await asyncio.to_thread(self._runs.finish, run, "completed")
 
     async def _watch(self, run: EvalRun) -> None:
-        """Returns when a run is no longer ours; keeps its lease until then."""
+        """Returns when a run is no longer ours; keeps its lease until then. Raises AuthError once its key ended."""
         loop = asyncio.get_running_loop()
         renew_at = loop.time() + LEASE_SECONDS / 3
         while await asyncio.to_thread(self._runs.is_mine, run):
+            await self._identity(run)
             if loop.time() > renew_at:
                 await asyncio.to_thread(self._runs.renew, run)
                 renew_at = loop.time() + LEASE_SECONDS / 3
             await asyncio.sleep(WATCH_SECONDS)
 
+    async def _identity(self, run: EvalRun) -> Identity:
+        return await asyncio.to_thread(restored, json.loads(run.identity), self._keys)
+
     async def _execute(self, run: EvalRun) -> None:
         """All items that are not recorded yet. Raises ConflictError where the run is no longer ours."""
-        identity = await asyncio.to_thread(restored, run.identity, self._keys)
+        identity = await self._identity(run)
         made_of = await asyncio.to_thread(self._evals.get, run.project_id, run.eval_id)
         done = await asyncio.to_thread(self._runs.recorded, run)
         rows = enumerate(data_rows(run.data_source["source"], self._files, run.project_id))

@@ -151,7 +151,7 @@ class EvalRuns:
         counts = Counts(criteria=[(0, 0)] * len(made_of.testing_criteria))
         row = {
             "id": id, "project_id": made_of.project_id, "eval_id": made_of.id, "name": name or id,
-            "status": "queued", "created_at": self.clock(), "total": total, "identity": kept(identity),
+            "status": "queued", "created_at": self.clock(), "total": total, "identity": json.dumps(kept(identity)),
             "body": json.dumps({"data_source": data_source, "metadata": metadata}), "counts": counts.to_json(),
         }  # fmt: skip
         with write(self.db, lock=f"eval:{made_of.id}") as connection:

@@ -1,9 +1,10 @@
-"""Identities that are kept for work that goes on later: eval runs and what else outlives its request."""
+"""Identities that are kept for work that outlives its request: batches and eval runs."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lapis.tenants.keys import ApiKeys, Identity
 from lapis.tenants.limits import Limits
@@ -12,18 +13,17 @@ from lapis.tenants.tenant import Scope
 WHO = ("organization_id", "project_id", "key_id", "user_id", "service_account_id")
 
 
-def kept(identity: Identity) -> str:
-    """Who somebody is and what was allowed then, as JSON."""
+def kept(identity: Identity) -> dict[str, Any]:
+    """Who somebody is and what was allowed then, as JSON takes it."""
     who = {name: getattr(identity, name) for name in WHO}
-    return json.dumps({**who, "scopes": sorted(identity.scopes)})
+    return {**who, "scopes": sorted(identity.scopes)}
 
 
-def restored(text: str, keys: ApiKeys) -> Identity:
+def restored(facts: Mapping[str, Any], keys: ApiKeys) -> Identity:
     """In whose name work goes on, behind live traffic, with the models that the project may use now.
 
     Raises AuthError once the key that began it has ended.
     """
-    facts = json.loads(text)
     if facts["key_id"] is not None:
         return replace(keys.identity(facts["key_id"]), background=True)
     scopes = frozenset(Scope(scope) for scope in facts["scopes"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from lapis.errors import ConfigError, LimitError
@@ -82,18 +82,30 @@ class LimitState:
     reset: float  # seconds
 
 
+class QuotaError(LimitError):
+    """A limit that a request would pass. `limits` are those on requests and tokens, without the request."""
+
+    limits: Sequence[LimitState] = ()
+
+
 def check(quota: Quota, used: Consumption, asked: Asked, now: float, model: str = "") -> list[LimitState]:
     """What is left of each limit on requests and tokens with one more request in it.
 
-    Raises LimitError with the seconds until the full window ends. A request larger than a whole limit can
+    Raises QuotaError with the seconds until the full window ends. A request larger than a whole limit can
     never pass; its error says so.
     """
-    states = []
+    states, refusal = [], None
     for name, limit, spent, more, unit, left in _limits(quota, used, asked, now):
-        if spent + more > limit:
-            raise _refusal(name, limit, spent, more, unit, left, model)
+        if refusal is None and spent + more > limit:
+            refusal = _refusal(name, limit, spent, more, unit, left, model)
         if not name.startswith(("spend", "concurrent", "batch")):
             states.append(LimitState(name, model, limit, limit - spent - more, left))
+    if refusal is not None:
+        mine = {"requests": 1, "tokens": asked.tokens}
+        refusal.limits = [
+            replace(state, remaining=state.remaining + mine[state.name.split("_")[0]]) for state in states
+        ]
+        raise refusal
     return states
 
 
@@ -141,7 +153,7 @@ def _limits(
         yield "concurrent_requests", quota.concurrent_requests, used.running, 1, 1, SOON
 
 
-def _refusal(name: str, limit: int, spent: int, asked: int, unit: int, left: float, model: str) -> LimitError:
+def _refusal(name: str, limit: int, spent: int, asked: int, unit: int, left: float, model: str) -> QuotaError:
     if asked > limit:
         hint = "Ask for fewer tokens (max_tokens), or have the project's limit raised."
     else:
@@ -152,7 +164,7 @@ def _refusal(name: str, limit: int, spent: int, asked: int, unit: int, left: flo
         for value in (limit, spent, asked)
     ]
     of = f" for the model {model!r}" if model else ""
-    return LimitError(
+    return QuotaError(
         f"The project's limit of {shown[0]} {what}{of} is reached: {shown[1]} used, {shown[2]} asked for.",
         retry_after=left,
         hint=hint,
