@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -258,10 +259,20 @@ def main() -> None:
     if options.serve is not None:
         serve(options.serve, options.keys)
         return
-    rows = overhead(options.rounds) + paced(options.rounds)
-    rows += beside_litellm(options.rounds, options.requests)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # servers are ended on the way out
+    parts: list[tuple[str, Callable[[], list[list[str]]]]] = [
+        ("one at a time", lambda: overhead(options.rounds)),
+        ("at a model's pace", lambda: paced(options.rounds)),
+        ("beside LiteLLM", lambda: beside_litellm(options.rounds, options.requests)),
+    ]
     if options.streams:
-        rows += streams(options.streams, options.minutes)
+        parts.append(("streams", lambda: streams(options.streams, options.minutes)))
+    rows = []
+    for name, part in parts:
+        say(f"{name} …")
+        for row in part():
+            say("  ".join(row))
+            rows.append(row)
     print_table(("what", "Lapis", "beside"), rows)
 
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
 from lapis.jobs.controller import decide
 from lapis.jobs.executor import Status
-from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Node, Place, Resources, State, check_move
 from lapis.jobs.queue import JobQueue
 from lapis.jobs.shares import HALF_LIFE, set_weight, shares
 from lapis.jobs.waits import waits
 from lapis.tables.usage import usage_entries
+from lapis.tenants.limits import Limits
+from lapis.tenants.prices import Prices
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
+from lapis.tenants.usage import UsageLedger
 
 SPEC = JobSpec("train", ("lapis", "train", "recipe.toml"), Resources(2, 1), {"A": "b"}, retries=3)
 JOB = Job(
@@ -325,10 +328,42 @@ def test_a_project_whose_gpu_time_is_used_up_waits_with_its_gpu_jobs_only(
     clock.now += 100.0  # one GPU for 100 seconds: it goes on, nothing else starts
     queue.note_executor("e", (Node("n", Resources(8, 8)),))
     why = waits(queue)
-    assert why[waiting.id] == Wait("its project's GPU time of this month is used up")
+    assert "its project's GPU time of this month is used up" in why[waiting.id].reason
     assert "turn has come" in why[plain.id].reason
     queue.finish(lease, State.SUCCEEDED)
     assert waits(queue)[waiting.id].reason == why[waiting.id].reason
+
+
+def test_a_job_starts_only_if_its_time_limit_can_be_paid_for(
+    database_url: str, clock: Clock, tmp_path: Path
+) -> None:
+    db = open_database(database_url)
+    prices = tmp_path / "prices.toml"
+    prices.write_text("compute = { gpu_hour = 36.0 }\n")  # a hundredth a GPU-second
+    queue = JobQueue(db, clock, ledger=UsageLedger(db, clock, prices=Prices(prices)))
+    Tenants(db).set_quota("default", Quota(spend_per_month=500), "os:ana")  # 500 GPU-seconds
+    queue.note_executor("e", (Node("n", Resources(8, 8)),))
+    limited = replace(SPEC, time_limit=300.0)
+    first, second = queue.submit(limited, "os:ana"), queue.submit(limited, "os:ana")
+    free = queue.submit(replace(limited, resources=Resources(1)), "os:ana")
+    why = waits(queue)
+    assert "turn has come" in why[first.id].reason
+    assert "turn has come" in why[free.id].reason
+    assert "3 USD until its time limit" in why[second.id].reason
+    assert "2 are left" in why[second.id].reason
+    lease = queue.claim(first, "another")  # of whichever executor: it reserves its three
+    assert lease is not None
+    queue.started(lease)
+    assert "2 are left" in waits(queue)[second.id].reason
+    clock.now += 100.0
+    queue.finish(lease, State.SUCCEEDED)  # one was used, two are free again
+    queue.note_executor("e", (Node("n", Resources(8, 8)),))
+    assert "turn has come" in waits(queue)[second.id].reason
+    other = Tenants(db).create_project("other", "os:ana").id
+    Limits(db).set_spend("default", 350, "os:ana")  # of the organization: 2.5 are left
+    foreign = queue.submit(limited, "os:ana", project_id=other)
+    assert "its organization's money" in waits(queue)[foreign.id].reason
+    db.dispose()
 
 
 def test_a_weight_is_kept_and_audited(queue: JobQueue, clock: Clock) -> None:

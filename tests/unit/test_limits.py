@@ -174,13 +174,13 @@ def test_an_organizations_limit_is_on_the_sum_of_its_projects(db: Engine, ledger
 
 
 def test_a_jobs_time_is_booked_once_as_it_ends(db: Engine, ledger: UsageLedger, clock: Clock) -> None:
-    assert ledger.gpu_seconds_left("default") is None
+    assert ledger.work_left() == {}
     Tenants(db).set_quota("default", Quota(gpu_seconds_per_month=5000), ANA)
     for _ in range(2):  # the second time by who took over
         ledger.book("default", "job_1:1", "train", cpu_seconds=10.0, gpu_seconds=2000.5)
-    assert ledger.gpu_seconds_left("default") == 2999.5
+    assert ledger.work_left()["default"].gpu_seconds == 2999.5
     ledger.book("default", "job_1:2", "train", cpu_seconds=0.0, gpu_seconds=4000.0)
-    assert ledger.gpu_seconds_left("default") == 0.0
+    assert ledger.work_left()["default"].gpu_seconds == -1000.5  # what ran went on
     with db.connect() as connection:
         row = connection.execute(
             sa.text("SELECT gpu_ms, cpu_ms, cost FROM usage_entries ORDER BY id")
@@ -188,7 +188,7 @@ def test_a_jobs_time_is_booked_once_as_it_ends(db: Engine, ledger: UsageLedger, 
     assert row == (2_000_500, 10_000, 2_000_500_000)  # 3.6 an hour is a thousandth a second
     assert ledger.balance().balanced
     clock.now += 3 * 86_400  # December
-    assert ledger.gpu_seconds_left("default") == 5000.0
+    assert ledger.work_left()["default"].gpu_seconds == 5000.0
 
 
 def test_each_attempt_of_a_job_is_entered_as_it_ends_for_who_asked(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lapis.errors import ConflictError, LapisError, StorageError, UnavailableError
-from lapis.jobs.budget import without_spent
+from lapis.jobs.budget import affordable
 from lapis.jobs.executor import Executor, Status
 from lapis.jobs.fairshare import schedule
 from lapis.jobs.job import ACTIVE, Job, Node, State
@@ -170,16 +170,17 @@ class Controller:
         self._note_nodes()
         if not waiting:
             return
-        active = [job for job in jobs if job.state in ACTIVE and job.executor == self.executor.name]
+        active = [job for job in jobs if job.state in ACTIVE]
+        waiting, _ = affordable(waiting, active, self.queue.ledger, self.queue.clock())
         if self.executor.nodes is None:
-            for job in without_spent(waiting, active, self.queue.ledger, self.queue.clock())[0]:
+            for job in waiting:
                 self._start(job, {})
             return
-        self._carry_out(waiting, active, self.executor.nodes)
+        mine = [job for job in active if job.executor == self.executor.name]
+        self._carry_out(waiting, mine, self.executor.nodes)
 
     def _carry_out(self, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]) -> None:
         now = self.queue.clock()
-        waiting, _ = without_spent(waiting, active, self.queue.ledger, now)
         decided = schedule(waiting, active, nodes, shares(self.queue.db, now), now, self.policy)
         by_id = {job.id: job for job in (*waiting, *active)}
         for job_id, reason in decided.refused.items():

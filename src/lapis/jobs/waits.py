@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lapis.jobs.budget import SPENT, without_spent
+from lapis.jobs.budget import affordable
 from lapis.jobs.fairshare import schedule
 from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ACTIVE, State
@@ -17,18 +17,18 @@ def waits(queue: JobQueue) -> dict[str, Wait]:
     now = queue.clock()
     jobs = queue.list(State.QUEUED, State.PREEMPTED, *ACTIVE)
     waiting = [job for job in jobs if job.state not in ACTIVE]
-    found = {job.id: Wait(NOBODY) for job in waiting}
     if not waiting:
-        return found
+        return {}
+    found = {job.id: Wait(NOBODY) for job in waiting}
+    all_active = [job for job in jobs if job.state in ACTIVE]
+    waiting, held = affordable(waiting, all_active, queue.ledger, now)
     for name, nodes in queue.executors().items():
         if nodes is None:
             found |= {job.id: Wait(f"{name} gets it next", now) for job in waiting}
             continue
-        active = [job for job in jobs if job.state in ACTIVE and job.executor == name]
-        allowed, spent = without_spent(waiting, active, queue.ledger, now)
-        found |= {job.id: Wait(SPENT) for job in spent}
-        decided = schedule(allowed, active, nodes, shares(queue.db, now), now)
+        active = [job for job in all_active if job.executor == name]
+        decided = schedule(waiting, active, nodes, shares(queue.db, now), now)
         found |= decided.waits
         found |= {job_id: Wait("its turn has come", now) for job_id in decided.starts}
         found |= {job_id: Wait(reason) for job_id, reason in decided.refused.items()}
-    return found
+    return found | {job_id: Wait(reason) for job_id, reason in held.items()}

@@ -22,7 +22,7 @@ from lapis.tables.usage import open_reservations, usage_entries
 from lapis.tenants.keys import Identity
 from lapis.tenants.prices import Prices
 from lapis.tenants.quota import Asked, Consumption, LimitState, check
-from lapis.tenants.windows import Change, Standing, count, month_sums, standing
+from lapis.tenants.windows import Change, Standing, WorkLeft, count, month_sums, standing, work_left
 
 LIFETIME = 600.0  # seconds after which a reservation that nobody renewed belongs to a dead process
 
@@ -232,14 +232,10 @@ class UsageLedger:
         connection.execute(_ENTER, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
         count(connection, Change(work.project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
 
-    def gpu_seconds_left(self, project_id: str) -> float | None:
-        """What is left of a project's GPU time in this month, at least 0; None without a limit."""
-        now = self.clock()
+    def work_left(self) -> dict[str, WorkLeft]:
+        """What is left in this month for the jobs of each project that has a limit or whose organization has one."""
         with snapshot(self.db) as connection:
-            limit = standing(connection, project_id, "", now).quota.gpu_seconds_per_month
-            if limit is None:
-                return None
-            return max(limit - month_sums(connection, now, project_id=project_id)[1] / 1000, 0.0)
+            return work_left(connection, self.clock())
 
     def month_cost(self, *, project_id: str | None = None, organization_id: str | None = None) -> int:
         """What was spent or is reserved in this month, in NANO: by a project, or by an organization."""

@@ -5,6 +5,7 @@ All functions work in the ledger's transactions; only the ledger writes.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy.engine import Connection
 from lapis.errors import ConflictError, NotFoundError
 from lapis.tables.tenants import model_limits, organizations, projects
 from lapis.tables.usage import open_reservations, usage_windows
-from lapis.tenants.quota import DAY, MINUTE, Consumption, Quota, month_start
+from lapis.tenants.quota import CENT, DAY, MINUTE, Consumption, Quota, month_start
 
 KEEP = {MINUTE: 2 * DAY, DAY: 62 * DAY}  # seconds; older sums decide nothing any more
 NO_WINDOW = -1  # no window begins there
@@ -98,6 +99,16 @@ class Standing:
     organization_used: Consumption
 
 
+@dataclass(frozen=True)
+class WorkLeft:
+    """What the jobs of a project may still use this month; None: no limit. Money is in NANO, below 0 if overdrawn."""
+
+    organization_id: str
+    gpu_seconds: float | None
+    cost: int | None
+    organization_cost: int | None
+
+
 def standing(connection: Connection, project_id: str, model: str, now: float) -> Standing:
     """Read by one query, and one more for each limit on what runs or on money that is set.
 
@@ -171,6 +182,46 @@ def month_sums(
         query = query.where(_windows.project_id.in_(mine))
     cost, gpu_ms = connection.execute(query).one()
     return int(cost or 0), int(gpu_ms or 0)
+
+
+def work_left(connection: Connection, now: float) -> dict[str, WorkLeft]:
+    """What is left this month for the jobs of projects with a limit on GPU time or money, their own or above them."""
+    of_project, of_all = projects.c.spend_per_month, organizations.c.spend_per_month
+    limits = (projects.c.gpu_seconds_per_month, of_project, of_all)
+    limited = (
+        sa.select(projects.c.id, projects.c.organization_id, *limits[:2], of_all.label("organization_spend"))
+        .join_from(projects, organizations)
+        .where(sa.or_(*(limit.is_not(None) for limit in limits)))
+    )
+    rows = connection.execute(limited).all()
+    if not rows:
+        return {}
+    used = {
+        row.project_id: (int(row.cost), int(row.gpu_ms))
+        for row in connection.execute(
+            sa.select(
+                _windows.project_id,
+                sa.func.sum(_windows.cost).label("cost"),
+                sa.func.sum(_windows.gpu_ms).label("gpu_ms"),
+            )
+            .where(_windows.model == "", _windows.seconds == DAY, _windows.start >= month_start(now))
+            .group_by(_windows.project_id)
+        )
+    }
+    spent: Counter[str] = Counter()
+    for row in rows:
+        spent[row.organization_id] += used.get(row.id, (0, 0))[0]
+    found = {}
+    for row in rows:
+        cost, gpu_ms = used.get(row.id, (0, 0))
+        gpus, mine, whole = row.gpu_seconds_per_month, row.spend_per_month, row.organization_spend
+        found[row.id] = WorkLeft(
+            row.organization_id,
+            None if gpus is None else gpus - gpu_ms / 1000,
+            None if mine is None else mine * CENT - cost,
+            None if whole is None else whole * CENT - spent[row.organization_id],
+        )
+    return found
 
 
 def quota_of(row: Any) -> Quota:
