@@ -128,8 +128,8 @@ def test_a_killed_run_ends_with_the_same_weights(home: Home, texts: Path, datase
     run = Run.create(home, "killed", config.to_toml(recipe), "1" * 64)
     for _ in range(3):
         child = start_child(home, run, dataset)
-        seen = len(run.events.read("step"))
-        while len(run.events.read("step")) < seen + 2 and child.poll() is None:
+        saved = len(run.events.read("checkpoint"))
+        while len(run.events.read("checkpoint")) == saved and child.poll() is None:
             time.sleep(0.01)
         child.kill()
         child.communicate()

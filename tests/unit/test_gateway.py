@@ -224,12 +224,13 @@ def test_what_the_model_cannot_run_reserves_nothing(bench: Bench) -> None:
     assert bench.ledger.consumption("default").requests_minute == 0
 
 
-def test_a_quota_is_asked_before_the_engine(bench: Bench) -> None:
+def test_what_a_quota_refuses_costs_nothing(bench: Bench) -> None:
     Tenants(bench.ledger.db).set_quota("default", Quota(tokens_per_minute=10), "test")
     with pytest.raises(LimitError) as caught:
         asyncio.run(bench.start(max_tokens=8))
     assert 0 < caught.value.retry_after <= 60
-    assert bench.deployment.load().stats()["finished"] == 0
+    balance = bench.ledger.balance("default")
+    assert (balance.entries, balance.open) == (0, 0)
 
 
 def test_after_a_refusal_the_engine_waits_for_the_ledger(

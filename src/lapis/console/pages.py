@@ -54,6 +54,7 @@ PLACES = (
     Place("/members", "Keys and members", members.show),
     Place("/audit", "Audit", audit.show, Scope.ADMIN, operator=True),
 )
+PATIENCE = 30.0  # seconds for a page's first content; a busy machine is no error
 DETAILS = (  # reached from a page, which stays marked in the navigation
     Place("/training/fine-tune", "Training", tuning.show_form, Scope.WORK_WRITE),
     Place("/training/fine-tune/{job_id}", "Training", tuning.show_job, Scope.WORK_READ),
@@ -67,7 +68,9 @@ DETAILS = (  # reached from a page, which stays marked in the navigation
 def create_pages(services: Services) -> FastAPI:
     """The app of all pages, to be mounted. NiceGUI keeps one set of pages in a process."""
     for place in (*PLACES, *DETAILS):
-        ui.page(place.path, title=f"{place.title} · Lapis", language="en-US")(_page(services, place))
+        title = f"{place.title} · Lapis"
+        page = ui.page(place.path, title=title, language="en-US", response_timeout=PATIENCE)
+        page(_page(services, place))
     app = FastAPI(openapi_url=None)
     files.add_routes(app, services)
     data.add_routes(app, services)
