@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +25,7 @@ from lapis.hashing import digest_json
 class Section(BaseModel):
     """A table of a recipe: frozen, no unknown keys, no silent conversion between types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def digest(self) -> str:
         """The digest of all resolved values, defaults included."""
@@ -70,6 +74,7 @@ def parse(
 
 def fields(schema: type[Section], prefix: str = "") -> Iterator[Field]:
     """Every setting of a recipe, in the order of its definition."""
+    texts = _texts(schema)
     for name, info in schema.model_fields.items():
         key = f"{prefix}{info.alias or name}"  # an alias where the word is one of Python's own
         inner = _section_of(info.annotation)
@@ -77,9 +82,28 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[Field]:
             yield from fields(inner, f"{key}.")
             continue
         default = "required" if info.is_required() else toml_value(_default(info))
-        yield Field(key, _type_name(info.annotation), default, (info.description or "").strip())
+        yield Field(key, _type_name(info.annotation), default, info.description or texts.get(name, ""))
         if inner is not None:
             yield from fields(inner, f"{key}[].")
+
+
+def _texts(schema: type[Section]) -> dict[str, str]:
+    """The sentence below each setting in the source of its class.
+
+    Read when it is asked for: pydantic would read all of them whenever a program starts, for a fifth of a second.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if not issubclass(base, Section) or base is Section:
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for setting, below in pairwise(definition.body):
+            if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name):
+                match below:
+                    case ast.Expr(ast.Constant(str(text))):
+                        found[setting.target.id] = inspect.cleandoc(text)
+    return found
 
 
 def to_toml(recipe: Section) -> str:

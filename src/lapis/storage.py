@@ -24,8 +24,11 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file beside its place, flush it to disk, then rename it into place. Raises StorageError if full."""
+def atomic_file(path: Path, *, name_later: bool = False) -> Iterator[IO[bytes]]:
+    """Write a file beside its place, flush it to disk, then rename it into place. Raises StorageError if full.
+
+    `name_later` leaves it to a later `sync_folder` to make its name durable; names become so in their order.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -34,14 +37,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if not name_later:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text atomically."""
-    with atomic_file(path) as file:
+def write_text(path: Path, text: str, *, name_later: bool = False) -> None:
+    """Replace a file's text atomically, as `atomic_file` does."""
+    with atomic_file(path, name_later=name_later) as file:
         file.write(text.encode())
 
 

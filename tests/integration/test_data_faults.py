@@ -170,8 +170,8 @@ def test_a_full_disk_is_an_error_and_the_next_run_finishes(
 
 
 def at_work(process: subprocess.Popen[bytes]) -> None:
-    """Wait until the workers of a run are there: more processes than the command and its resource tracker."""
-    while len(members(process.pid)) < 3:
+    """Wait until a worker of a run is there, beside the command, its resource tracker and what workers fork from."""
+    while len(members(process.pid)) < 4:
         time.sleep(0.01)
         assert process.poll() is None
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +22,7 @@ from lapis.data.pipeline import find, prepare
 from lapis.data.recipe import DataConfig, DedupConfig, HeldoutConfig, SourceConfig, TokenizerConfig
 from lapis.data.shards import Dataset
 from lapis.data.verdicts import Decided
-from lapis.data.workers import run_tasks
+from lapis.data.workers import kept_workers, run_tasks
 from lapis.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from lapis.home import Home
 from tests.texts import changed, prose, write_corpus
@@ -314,7 +317,63 @@ def test_two_at_once_make_one_dataset(home: Home, tmp_path: Path) -> None:
     assert len(found) == 3
 
 
-def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
-    with pytest.raises(UnavailableError, match="worker process ended") as caught:
-        list(run_tasks(os._exit, [3, 3, 3], 2))
-    assert "--workers 1" in caught.value.hint
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_worker_that_dies_is_an_error_not_a_hang(kept: bool) -> None:
+    with kept_workers(2 if kept else 1):
+        with pytest.raises(UnavailableError, match="worker process ended") as caught:
+            list(run_tasks(os._exit, [3, 3, 3], 2))
+        assert "--workers 1" in caught.value.hint
+
+
+def worker(_: int) -> int:
+    return os.getpid()
+
+
+def test_stages_share_their_workers() -> None:
+    with kept_workers(2):
+        found = [set(run_tasks(worker, range(20), 2)) for _ in range(3)]
+    assert len(set.union(*found)) == 2
+    assert os.getpid() not in set.union(*found)
+
+
+def test_when_a_task_fails_no_other_goes_on(tmp_path: Path) -> None:
+    with kept_workers(2), pytest.raises(ZeroDivisionError):
+        list(run_tasks(fail_or_write, [(n, tmp_path / str(n)) for n in range(9)], 2))
+    before = set(tmp_path.iterdir())
+    time.sleep(0.3)
+    assert set(tmp_path.iterdir()) == before
+    assert len(before) < 8
+
+
+def fail_or_write(task: tuple[int, Path]) -> None:
+    number, path = task
+    if not number:
+        raise ZeroDivisionError
+    time.sleep(0.2)
+    path.touch()
+
+
+def test_workers_see_what_their_parent_sees_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    list(run_tasks(worker, range(2), 2))  # what workers are forked from is there
+    monkeypatch.setenv("LAPIS_TEST_SEEN", "now")
+    assert set(run_tasks(os.getenv, ["LAPIS_TEST_SEEN"] * 2, 2)) == {"now"}
+
+
+def test_nothing_is_loaded_from_the_folder_that_the_user_is_in(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "xxhash.py").write_text("raise SystemExit('this is a file of the user')")
+    command = tmp_path / "bin" / "lapis"  # as an installed command, it has its own folder on the path
+    command.parent.mkdir()
+    command.write_text("from lapis.cli.main import main\nif __name__ == '__main__':\n    main()\n")
+    folder = write_corpus(tmp_path / "a", 60)
+    (tmp_path / "recipe.toml").write_text(
+        f"[data]\n[[data.sources]]\npath = '{folder}'\n[data.heldout]\nmin_bytes = 2000\n"
+        "[tokenizer]\nvocab_size = 400\n[train]\nsteps = 1\n"
+    )
+    done = subprocess.run(
+        [sys.executable, command, "data", "prepare", "recipe.toml", "--workers", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "LAPIS_HOME": str(home.root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "file of the user" in done.stderr) == (0, False), done.stderr

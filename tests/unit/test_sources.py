@@ -72,6 +72,42 @@ def test_parquet_is_cut_into_spans_of_rows(tmp_path: Path, monkeypatch: pytest.M
     assert [one.path for one in documents(source(path))] == [f"rows.parquet#{n}" for n in range(6)]
 
 
+def test_a_row_group_is_read_in_any_order_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.data.formats.parquet.BATCH_ROWS", 7)
+    monkeypatch.setattr("lapis.data.formats.part.SPAN_BYTES", 1000)
+    rows = [{"text": prose(n)} for n in range(200)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=90)
+    parts = plan_parts(list_inputs(DataConfig(sources=(source(tmp_path / "rows.parquet"),))).inputs)
+    assert len(parts) > 12
+    orders = [
+        [*range(len(parts))],
+        [*range(len(parts))][::-1],
+        [*range(0, len(parts), 2)],
+        [3, 4, 3, 9, 1, 2],
+    ]
+    for order in orders:
+        for part in (parts[n] for n in order):
+            first = part.row_group * 90
+            found = [one.text for one in read_part(part, 10_000) if isinstance(one, Document)]
+            assert found == [row["text"] for row in rows[first + part.start : first + part.stop]]
+
+
+def test_a_parquet_file_that_is_written_again_is_not_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.data.formats.part.SPAN_BYTES", 1000)
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([{"text": prose(n)} for n in range(50)])
+    parquet.write_table(table, path)
+    first, second, *_ = plan_parts(list_inputs(DataConfig(sources=(source(path),))).inputs)
+    assert all(isinstance(one, Document) for one in read_part(first, 10_000))
+    path.unlink()
+    parquet.write_table(table.slice(1), path)
+    assert [one.reason for one in read_part(second, 10_000)] == ["changed while it was read"]
+
+
 def test_broken_records_are_counted_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [

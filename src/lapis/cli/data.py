@@ -47,12 +47,16 @@ def prepare(
     recipe: Path, sets: tuple[str, ...], workers: int, on: Literal["processes", "ray"], as_json: bool
 ) -> None:
     """Make the dataset that RECIPE describes; what is done already is not done again."""
+    from lapis.data.workers import warm_up
+
+    if workers and on == "ray":
+        raise click.UsageError("--on ray uses all cores of the cluster: leave --workers out.")
+    if on == "processes":
+        warm_up(workers)  # before this process loads the same
     from lapis.data.pipeline import prepare as prepare_data
     from lapis.home import Home
     from lapis.log import progress
 
-    if workers and on == "ray":
-        raise click.UsageError("--on ray uses all cores of the cluster: leave --workers out.")
     loaded = _recipe(recipe, sets)
     with progress("data") as report:
         dataset = prepare_data(

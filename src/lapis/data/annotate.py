@@ -103,7 +103,7 @@ def _annotate(path: Path, number: int, wanted: list[tuple[Annotator, Path]]) -> 
                 writers[n].write(batch)
                 seconds[n] += time.thread_time() - began
     for (_, at), spent in zip(wanted, seconds, strict=True):
-        write_text(part_facts(at, number), json.dumps({"seconds": round(spent, 3)}))
+        write_text(part_facts(at, number), json.dumps({"seconds": round(spent, 3)}), name_later=True)
 
 
 def annotation_seconds(folder: Path) -> float:

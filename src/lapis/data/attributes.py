@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from lapis.data.workers import run_tasks
 from lapis.log import Progress
 from lapis.storage import storage_errors
 
-DOCUMENTS_VERSION = 2  # raise it when reading or repair gives other bytes for the same input
+DOCUMENTS_VERSION = 3  # raise it when reading or repair gives other bytes for the same input
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ class Annotated:
             self.documents.folder, made.get("pii"), data.pii.kinds("mask"), cut, prose.c4_line_end
         )
 
+    @cached_property
     def columns(self) -> dict[str, Columns]:
-        """What is known about every document: a table for "documents" and for each annotator's name."""
+        """What is known about every document: a table for "documents" and for each annotator's name.
+
+        The stages have to be finished.
+        """
         found: dict[str, Columns] = {"documents": DocumentTable(self.documents.folder)}
         for annotator, stage in self.attributes:
             found[annotator.name] = Columns(stage.folder, annotator.schema)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lapis.data.dedup import HASHES
 from lapis.data.words import mixed
-from lapis.data.workers import run_tasks
+from lapis.data.workers import run_tasks, workers_at_hand
 
 BANDS, ROWS = (
     22,
@@ -56,7 +56,7 @@ def near_duplicates(
     `rows_D` are what `shingles` knows the documents by.
     """
     count = len(opened(sketches))
-    workers = workers if count >= WORTH_WORKERS else 1
+    workers = workers if count >= WORTH_WORKERS else workers_at_hand(workers)
     passes = max(1, math.ceil(workers * BYTES_EACH * count / memory))
     shares = np.array_split(np.arange(BANDS), workers)
     tasks = [_BandTask(sketches, tuple(share.tolist()), threshold, passes) for share in shares]

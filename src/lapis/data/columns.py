@@ -54,7 +54,7 @@ class PartWriter:
 @contextmanager
 def part_writer(path: Path, schema: pa.Schema) -> Iterator[PartWriter]:
     """Write a part's file; it appears under its name when all rows are in it."""
-    with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_file(path, name_later=True) as file, pa.ipc.new_file(file, schema) as writer:
         part = PartWriter(writer)
         yield part
         part.flush()

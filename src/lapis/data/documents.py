@@ -108,7 +108,11 @@ class PartFacts:
     def write(self, path: Path) -> None:
         """Write the JSON file atomically."""
         steps = [step.plain() for step in self.steps]
-        write_text(path, json.dumps({"steps": steps, "raw_bytes": self.raw_bytes, "lost": self.lost}))
+        write_text(
+            path,
+            json.dumps({"steps": steps, "raw_bytes": self.raw_bytes, "lost": self.lost}),
+            name_later=True,
+        )
 
 
 class _Row(NamedTuple):

@@ -86,7 +86,7 @@ def page(dataset: Dataset, decided: Decided, shown: Shown) -> str:
     """The page as HTML; text of documents is escaped."""
     manifest = dataset.manifest
     return str(
-        _template().render(
+        template().render(
             digest=dataset.digest,
             manifest=manifest,
             licences=sorted(manifest["licences"], key=lambda row: -row["tokens"]),
@@ -162,7 +162,8 @@ def _some(shown: Shown, rows: Rows, chars: int) -> list[Sample]:
 
 
 @cache
-def _template() -> Any:
+def template() -> Any:
+    """The page without a dataset, ready to be filled in."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,7 +28,7 @@ from lapis.data.croissant import FILE as CARD
 from lapis.data.croissant import write_card
 from lapis.data.documents import DocumentTable
 from lapis.data.language import language_counts
-from lapis.data.page import Shown, shown_texts, write_page
+from lapis.data.page import Shown, shown_texts, template, write_page
 from lapis.data.policy import note_overlap, policy_of
 from lapis.data.recipe import DataConfig, TokenizerConfig
 from lapis.data.remove import RemovalList
@@ -38,7 +39,7 @@ from lapis.data.split import Means, Split, split_documents
 from lapis.data.stage import Stage
 from lapis.data.training_texts import TrainingTexts
 from lapis.data.verdicts import Decided
-from lapis.data.workers import Room, run_tasks, tasks_elsewhere, worker_count
+from lapis.data.workers import Room, kept_workers, run_tasks, tasks_elsewhere, worker_count
 from lapis.errors import NotFoundError
 from lapis.home import Home
 from lapis.log import Progress, silent
@@ -94,15 +95,17 @@ def prepare_listed(
 ) -> Dataset:
     """Make the dataset of some listed files, or of a sample of their documents."""
     data, root = reading.data, reading.root
-    made = annotate(reading, room.workers, progress)
-    split = _split(data, made, root, room, progress)
-    texts = made.training_texts(data)
-    vocabulary = _tokenizer(tokenizer, texts, split, root, progress)
     removed = RemovalList(root)
-    standing = removed.stands_for(_tokens_stage(split, vocabulary, root).folder.name)
-    if standing is not None:
-        return standing
-    tokens = _encode(texts, split, vocabulary, root, room.workers, progress)
+    with kept_workers(room.workers), ThreadPoolExecutor(1) as aside:
+        given = aside.submit(_given, tokenizer)
+        made = annotate(reading, room.workers, progress)
+        split = _split(data, made, root, room, progress)
+        texts = made.training_texts(data)
+        vocabulary = _tokenizer(tokenizer, given.result(), texts, split, root, progress)
+        standing = removed.stands_for(_tokens_stage(split, vocabulary, root).folder.name)
+        if standing is not None:
+            return standing
+        tokens = _encode(texts, split, vocabulary, root, room.workers, progress)
     shown = Shown(shown_texts(texts, data), removed.removals())
     return _described(removed.apply(Dataset.open(tokens.folder)), split, shown)
 
@@ -160,14 +163,14 @@ def _split(data: DataConfig, made: Annotated, root: Path, room: Room, progress: 
         np.save(folder / "heldout.npy", found.heldout)
         found.verdicts.write(folder, [one.folder.name for one in made.stages])
         write_text(folder / "policy.json", json.dumps(policy))
-        note_overlap(data, found.steps, made.columns(), policy)
+        note_overlap(data, found.steps, made.columns, policy)
         write_report(folder, found.steps)
     return stage
 
 
 def decided(data: DataConfig, made: Annotated, means: Means) -> Split:
     """What a recipe decides from the attributes that are there."""
-    attributes = made.columns()
+    attributes = made.columns
     table = DocumentTable(made.documents.folder)
     steps = read_report(made.documents.folder)
     rows = within(data.max_bytes, made.documents.folder, table)
@@ -198,9 +201,13 @@ def _split_stage(data: DataConfig, made: Annotated, root: Path) -> Stage:
 
 
 def _tokenizer(
-    config: TokenizerConfig, texts: TrainingTexts, split: Stage, root: Path, progress: Progress
+    config: TokenizerConfig,
+    given: Tokenizer | None,
+    texts: TrainingTexts,
+    split: Stage,
+    root: Path,
+    progress: Progress,
 ) -> Stage:
-    given = _given(config)
     stage = _tokenizer_stage(config, given, split, root)
     if stage.done:
         return stage
@@ -264,16 +271,23 @@ def _encode(
             return stage
         with storage_errors(stage.work):
             stage.work.mkdir(exist_ok=True)
-        step, shards = _encode_shards(texts, split, vocabulary, stage.work, workers, progress)
-        held = [texts.document(row) for row in np.load(split.folder / "heldout.npy").tolist()]
-        tokenizer = Tokenizer.load(vocabulary.folder / "tokenizer.json")
+        with ThreadPoolExecutor(1) as aside:  # this process has nothing else to do while workers encode
+            held = aside.submit(_held_out, texts, split, stage.work)
+            tokenizer = aside.submit(Tokenizer.load, vocabulary.folder / "tokenizer.json")
+            aside.submit(template)
+            step, shards = _encode_shards(texts, split, vocabulary, stage.work, workers, progress)
         policy = json.loads((split.folder / "policy.json").read_text())
-        write_manifest(stage.work, tokenizer, shards, write_heldout(stage.work, held), policy)
+        write_manifest(stage.work, tokenizer.result(), shards, held.result(), policy)
         write_report(stage.work, [*read_report(split.folder), *read_report(vocabulary.folder), step])
         for facts in stage.work.glob("shard-*.json"):
             facts.unlink()
         stage.commit(stage.work)
     return stage
+
+
+def _held_out(texts: TrainingTexts, split: Stage, folder: Path) -> dict[str, Any]:
+    rows = np.load(split.folder / "heldout.npy").tolist()
+    return write_heldout(folder, map(texts.document, rows))
 
 
 def _encode_shards(
@@ -319,7 +333,7 @@ def _encode_shard(task: _EncodeTask) -> dict[str, Any]:
     documents = map(task.texts.document, task.rows)
     shard = write_shard(task.folder, task.number, documents, _loaded(task.tokenizer))
     shard["seconds"] = time.thread_time() - began
-    write_text(task.facts, json.dumps(shard))
+    write_text(task.facts, json.dumps(shard), name_later=True)
     return shard
 
 

@@ -151,14 +151,14 @@ def _larger(reading: Reading, workers: int, progress: Progress) -> _Larger:
     read, repair = read_report(made.documents.folder)[1:3]
     rate = chosen_parts(reading.listing, sample)[1] * repair.documents_in / max(1, read.documents_out)
     rows, kept = _cheaply_kept(data, made)
-    columns = made.columns()
+    columns = made.columns
     sizes = _documents(columns).sizes()
     return _Larger(kept, dropped_shares(duplicates(columns, rows, data.dedup), sizes[rows], rate))
 
 
 def _cheaply_kept(data: DataConfig, made: Annotated) -> tuple[Rows, Shares]:
     """The documents of a sample that the cheap rules keep, and their part of it."""
-    columns = made.columns()
+    columns = made.columns
     sizes = _documents(columns).sizes()
     cheap = [rule for rule in rules(data) if rule.step in CHEAP]
     left, _ = decide(cheap, columns, np.arange(len(sizes)), sizes, Verdicts.of(len(sizes)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lapis.data.formats import arrow, html, jsonl, parquet, pdf, text, warc
 from lapis.data.formats.packed import Broken
-from lapis.data.formats.part import Found, Part, skipped
+from lapis.data.formats.part import Found, Part, skipped, span_bytes
 from lapis.data.input import Input, Reader
 from lapis.data.recipe import SourceConfig
 from lapis.errors import InputError, UnavailableError
@@ -20,11 +20,12 @@ BATCH_FILES = 512
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How files of one format are read: their endings, the function that reads a part, how large ones are cut."""
+    """How files of one format are read: their endings, the function that reads a part, how large ones are cut
+    into spans of about so many bytes."""
 
     endings: tuple[str, ...]
     read: Callable[[Input, Part, int], Iterator[Found]]
-    spans: Callable[[Input], list[Part]] | None = None
+    spans: Callable[[Input, int], list[Part]] | None = None
     packages: tuple[str, ...] = ()
     """Optional packages that it needs."""
     extra: str = ""
@@ -55,6 +56,7 @@ def plan_parts(inputs: Iterable[Input]) -> list[Part]:
     """Cut the work into parts of a few MB, in the order of the inputs. Raises InputError for a wrong column."""
     inputs = list(inputs)
     parquet.check_columns([item for item in inputs if item.reader == "parquet"])
+    span = span_bytes(sum(item.size for item in inputs))
     parts: list[Part] = []
     batch: list[Input] = []
     for item in inputs:
@@ -67,7 +69,7 @@ def plan_parts(inputs: Iterable[Input]) -> list[Part]:
         if small:
             batch.append(item)
         else:
-            parts.extend(spans(item) if spans else [Part((item,))])
+            parts.extend(spans(item, span) if spans else [Part((item,))])
     if batch:
         parts.append(Part(tuple(batch)))
     return parts

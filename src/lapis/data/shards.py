@@ -68,8 +68,8 @@ def write_shard(
     tokens = size = 0
     table: dict[str, list[int]] = {}
     with (
-        atomic_file(folder / f"{name}.tokens") as ids_file,
-        atomic_file(folder / f"{name}.documents.jsonl") as entries_file,
+        atomic_file(folder / f"{name}.tokens", name_later=True) as ids_file,
+        atomic_file(folder / f"{name}.documents.jsonl", name_later=True) as entries_file,
     ):
         for batch in _batches(documents):
             ids, ends = tokenizer.encode_stream([document.text for document in batch])
@@ -81,7 +81,7 @@ def write_shard(
                 size += entry.bytes
                 entries_file.write(entry_line(entry))
                 count_entry(table, entry)
-    with atomic_file(folder / f"{name}.starts") as file:
+    with atomic_file(folder / f"{name}.starts", name_later=True) as file:
         file.write(np.array(starts, dtype="<i8").tobytes())
     counts = {"documents": len(starts), "tokens": tokens, "bytes": size}
     return {"name": name, **counts, "sha256": shard_digests(folder, name), "licences": table}

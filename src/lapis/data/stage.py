@@ -14,7 +14,7 @@ from typing import Any
 from lapis.errors import ConflictError
 from lapis.hashing import digest_json
 from lapis.log import Progress, silent
-from lapis.storage import lock, storage_errors, sync_folder, sync_tree
+from lapis.storage import lock, storage_errors, sync_folder
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class Stage:
                 self._sweep()  # a worker that failed has ended the others in the middle of their files
 
     def commit(self, work: Path) -> None:
-        """Give a finished work folder its name. If the stage is there already, it holds the same."""
+        """Give a finished work folder its name. If the stage is there already, it holds the same.
+
+        Its files were written with `atomic_file`, so all that is not on the disk yet are their names.
+        """
         with storage_errors(self.folder):
-            sync_tree(work)
+            sync_folder(work)
             if self.done:
                 shutil.rmtree(work)
             else:

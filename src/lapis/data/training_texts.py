@@ -6,9 +6,8 @@ What was read stays as it is, so a recipe can change its mind without reading ag
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +33,9 @@ class TrainingTexts:
     quality: Path | None = None  # the folder of the quality stage, if lines are cut
     line_end: bool = False  # cut those too that end in no mark
 
-    @cached_property
-    def _open(self) -> tuple[DocumentTable, Columns | None, Columns | None]:
-        spans = Columns(self.spans, SCHEMA) if self.spans else None
-        quality = Columns(self.quality, QualityAnnotator().schema) if self.quality else None
-        return DocumentTable(self.documents), spans, quality
-
     def document(self, row: int) -> Document:
         """One document; its id stays that of the text as it was read."""
-        table, spans, quality = self._open
+        table, spans, quality = _tables(self.documents, self.spans, self.quality)
         document = table.document(row)
         text = document.text
         if spans is not None:
@@ -53,10 +46,19 @@ class TrainingTexts:
 
     def sizes(self) -> NDArray[np.int64]:
         """UTF-8 bytes of every text as it was read."""
-        return self._open[0].sizes()
+        return _tables(self.documents, self.spans, self.quality)[0].sizes()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_open"}
+
+@lru_cache(maxsize=2)
+def _tables(
+    documents: Path, spans: Path | None, quality: Path | None
+) -> tuple[DocumentTable, Columns | None, Columns | None]:
+    """The tables of finished stages, opened once in a process."""
+    return (
+        DocumentTable(documents),
+        Columns(spans, SCHEMA) if spans else None,
+        Columns(quality, QualityAnnotator().schema) if quality else None,
+    )
 
 
 def _spans(part: pa.Table, place: int) -> list[Span]:

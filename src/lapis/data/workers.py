@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 from lapis.errors import UnavailableError
@@ -27,6 +28,12 @@ Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 """Yields function(task) for each task, in their order."""
 
 _elsewhere: ContextVar[Runner | None] = ContextVar("elsewhere", default=None)
+_kept: ContextVar[ProcessPoolExecutor | None] = ContextVar("kept", default=None)
+
+# Workers are forked from a process that has loaded these and does nothing else, so none of them loads them again.
+_CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ("lapis.cli.main", "lapis.data.pipeline")
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 def worker_count(wanted: int = 0) -> int:
@@ -65,34 +72,89 @@ def tasks_elsewhere(runner: Runner) -> Iterator[None]:
         _elsewhere.reset(before)
 
 
+@contextmanager
+def kept_workers(count: int) -> Iterator[None]:
+    """Keep one set of worker processes for every `run_tasks` inside, in place of a new one for each.
+
+    They start with the first tasks, and end by themselves afterwards.
+    """
+    if count <= 1:
+        yield
+        return
+    with _opened(count) as pool:
+        before = _kept.set(pool)
+        try:
+            yield
+        finally:
+            _kept.reset(before)
+
+
+def workers_at_hand(wanted: int) -> int:
+    """How many workers to use for what is done sooner than a process starts: those that are there already."""
+    return wanted if _kept.get() is not None and _elsewhere.get() is None else 1
+
+
+def warm_up(workers: int) -> None:
+    """Start the process that workers are forked from. It loads what they need while this one goes on."""
+    if worker_count(workers) <= 1:
+        return
+    _CONTEXT.set_forkserver_preload(list(PRELOADED))
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"  # modules come from where they are installed, none from the user's folder
+    try:
+        resource_tracker.ensure_running()  # it lets interrupts through again
+        with _interrupts_held():
+            forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
+
+
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
     """Yield function(task) for each task in order; one worker means this process.
 
     Raises what a task raises, and UnavailableError if a worker dies (as one does that runs out of memory).
     """
     workers = min(workers, len(tasks))
-    runner = _elsewhere.get()
+    runner, kept = _elsewhere.get(), _kept.get()
     if runner is not None and len(tasks) > 1:
         yield from runner(function, tasks)
-        return
-    if workers <= 1:
+    elif workers <= 1:
         yield from map(function, tasks)
-        return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    elif kept is not None:
+        yield from _results(kept, function, tasks, workers)
+    else:
+        with _opened(workers) as pool:
+            yield from _results(pool, function, tasks, workers)
+
+
+@contextmanager
+def _opened(workers: int) -> Iterator[ProcessPoolExecutor]:
+    warm_up(workers)
+    pool = ProcessPoolExecutor(workers, _CONTEXT, initializer=_begin, initargs=(dict(os.environ),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _results(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
     try:
         yield from _ordered(pool, function, tasks, workers)
-    except BrokenProcessPool as error:
-        raise UnavailableError(
-            "A worker process ended unexpectedly: most often the machine is out of memory.",
-            hint="Run the same command again with fewer workers (--workers 1); finished parts are kept.",
-        ) from error
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
+    except BaseException as error:
+        for process in list((pool._processes or {}).values()):
             process.kill()  # parts commit atomically, so nothing is lost
+        pool.shutdown(wait=True, cancel_futures=True)  # nobody writes any more when this is over
+        if isinstance(error, BrokenProcessPool):
+            raise UnavailableError(
+                "A worker process ended unexpectedly: most often the machine is out of memory.",
+                hint="Run the same command again with fewer workers (--workers 1); finished parts are kept.",
+            ) from error
         raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _ordered(
@@ -110,7 +172,7 @@ def _ordered(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while a worker is started: it inherits that, and is not hit before `_begin` has run."""
+    """Hold Ctrl-C back while a process is started: it inherits that, and is not hit before it is ready for it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -118,9 +180,11 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
-    """What a worker does first: leave Ctrl-C to its parent, end with it, and use one core."""
+def _begin(environment: dict[str, str]) -> None:
+    """What a worker does first: leave Ctrl-C to its parent, end with it, see what it sees, and use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

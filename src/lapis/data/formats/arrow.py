@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lapis.data.formats import part as sizes
 from lapis.data.formats.parquet import BATCH_ROWS, columns, rows
 from lapis.data.formats.part import Found, Part, byte_spans, skipped
 from lapis.data.input import Input
@@ -15,9 +14,9 @@ MAGIC = b"ARROW1"
 STREAM = b"\xff\xff\xff\xff"  # how every message of a stream begins
 
 
-def spans(item: Input) -> list[Part]:
+def spans(item: Input, span: int) -> list[Part]:
     """Spans of bytes, where the file is local: a batch belongs to the span in which it starts."""
-    return [Part((item,))] if "://" in item.path else byte_spans(item, sizes.SPAN_BYTES)
+    return [Part((item,))] if "://" in item.path else byte_spans(item, span)
 
 
 def read(item: Input, part: Part, limit: int) -> Iterator[Found]:

@@ -20,10 +20,10 @@ PACKED_SPANS = 8  # most spans of a compressed file
 Block = tuple[int, bytes, bool]  # offset, bytes, and whether lines that start in it belong to the span
 
 
-def spans(item: Input) -> list[Part]:
+def spans(item: Input, span: int) -> list[Part]:
     """The spans of a file; a compressed one behind a URL is not fetched several times."""
     if not compressed(item):
-        return byte_spans(item, sizes.SPAN_BYTES)
+        return byte_spans(item, span)
     if "://" in item.path:
         return [Part((item,))]
     return byte_spans(item, max(sizes.SPAN_BYTES // 4, -(-item.size // PACKED_SPANS)))

@@ -10,7 +10,8 @@ from lapis.data.input import Input
 from lapis.data.recipe import kind_named
 from lapis.data.text_files import COMPRESSIONS, ending, inner_ending
 
-SPAN_BYTES = 16 << 20  # big files are read by the span, where their format allows
+SPAN_BYTES, LEAST_SPAN = 16 << 20, 4 << 20  # big files are read by the span, where their format allows
+SPANS = 64  # so many are wanted: the fewer they are, the longer one worker is waited for at the end
 BLOCK = 1 << 22  # bytes of a text file decoded at once
 MAX_RECORD = 32 << 20  # bytes of one JSON line, row or page
 
@@ -49,6 +50,11 @@ class Part:
         return (
             item.name if self.stop < 0 else f"{item.name}#{max(self.row_group, 0)}.{self.start}-{self.stop}"
         )
+
+
+def span_bytes(total: int) -> int:
+    """How large the spans are in which so many bytes of files are read."""
+    return min(max(total // SPANS, LEAST_SPAN), SPAN_BYTES)
 
 
 def byte_spans(item: Input, size: int) -> list[Part]:

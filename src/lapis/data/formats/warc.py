@@ -26,9 +26,9 @@ SPANS = 4  # a span of compressed pages is worth more work than one of text
 SKIPPED_AT_MOST = 64  # records longer than so many MAX_RECORD are not even unpacked
 
 
-def spans(item: Input) -> list[Part]:
+def spans(item: Input, span: int) -> list[Part]:
     """Spans of bytes if the file is compressed by the record; else the whole file."""
-    return byte_spans(item, sizes.SPAN_BYTES // SPANS) if ending(item.name) == ".gz" else [Part((item,))]
+    return byte_spans(item, span // SPANS) if ending(item.name) == ".gz" else [Part((item,))]
 
 
 def read(item: Input, part: Part, limit: int) -> Iterator[Found]:
