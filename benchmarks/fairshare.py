@@ -10,6 +10,7 @@ first served, and priority alone.
 from __future__ import annotations
 
 import argparse
+import pickle
 import random
 import statistics
 import time
@@ -88,6 +89,9 @@ def main() -> None:
     nodes = [Node(f"node-{n}", Resources(96, 8, 768 * GIB)) for n in range(options.nodes)]
     waiting = [draw_job(rng, n, State.QUEUED) for n in range(options.waiting)]
     waiting.sort(key=lambda job: job.created_at)
+    waiting = pickle.loads(
+        pickle.dumps(waiting)
+    )  # so they lie in memory as the queue reads them: in its order
     shares = {
         f"project-{n}": Share(rng.choice([1.0, 2.0, 4.0]), (rng.uniform(0, 1e9), rng.uniform(0, 1e8), 0))
         for n in range(PROJECTS)

@@ -41,7 +41,7 @@ def _in_order(
                 continue
             break
         room.take(placement, each)
-        starts[job.id] = {nodes[node].name: ranks for node, ranks in placement}
+        starts[job.id] = {nodes[node].name: ranks for node, ranks in placement.items()}
     return starts
 
 

@@ -147,7 +147,9 @@ def test_a_lost_job_is_requeued_once(queue: JobQueue, clock: Clock) -> None:
     job = queue.submit(SPEC, "os:ana")
     lease = queue.claim(job, "e")
     assert lease is not None
-    queue.requeue(lease, "lost", 1)
+    queue.started(lease)
+    again = queue.requeue(lease, "lost", 1)
+    assert (again.state, again.started_at) == (State.QUEUED, None)  # the lost attempt's start is not its own
     with pytest.raises(ConflictError):
         queue.requeue(lease, "lost", 1)
     assert queue.claim(job, "e") is None  # what was read before the loss is out of date
@@ -277,6 +279,7 @@ def test_a_preempted_job_comes_back_to_its_place_and_its_use_is_counted(
     clock.now += HALF_LIFE
     stopped = queue.preempted(lease, "stopped for job_2", 143)
     assert (stopped.state, stopped.preempt_at, stopped.exit_code) == (State.PREEMPTED, None, 143)
+    assert stopped.started_at is None
     queue.queue_preempted()
     assert queue.list(State.QUEUED)[0].id == job.id
     unit = HALF_LIFE / math.log(2) / 2  # the integral of 2^(-t / half-life) over one half-life

@@ -46,14 +46,14 @@ def schedule(
     """Decide over the jobs that wait and those that start or run on these nodes. Equal input, equal decision."""
     turn = Turn(waiting, active, nodes, shares, now, policy or Policy())
     turn.decide()
-    names = [node.name for node in nodes]
+    names, jobs = [node.name for node in nodes], turn.waiting.jobs
     return Schedule(
         starts={
-            turn.waiting.jobs[index].id: {names[node]: ranks for node, ranks in placement}
+            jobs[index].id: {names[node]: ranks for node, ranks in placement.items()}
             for index, placement in turn.starts.items()
         },
-        firsts=frozenset(turn.waiting.jobs[index].id for index in turn.firsts),
-        preemptions={victim.id: turn.waiting.jobs[index].id for victim, index in turn.preemptions},
+        firsts=frozenset(jobs[index].id for index in turn.firsts),
+        preemptions={victim.id: jobs[index].id for victim, index in turn.preemptions},
         refused=turn.refused,
         turn=turn,
     )

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lapis.jobs.columns import Matrix
-from lapis.jobs.turn import Tenant, Turn
+from lapis.jobs.tenant import Tenant
+from lapis.jobs.turn import Turn
 
 
 class Wait(NamedTuple):
@@ -27,10 +28,10 @@ def explain(turn: Turn) -> dict[str, Wait]:
     if not order:
         return {}
     starts = _starts(turn, order)
-    standing = {name: _standing(turn, tenant) for name, tenant in turn.tenants.items()}
-    jobs, projects = turn.waiting.jobs, turn.waiting.projects
+    standing = {name: _standing(tenant) for name, tenant in turn.tenants.items()}
+    jobs = turn.waiting.jobs
     waits = {
-        jobs[index].id: Wait(f"{before} waiting jobs go first; {standing[projects[index]]}", at)
+        jobs[index].id: Wait(f"{before} waiting jobs go first; {standing[jobs[index].project_id]}", at)
         for before, (index, at) in enumerate(zip(order, starts, strict=True))
     }
     for index in (*turn.kept_public, *turn.would_delay):
@@ -56,15 +57,15 @@ def _refusal(turn: Turn, index: int) -> str:
         )
     head = turn.head
     assert head is not None
-    first, project = turn.waiting.jobs[head.index], turn.waiting.projects[index]
-    known = first.project_id == project  # nobody learns of another project's jobs
+    first, job = turn.waiting.jobs[head.index], turn.waiting.jobs[index]
+    known = first.project_id == job.project_id  # nobody learns of another project's jobs
     text = f"it would delay {first.id if known else 'a job of another project'}, which goes first"
     left = int((head.at - turn.now) // 60)
     return f"{text}; with a time limit of {left} min it could start now" if left else text
 
 
-def _standing(turn: Turn, tenant: Tenant) -> str:
-    return f"its project holds {turn.part(tenant):.0%} and is due {tenant.due:.0%}"
+def _standing(tenant: Tenant) -> str:
+    return f"its project holds {tenant.part():.0%} and is due {tenant.due:.0%}"
 
 
 def _order(turn: Turn) -> list[int]:

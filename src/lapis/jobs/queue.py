@@ -42,6 +42,11 @@ LEASE = 15.0  # seconds that a holder may be silent before another one may take 
 _FREE: dict[str, Any] = dict.fromkeys(
     ("lease_token", "lease_until", "places", "preempt_at", "preempt_for"),
 )
+_AGAIN: dict[str, Any] = {
+    **_FREE,
+    "executor": None,
+    "started_at": None,
+}  # and what one that waits again loses
 
 
 @dataclass(frozen=True)
@@ -218,12 +223,11 @@ class JobQueue:
 
     def requeue(self, lease: Lease, reason: str, losses: int, seconds: float | None = None) -> Job:
         """Put a job, lost so often, back to its place in the queue. Raises ConflictError: lease lost."""
-        return self._move(lease, State.QUEUED, seconds, reason=reason, losses=losses, executor=None, **_FREE)
+        return self._move(lease, State.QUEUED, seconds, reason=reason, losses=losses, **_AGAIN)
 
     def preempted(self, lease: Lease, reason: str, exit_code: int | None) -> Job:
         """Record that a job stopped for another one. Raises ConflictError if the lease is lost."""
-        stopped: dict[str, Any] = {"reason": reason, "exit_code": exit_code, "executor": None}
-        return self._move(lease, State.PREEMPTED, **stopped, **_FREE)
+        return self._move(lease, State.PREEMPTED, reason=reason, exit_code=exit_code, **_AGAIN)
 
     def queue_preempted(self) -> None:
         """Give the jobs that stopped for others their old places in the queue back."""

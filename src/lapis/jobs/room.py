@@ -7,6 +7,8 @@ decision a room only shrinks, so a node that was too small for a shape is never 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,23 +17,34 @@ from lapis.jobs.columns import Matrix, Numbers
 from lapis.jobs.placement import EPSILON
 from lapis.jobs.shares import Amounts
 
-Placement = list[tuple[int, int]]  # node's index, ranks there
+Placement = dict[int, int]  # ranks by the index of their node
+MANY = 2.0**31  # more ranks than any job has
 STALE = 64  # placements after which nodes are put in order anew
 
 
 def counts(free: Matrix, each: Amounts) -> Numbers:
     """How many ranks fit into each row of what is free."""
-    fitting = np.full(len(free), np.inf)
+    whole: Numbers = np.maximum(_fitting(free, each), 0.0).astype(np.int64)
+    return whole
+
+
+def _fitting(free: Matrix, each: Amounts) -> Matrix:
+    """The same with its fractions; less than 0 where more is taken than there is."""
+    fitting: Matrix | None = None
     for resource, amount in enumerate(each):
         if amount:
-            fitting = np.minimum(fitting, free[:, resource] / amount + EPSILON)
-    whole: Numbers = np.clip(fitting, 0, 2**31).astype(np.int64)
-    return whole
+            ratio = free[:, resource] / amount
+            fitting = ratio if fitting is None else np.minimum(fitting, ratio, out=fitting)
+    if fitting is None:
+        return np.full(len(free), MANY)
+    np.minimum(fitting, MANY, out=fitting)
+    fitting += EPSILON
+    return fitting
 
 
 def fits(free: Sequence[float], each: Amounts) -> int:
     """How many ranks fit into one row of what is free."""
-    fitting = float(2**31)
+    fitting = MANY
     for resource, amount in enumerate(each):
         if amount:
             fitting = min(fitting, free[resource] / amount + EPSILON)
@@ -40,45 +53,64 @@ def fits(free: Sequence[float], each: Amounts) -> int:
 
 def gather(free: Matrix, each: Amounts, ranks: int) -> Placement | None:
     """Places for all ranks on as few nodes as can be, the emptiest first; None if they do not all fit."""
-    fitting = counts(free, each)
-    if int(fitting.sum()) < ranks:
+    fitting = _fitting(free, each)
+    most = int(np.maximum.reduce(fitting, initial=0.0))
+    if most >= ranks:  # one node is enough: the fullest of those that can
+        alone = (fitting >= ranks).nonzero()[0]
+        return {int(alone[fitting[alone].astype(np.int64).argmin()]): ranks}
+    emptiest = (fitting >= most).nonzero()[0]
+    if most * len(emptiest) >= ranks:
+        nodes = emptiest[: -(-ranks // most)].tolist()
+        placement = dict.fromkeys(nodes, most)
+        placement[nodes[-1]] = ranks - most * (len(nodes) - 1)
+        return placement
+    whole = counts(free, each)
+    if int(whole.sum()) < ranks:
         return None
-    alone = np.flatnonzero(fitting >= ranks)
-    if len(alone):  # one node is enough: the fullest of those that can
-        return [(int(alone[np.argmin(fitting[alone])]), ranks)]
-    most = int(fitting.max())
-    emptiest = np.flatnonzero(fitting == most)
-    if most * len(emptiest) < ranks:
-        emptiest = np.argsort(-fitting, kind="stable")
-    placement, left = [], ranks
-    for node in emptiest.tolist():
-        taken = min(left, int(fitting[node]))
-        placement.append((node, taken))
-        left -= taken
+    placement, left = {}, ranks
+    for node in np.argsort(-whole, kind="stable")[:ranks].tolist():
+        placement[node] = min(left, int(whole[node]))
+        left -= placement[node]
         if not left:
             break
     return placement
 
 
-def amounts(placement: Placement, each: Amounts, nodes: int) -> Matrix:
-    """What a placement takes of every node."""
-    taken = np.zeros((nodes, 3))
-    for node, ranks in placement:
-        taken[node] += np.multiply(each, ranks)
-    return taken
+def places(placements: Sequence[Placement], each: Sequence[Amounts]) -> tuple[Numbers, Numbers, Matrix]:
+    """Of each node of some placements: of which one it is, the node, and what it gives."""
+    of: Numbers = np.repeat(
+        np.arange(len(placements)), np.array([len(nodes) for nodes in placements], np.int64)
+    )
+    nodes: Numbers = np.array([node for nodes in placements for node in nodes], np.int64)
+    ranks: Numbers = np.array([ranks for nodes in placements for ranks in nodes.values()], np.int64)
+    given: Matrix = np.array(each, float).reshape(-1, 3)[of] * ranks[:, None]
+    return of, nodes, given
+
+
+@dataclass(slots=True)
+class Cursor:
+    """The nodes to try for a shape, and how many of them have no room for it any more."""
+
+    nodes: list[int]
+    at: int = 0
 
 
 class Room:
-    """What is free on each node. Shrinks while jobs are placed."""
+    """What is free on each node. Shrinks while jobs are placed.
+
+    All nodes at once are compared by what was free at the last look at them, single ones by what is free now.
+    """
 
     def __init__(self, free: Matrix, has_gpus: npt.NDArray[np.bool_]) -> None:
-        self.rows: list[list[float]] = free.tolist()
+        # The same numbers twice: lists are quick to read one at a time, columns of a matrix all at once.
+        self.cpus, self.gpus, self.memory = (free[:, resource].tolist() for resource in range(3))
+        self._free: Matrix = np.array(free, order="F")
+        self._columns: list[memoryview[Any]] = [self._free[:, resource].data for resource in range(3)]
         self._has_gpus = has_gpus
-        self._free = free.copy()
-        self._changed: set[int] = set()  # nodes whose rows are no longer those of `_free`
+        self._seen = np.copy(self._free)  # at the last look
         self._since_order = 0
         self._orders: dict[bool, Numbers] = {}
-        self._cursors: dict[Amounts, tuple[list[int], int]] = {}
+        self._cursors: dict[Amounts, Cursor] = {}
         self._failed: dict[Amounts, int] = {}  # ranks of this shape that did not fit
         self._most: list[float] = free.max(axis=0).tolist() if len(free) else [0.0, 0.0, 0.0]
 
@@ -87,75 +119,88 @@ class Room:
         failed = self._failed.get(each)
         if failed is not None and ranks >= failed:
             return None
-        placement = self._on_one_node(each, ranks)
-        if placement is None and ranks > 1:
-            self._renew()
-            placement = gather(self._free, each, ranks)
+        node = self._one_node(each[0] * ranks, each[1] * ranks, each[2] * ranks)
+        if node is not None:
+            return {node: ranks}
+        placement = gather(self._look(), each, ranks) if ranks > 1 else None
         if placement is None:
             self._failed[each] = ranks
         return placement
 
     def take(self, placement: Placement, each: Amounts) -> None:
         """Make the room smaller by a placement."""
-        for node, ranks in placement:
-            row = self.rows[node]
-            row[0] -= each[0] * ranks
-            row[1] -= each[1] * ranks
-            row[2] -= each[2] * ranks
-            self._changed.add(node)
+        cpus, gpus, memory = each
+        for node, ranks in placement.items():
+            self._set(
+                node,
+                self.cpus[node] - cpus * ranks,
+                self.gpus[node] - gpus * ranks,
+                self.memory[node] - memory * ranks,
+            )
         self._since_order += 1
 
-    def cap(self, node: int, row: Sequence[float]) -> None:
+    def row(self, node: int) -> Amounts:
+        """What is free on a node."""
+        return self.cpus[node], self.gpus[node], self.memory[node]
+
+    def cap(self, node: int, cpus: float, gpus: float, memory: float) -> None:
         """Leave at most this much on a node."""
-        self.rows[node] = [min(mine, other) for mine, other in zip(self.rows[node], row, strict=True)]
-        self._changed.add(node)
+        self._set(
+            node, min(self.cpus[node], cpus), min(self.gpus[node], gpus), min(self.memory[node], memory)
+        )
+
+    def _set(self, node: int, cpus: float, gpus: float, memory: float) -> None:
+        of_cpus, of_gpus, of_memory = self._columns
+        of_cpus[node] = self.cpus[node] = cpus
+        of_gpus[node] = self.gpus[node] = gpus
+        of_memory[node] = self.memory[node] = memory
 
     def matrix(self) -> Matrix:
         """What is free now, as a matrix of its own."""
-        self._renew()
-        return self._free.copy()
+        return np.copy(self._look())
 
-    def _renew(self) -> None:
-        if self._changed:
-            nodes = list(self._changed)
-            self._free[nodes] = [self.rows[node] for node in nodes]
-            self._changed.clear()
+    def _look(self) -> Matrix:
+        self._seen = np.copy(self._free)
+        return self._seen
 
-    def _on_one_node(self, each: Amounts, ranks: int) -> Placement | None:
-        cpus, gpus, memory = each[0] * ranks, each[1] * ranks, each[2] * ranks
+    def _one_node(self, cpus: float, gpus: float, memory: float) -> int | None:
+        """The first node that has room for all of it."""
         most = self._most
         if cpus > most[0] + EPSILON or gpus > most[1] or (memory and memory > most[2]):
             return None
         shape = (cpus, gpus, memory)
-        candidates, at = self._cursors.get(shape) or (self._candidates(shape), 0)
-        rows, placement = self.rows, None
-        while at < len(candidates):
-            row = rows[candidates[at]]
-            if cpus <= row[0] + EPSILON and gpus <= row[1] and (not memory or memory <= row[2]):
-                placement = [(candidates[at], ranks)]
-                break
-            at += 1
-        self._cursors[shape] = (candidates, at)
-        return placement
+        cursor = self._cursors.get(shape)
+        if cursor is None:
+            cursor = self._cursors[shape] = Cursor(self._candidates(shape))
+        nodes = cursor.nodes
+        free_cpus, free_gpus, free_memory = self.cpus, self.gpus, self.memory
+        for at in range(cursor.at, len(nodes)):
+            node = nodes[at]
+            if (
+                gpus <= free_gpus[node]
+                and cpus <= free_cpus[node] + EPSILON
+                and (not memory or memory <= free_memory[node])
+            ):
+                cursor.at = at
+                return node
+        cursor.at = len(nodes)
+        return None
 
     def _candidates(self, shape: Amounts) -> list[int]:
         """Nodes that may have room for the shape: the fullest first, and for CPUs alone those without GPUs."""
         if self._since_order >= STALE:
-            self._renew()
-            self._most = self._free.max(axis=0).tolist()
+            self._most = self._look().max(axis=0).tolist()
             self._orders.clear()
             self._since_order = 0
+        cpus, gpus, memory = self._seen.T
         wants_gpus = shape[1] > 0
         if wants_gpus not in self._orders:
-            free = self._free
-            first = free[:, 1] if wants_gpus else self._has_gpus
-            self._orders[wants_gpus] = np.lexsort((free[:, 2], free[:, 0], first))
+            self._orders[wants_gpus] = np.lexsort((memory, cpus, gpus if wants_gpus else self._has_gpus))
         order = self._orders[wants_gpus]
-        free = self._free[order]
-        fits = (free[:, 0] + EPSILON >= shape[0]) & (free[:, 1] >= shape[1])
+        fits = (cpus + EPSILON >= shape[0]) & (gpus >= shape[1])
         if shape[2]:
-            fits &= free[:, 2] >= shape[2]
-        found: list[int] = order[fits].tolist()
+            fits &= memory >= shape[2]
+        found: list[int] = order[fits[order]].tolist()
         return found
 
 
@@ -165,13 +210,15 @@ class Releases:
     def __init__(self, times: Matrix, where: Numbers, given: Matrix, nodes: int) -> None:
         self._nodes = nodes
         self._times, self._where, self._given = times, where, given
-        self._new: list[tuple[float, int, float, float, float]] = []
+        self._new: tuple[list[float], list[Placement], list[Amounts]] = ([], [], [])
         self._sorted: tuple[Matrix, Numbers, Matrix] | None = None
 
     def add(self, at: float, placement: Placement, each: Amounts) -> None:
         """A job that starts now and ends at this time."""
-        for node, ranks in placement:
-            self._new.append((at, node, each[0] * ranks, each[1] * ranks, each[2] * ranks))
+        times, placements, amounts = self._new
+        times.append(at)
+        placements.append(placement)
+        amounts.append(each)
         self._sorted = None
 
     def hasten(self, first: int, last: int, at: float) -> None:
@@ -212,12 +259,13 @@ class Releases:
 
     def _in_order(self) -> tuple[Matrix, Numbers, Matrix]:
         if self._sorted is None:
-            if self._new:
-                new = np.array(self._new)
-                self._times = np.concatenate((self._times, new[:, 0]))
-                self._where = np.concatenate((self._where, new[:, 1].astype(np.int64)))
-                self._given = np.concatenate((self._given, new[:, 2:]))
-                self._new = []
+            times, placements, amounts = self._new
+            if times:
+                of, where, given = places(placements, amounts)
+                self._times = np.concatenate((self._times, np.array(times)[of]))
+                self._where = np.concatenate((self._where, where))
+                self._given = np.concatenate((self._given, given))
+                self._new = ([], [], [])
             order = np.argsort(self._times, kind="stable")
             self._sorted = (self._times[order], self._where[order], self._given[order])
         return self._sorted
