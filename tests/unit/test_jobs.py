@@ -347,7 +347,9 @@ def test_a_job_starts_only_if_its_time_limit_can_be_paid_for(
     Tenants(db).set_quota("default", Quota(spend_per_month=500), "os:ana")  # 500 GPU-seconds
     queue.note_executor("e", (Node("n", Resources(8, 8)),))
     limited = replace(SPEC, time_limit=300.0)
-    first, second = queue.submit(limited, "os:ana"), queue.submit(limited, "os:ana")
+    first = queue.submit(limited, "os:ana")
+    clock.now += 1.0  # of two jobs of one moment either may be first
+    second = queue.submit(limited, "os:ana")
     free = queue.submit(replace(limited, resources=Resources(1)), "os:ana")
     why = waits(queue)
     assert "turn has come" in why[first.id].reason
