@@ -359,8 +359,12 @@ def test_workers_see_what_their_parent_sees_now(monkeypatch: pytest.MonkeyPatch)
     assert set(run_tasks(os.getenv, ["LAPIS_TEST_SEEN"] * 2, 2)) == {"now"}
 
 
-def test_nothing_is_loaded_from_the_folder_that_the_user_is_in(home: Home, tmp_path: Path) -> None:
+@pytest.mark.parametrize("temporary", ["tmp", "too-long-for-a-socket-" * 5])
+def test_nothing_is_loaded_from_the_folder_that_the_user_is_in(
+    temporary: str, home: Home, tmp_path: Path
+) -> None:
     (tmp_path / "xxhash.py").write_text("raise SystemExit('this is a file of the user')")
+    (tmp_path / temporary).mkdir()
     command = tmp_path / "bin" / "lapis"  # as an installed command, it has its own folder on the path
     command.parent.mkdir()
     command.write_text("from lapis.cli.main import main\nif __name__ == '__main__':\n    main()\n")
@@ -372,7 +376,7 @@ def test_nothing_is_loaded_from_the_folder_that_the_user_is_in(home: Home, tmp_p
     done = subprocess.run(
         [sys.executable, command, "data", "prepare", "recipe.toml", "--workers", "2"],
         cwd=tmp_path,
-        env={**os.environ, "LAPIS_HOME": str(home.root)},
+        env={**os.environ, "LAPIS_HOME": str(home.root), "TMPDIR": str(tmp_path / temporary)},
         capture_output=True,
         text=True,
     )

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 from lapis.errors import UnavailableError
@@ -31,7 +32,6 @@ _elsewhere: ContextVar[Runner | None] = ContextVar("elsewhere", default=None)
 _kept: ContextVar[ProcessPoolExecutor | None] = ContextVar("kept", default=None)
 
 # Workers are forked from a process that has loaded these and does nothing else, so none of them loads them again.
-_CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("lapis.cli.main", "lapis.data.pipeline")
 SAFE_PATH = "PYTHONSAFEPATH"
 
@@ -96,20 +96,28 @@ def workers_at_hand(wanted: int) -> int:
 
 def warm_up(workers: int) -> None:
     """Start the process that workers are forked from. It loads what they need while this one goes on."""
-    if worker_count(workers) <= 1:
-        return
-    _CONTEXT.set_forkserver_preload(list(PRELOADED))
+    if worker_count(workers) > 1:
+        _context()
+
+
+def _context() -> BaseContext:
+    """How workers start: forked from a process that is started now, unless it is there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     before = os.environ.get(SAFE_PATH)
     os.environ[SAFE_PATH] = "1"  # modules come from where they are installed, none from the user's folder
     try:
         resource_tracker.ensure_running()  # it lets interrupts through again
         with _interrupts_held():
             forkserver.ensure_running()
+    except OSError:  # the folder of temporary files has a name too long for a socket in it
+        return multiprocessing.get_context("spawn")
     finally:
         if before is None:
             del os.environ[SAFE_PATH]
         else:
             os.environ[SAFE_PATH] = before
+    return context
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
@@ -132,8 +140,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 @contextmanager
 def _opened(workers: int) -> Iterator[ProcessPoolExecutor]:
-    warm_up(workers)
-    pool = ProcessPoolExecutor(workers, _CONTEXT, initializer=_begin, initargs=(dict(os.environ),))
+    pool = ProcessPoolExecutor(workers, _context(), initializer=_begin, initargs=(dict(os.environ),))
     try:
         yield pool
     finally:
