@@ -24,6 +24,7 @@ from lapis.tenants.usage import Usage, UsageLedger
 from lapis.tenants.users import Users
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
+from tests.browser.background import make_batches, make_evals
 from tests.corpus import write_corpus
 from tests.served import model_folder
 
@@ -90,6 +91,8 @@ def furnish(home: Home) -> str:
             {"licences": {"CC0-1.0": 4120, "CC-BY-4.0": 815}},
         )
         registry.create("poet", home.models / "harbour-1b", None, None, "os:ada")
+        make_batches(home, db)
+        make_evals(db)
         queue = JobQueue(db)
         wanted = (
             ("train letters", Resources(float(os.cpu_count() or 1), 0)),

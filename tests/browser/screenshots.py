@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 from playwright.sync_api import sync_playwright
 
+from lapis.db import open_database
+from lapis.gateway.eval_runs import EvalRuns
 from lapis.home import Home
 from lapis.inference.fake import FakeEngine
 from lapis.server import running_server
+from lapis.tenants.tenant import DEFAULT
 from lapis.train.run import Run
 from tests.browser.conftest import CHROMIUM, DESKTOP, FLAGS, PATIENCE, PHONE, end_jobs
 from tests.browser.furnished import furnish
@@ -39,6 +42,9 @@ def main() -> None:
         "models": "/models",
         "release": "/models/poet:1",
         "files": "/files",
+        "batches": "/batches",
+        "evals": "/evals",
+        "eval-run": finished_run(home),
         "jobs": "/jobs",
         "usage": "/usage",
         "members": "/members",
@@ -68,6 +74,14 @@ def main() -> None:
             context.close()
         browser.close()
         end_jobs(server)
+
+
+def finished_run(home: Home) -> str:
+    """The page of the eval run that has ended."""
+    db = open_database(home.database_url)
+    (run, _), *_ = reversed(EvalRuns(db).recent(DEFAULT, 10))
+    db.dispose()
+    return f"/evals/{run.eval_id}/runs/{run.id}"
 
 
 def prepare(page: Page, name: str) -> None:

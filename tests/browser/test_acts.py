@@ -13,7 +13,7 @@ from lapis.jobs.job import State
 from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer
 from lapis.tenants.keys import ApiKeys
-from lapis.tenants.tenant import Role, Tenants
+from lapis.tenants.tenant import DEFAULT, Role, Tenants
 from lapis.train.run import Run
 from tests.browser.conftest import Visit
 from tests.browser.furnished import SAMPLES
@@ -130,6 +130,51 @@ def test_a_waiting_job_is_cancelled(visit: Visit, server: RunningServer) -> None
     assert any(job.reason.startswith("cancelled by key:") for job in found)
 
 
+def test_a_batch_tells_how_far_it_is_gives_its_files_and_is_cancelled(
+    visit: Visit, server: RunningServer
+) -> None:
+    page = visit("/batches")
+    done = page.get_by_role("row").filter(has_text="completed")
+    assert "1,200 of 1,200" in done.inner_text()
+    with page.expect_download() as download:
+        done.get_by_role("link", name="errors").press("Enter")
+    assert Path(download.value.path()).read_text().splitlines() == ["{}"] * 12
+    refused = page.get_by_role("row").filter(has_text="failed")
+    assert "Line 12: It is not JSON." in refused.filter(has_text="embeddings").inner_text()
+    going = page.get_by_role("row").filter(has_text="3,120 of 5,000")
+    going.get_by_role("button", name=re.compile("Cancel batch_")).press("Enter")
+    page.get_by_role("button", name="Cancel the batch").press("Enter")
+    going.filter(has_text="cancelling").wait_for()
+    assert going.get_by_role("button").count() == 0
+    found, _ = server.services.batches.list(DEFAULT)
+    assert [batch.status for batch in found if batch.total == 5000] == ["cancelling"]
+
+
+def test_an_eval_run_shows_what_failed_and_why(visit: Visit) -> None:
+    page = visit("/evals")
+    page.get_by_role("link", name="poet of Monday").press("Enter")
+    page.wait_for_selector("h2:text-is('poet of Monday')")
+    assert page.locator(".figure").first.inner_text().split("\n")[:2] == ["Passed", "34"]
+    criteria = page.locator("section[aria-label=Criteria] tbody tr")
+    assert ["right year" in text and "87%" in text for text in criteria.all_inner_texts()] == [True, False]
+    rows = page.locator("section[aria-label='What failed'] tbody tr").all_inner_texts()
+    assert len(rows) == 6
+    assert "right year: score 0; short: score 0" in rows[0]
+    assert "429: The queue of this model is full." in rows[1]
+    assert "When did <b>it</b> end?" in rows[2]  # data is text
+    assert page.locator("section[aria-label='What passed'] tbody tr").count() == 34
+
+
+def test_an_eval_run_that_goes_on_is_cancelled(visit: Visit, server: RunningServer) -> None:
+    page = visit("/evals")
+    row = page.get_by_role("row").filter(has_text="nightly")
+    row.get_by_role("button", name=re.compile("Cancel evalrun_")).click()
+    page.get_by_role("button", name="Cancel the run").click()
+    row.filter(has_text="canceled").wait_for()
+    newest, _ = server.services.eval_runs.recent(DEFAULT, 1)[0]
+    assert (newest.status, newest.counts.total) == ("canceled", 60)
+
+
 def test_a_project_is_made_and_limited_and_somebody_invited(visit: Visit, server: RunningServer) -> None:
     page = visit("/members")
     page.get_by_role("button", name="Create a project").click()
@@ -177,9 +222,10 @@ def test_a_file_goes_up_and_down_and_away(visit: Visit, tmp_path: Path) -> None:
     with page.expect_download() as download:
         page.get_by_role("link", name="talks.jsonl").click()
     assert Path(download.value.path()).read_text() == local.read_text()
-    page.get_by_role("button", name=re.compile("Delete file-")).click()
+    row = page.get_by_role("row").filter(has_text="talks.jsonl")
+    row.get_by_role("button", name=re.compile("Delete file-")).click()
     page.get_by_role("button", name="Delete it").click()
-    page.wait_for_selector("text=No file yet.")
+    row.wait_for(state="detached")
 
 
 def test_the_audit_log_is_filtered_and_verified(visit: Visit) -> None:
@@ -222,7 +268,15 @@ def test_a_member_sees_only_the_own_project(visit: Visit, server: RunningServer)
     assert "Audit" not in links and "Playground" not in links
     page.goto("/console/audit")
     page.wait_for_selector("text=it lacks the scope 'admin'")
-    for path, text in (("/training", "No job yet."), ("/jobs", "Nothing waits"), ("/members", "reader")):
+    run, _ = server.services.eval_runs.recent(DEFAULT, 1)[0]
+    for path, text in (
+        ("/training", "No job yet."),
+        ("/jobs", "Nothing waits"),
+        ("/batches", "No batch yet."),
+        ("/evals", "No eval was run yet."),
+        (f"/evals/{run.eval_id}/runs/{run.id}", "There is no eval"),
+        ("/members", "reader"),
+    ):
         page.goto(f"/console{path}")
         page.wait_for_selector(f"text={text}")
         assert "poems" not in page.content() and "nightly" not in page.content()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lapis.console.pages import PLACES
+from lapis.home import Home
+from lapis.server import RunningServer
+from lapis.tenants.tenant import DEFAULT
+from lapis.train.run import Run
 from tests.browser.conftest import DESKTOP, PHONE, Visit
 
 # Every control has a name, every picture a text, ids are unique, headings go down one step at a time.
@@ -13,7 +17,7 @@ OWN_CHECKS = """() => {
   const named = (e) => e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim() || e.title;
   for (const e of document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea'))
     if (!named(e)) wrong.push('no name: ' + e.outerHTML.slice(0, 120));
-  for (const e of document.querySelectorAll('img, [role=img]'))
+  for (const e of document.querySelectorAll('img, [role=img]:not(.hidden)'))
     if (!e.alt && !e.getAttribute('aria-label')) wrong.push('no text: ' + e.outerHTML.slice(0, 120));
   for (const e of document.querySelectorAll('[id]')) {
     if (seen.has(e.id)) wrong.push('twice: ' + e.id);
@@ -51,6 +55,25 @@ def test_a_page_is_accessible_in_light_and_dark(visit: Visit, axe: str, path: st
     page = visit(path, color_scheme="light")
     page.wait_for_function("document.querySelector('.data, .panel')")
     page.wait_for_timeout(300)  # charts are drawn
+    page.evaluate(axe)
+    assert page.evaluate(AXE) == []
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.body.classList.contains('body--dark')")
+    assert page.evaluate(AXE) == []
+
+
+@pytest.mark.parametrize("kind", ["run", "eval run"])
+def test_what_a_page_leads_to_is_accessible_and_fits_a_phone(
+    visit: Visit, axe: str, furnished: tuple[Home, str], server: RunningServer, kind: str
+) -> None:
+    *_, (last, _) = server.services.eval_runs.recent(DEFAULT, 10)
+    path = f"/evals/{last.eval_id}/runs/{last.id}"
+    if kind == "run":
+        path = f"/training/runs/{Run.list(furnished[0])[1].id}"
+    page = visit(path, color_scheme="light", viewport=PHONE)
+    page.wait_for_function("document.querySelector('.data tbody')")
+    assert page.evaluate(OWN_CHECKS) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     page.evaluate(axe)
     assert page.evaluate(AXE) == []
     page.emulate_media(color_scheme="dark")

@@ -109,6 +109,18 @@ def test_projects_take_turns_and_a_released_run_is_free_at_once(db: Engine, cloc
     assert again is not None and again.id == many[0] and again.lease != claimed[0].lease
 
 
+def test_the_last_runs_of_all_evals_are_those_of_one_project(db: Engine, clock: Clock) -> None:
+    runs = EvalRuns(db, clock)
+    first, second, theirs = an_eval(db, clock), an_eval(db, clock), an_eval(db, clock, "proj_2")
+    made = [a_run(runs, of).id for of in (first, second, first)]
+    foreign = a_run(runs, theirs, OTHER).id
+    assert [(run.id, name) for run, name in runs.recent("default", 2)] == [
+        (made[2], first.name),
+        (made[1], second.name),
+    ]
+    assert [run.id for run, _ in runs.recent("proj_2", 10)] == [foreign]
+
+
 def test_a_canceled_or_deleted_run_takes_no_more_items(db: Engine, clock: Clock) -> None:
     runs, store = EvalRuns(db, clock), EvalStore(db, clock)
     made_of = an_eval(db, clock)

@@ -12,7 +12,9 @@ from starlette.requests import Request
 
 from lapis.console import (
     audit,
+    batches,
     data,
+    evals,
     files,
     jobs,
     members,
@@ -30,6 +32,8 @@ from lapis.errors import AuthError, LapisError
 from lapis.gateway.services import Services
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
+
+PATIENCE = 30.0  # seconds that a page may take to be drawn: a busy machine is no error
 
 
 class Place(NamedTuple):
@@ -49,6 +53,8 @@ PLACES = (
     Place("/data", "Data", data.show, Scope.ADMIN, operator=True),
     Place("/models", "Models", models.show),
     Place("/files", "Files", files.show, Scope.WORK_READ),
+    Place("/batches", "Batches", batches.show, Scope.WORK_READ),
+    Place("/evals", "Evals", evals.show, Scope.WORK_READ),
     Place("/jobs", "Jobs", jobs.show, Scope.WORK_READ),
     Place("/usage", "Usage", usage.show),
     Place("/members", "Keys and members", members.show),
@@ -61,6 +67,7 @@ DETAILS = (  # reached from a page, which stays marked in the navigation
     Place("/data/{name}", "Data", data.show_dataset, Scope.ADMIN, operator=True),
     Place("/training/runs/{run_id}", "Training", run.show),
     Place("/models/{reference}", "Models", models.show_release, Scope.ADMIN, operator=True),
+    Place("/evals/{eval_id}/runs/{run_id}", "Evals", evals.show_run, Scope.WORK_READ),
     Place("/jobs/{job_id}", "Jobs", jobs.show_job, Scope.WORK_READ),
 )
 

@@ -23,7 +23,10 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one place: a text that may link, have a tone, a bar of `share` 0 to 1, and sort by `value`."""
+    """What stands in one place: a text that may link, have a tone, a bar of `share` 0 to 1, and sort by `value`.
+
+    `links` stand behind the text, each with a text of its own and where it goes.
+    """
 
     text: str = ""
     href: str | None = None
@@ -31,6 +34,7 @@ class Cell:
     hint: str | None = None
     share: float | None = None
     value: float | str | None = None
+    links: Sequence[tuple[str, str]] | None = None
 
     def props(self) -> dict[str, Any]:
         """For the browser: what is set."""

@@ -183,6 +183,14 @@ class EvalRuns:
             found = page(connection, mine, eval_runs, after=after, limit=limit, order=order)
         return [_run(row) for row in found.rows], found.has_more
 
+    def recent(self, project_id: str, limit: int) -> Sequence[tuple[EvalRun, str]]:
+        """The last runs of all of a project's evals, the newest first, each with its eval's name."""
+        mine = sa.select(eval_runs, evals.c.name.label("eval_name")).join(evals)
+        newest = (eval_runs.c.created_at.desc(), eval_runs.c.id.desc())
+        query = mine.where(evals.c.project_id == project_id).order_by(*newest).limit(limit)
+        with self.db.connect() as connection:
+            return [(_run(row), row.eval_name) for row in connection.execute(query)]
+
     def cancel(self, project_id: str, eval_id: str, id: str) -> EvalRun:
         """End a run; what it has recorded stays. Raises NotFoundError, ConflictError if it has ended already."""
         with write(self.db, lock=f"evalrun:{id}") as connection:

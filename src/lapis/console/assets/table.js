@@ -41,6 +41,7 @@ export default {
         <a v-if="value.href" :href="value.href" :title="value.hint">{{ value.text }}</a>
         <span v-else-if="value.tone" class="tone" :class="value.tone" :title="value.hint">{{ value.text }}</span>
         <span v-else :title="value.hint">{{ value.text }}</span>
+        <span v-if="value.links" class="several"><a v-for="link in value.links" :key="link[1]" :href="link[1]">{{ link[0] }}</a></span>
         <span v-if="value.share !== undefined" class="track" aria-hidden="true"><span class="bar" :style="{width: 100 * value.share + '%'}"></span></span>`,
     },
   },
@@ -58,7 +59,7 @@ export default {
     },
   },
   methods: {
-    blank(value) { return value.text === "" && value.share === undefined; },
+    blank(value) { return value.text === "" && value.share === undefined && !value.links; },
     order(column) { return this.by === column.field ? (this.down ? "descending" : "ascending") : "none"; },
     mark(column) { return this.by === column.field ? (this.down ? " ↓" : " ↑") : ""; },
     turn(column) {
