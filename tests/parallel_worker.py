@@ -86,19 +86,13 @@ class Case:
 
 
 SHORT = (
-    Case("llama", "dp=2"), Case("qwen2", "fsdp=2"), Case("qwen2", "fsdp=2", "muon"), Case("gpt2", "tp=2"),
-    Case("qwen3", "tp=2"), Case("olmoe", "tp=2", "muon"), Case("qwen3", "cp=2"), Case("gpt2", "cp=2"),
-    Case("mixtral", "ep=2", "muon"), Case("odd", "fsdp=2", "muon"), Case("llama", "dp=2,fsdp=2"),
-    Case("qwen2", "fsdp=2,tp=2"),
-    Case("qwen2", "fsdp=2,tp=2", "muon"), Case("mixtral", "ep=2,fsdp=2"), Case("olmoe", "ep=2,fsdp=2", "muon"),
-    Case("llama", "cp=2,fsdp=2", recompute="full"), Case("llama", "fsdp=2", dtype="bf16"),
+    Case("llama", "dp=2"), Case("qwen2", "fsdp=2", "muon"), Case("gpt2", "tp=2"), Case("qwen3", "cp=2"),
+    Case("mixtral", "ep=2", "muon"), Case("llama", "fsdp=2", dtype="bf16"), Case("qwen2", "fsdp=2,tp=2", "muon"),
+    Case("olmoe", "ep=2,fsdp=2", "muon"), Case("llama", "cp=2,fsdp=2", recompute="full"),
 )  # fmt: skip
 PIPELINES = (
     Case("llama", "pp=2"), Case("gpt2", "pp=2", pipeline="interleaved"),
-    Case("qwen2", "pp=2", "muon", pipeline="gpipe"),
-    Case("llama", "pp=2", pipeline="zero-bubble"), Case("gpt2", "pp=2", pipeline="zero-bubble-v"),
-    Case("olmoe", "pp=2", pipeline="zero-bubble-v"), Case("llama", "pp=2", dtype="bf16", recompute="full"),
-    Case("llama", "pp=2,fsdp=2", "muon", pipeline="interleaved"), Case("gpt2", "pp=2,tp=2", pipeline="zero-bubble"),
+    Case("olmoe", "pp=2", pipeline="zero-bubble-v"), Case("gpt2", "pp=2,tp=2", pipeline="zero-bubble"),
 )  # fmt: skip
 LONG = tuple(
     Case(model, mesh, optimizer)
@@ -108,15 +102,19 @@ LONG = tuple(
                  "fsdp=2,cp=2", "cp=2,tp=2", "cp=4", "ep=2,fsdp=2", "ep=2,tp=2", "ep=2,cp=2", "ep=4", "ep=2,dp=2")
     if "ep" not in mesh or MODELS[model].experts == 4
 )  # fmt: skip
-LONG_PIPELINES = tuple(
-    Case(model, mesh, pipeline=pipeline, recompute=recompute)
-    for model, mesh, recompute in (
-        *((model, "pp=2", "none") for model in MODELS), ("llama", "pp=2", "full"), ("mixtral", "pp=2", "selective"),
-        *(("olmoe", f"pp=2,{axis}=2", "none") for axis in ("dp", "fsdp", "tp", "cp", "ep")),
-        ("odd", "pp=2,fsdp=2", "none"), ("gpt2", "pp=2,cp=2", "none"), ("llama", "pp=4", "none"),
-    )
-    for pipeline in PER_RANK
-    if mesh != "pp=4" or PER_RANK[pipeline] == 1
+LONG_PIPELINES = (
+    Case("qwen2", "pp=2", "muon", pipeline="gpipe"), Case("llama", "pp=2", dtype="bf16", recompute="full"),
+    Case("llama", "pp=2,fsdp=2", "muon", pipeline="interleaved"),
+    *(
+        Case(model, mesh, pipeline=pipeline, recompute=recompute)
+        for model, mesh, recompute in (
+            *((model, "pp=2", "none") for model in MODELS), ("llama", "pp=2", "full"), ("mixtral", "pp=2", "selective"),
+            *(("olmoe", f"pp=2,{axis}=2", "none") for axis in ("dp", "fsdp", "tp", "cp", "ep")),
+            ("odd", "pp=2,fsdp=2", "none"), ("gpt2", "pp=2,cp=2", "none"), ("llama", "pp=4", "none"),
+        )
+        for pipeline in PER_RANK
+        if mesh != "pp=4" or PER_RANK[pipeline] == 1
+    ),
 )  # fmt: skip
 CASES = {case.name: case for case in (*SHORT, *PIPELINES, *LONG, *LONG_PIPELINES)}
 

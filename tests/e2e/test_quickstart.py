@@ -118,6 +118,7 @@ def test_other_text_is_another_run(done: tuple[Path, dict[str, Any]], texts: Pat
     assert len(dataset_digests(home)) == 2
 
 
+@pytest.mark.long
 def test_killed_a_dozen_times_it_ends_with_the_same_shards(
     done: tuple[Path, dict[str, Any]], texts: Path, tmp_path: Path
 ) -> None:
@@ -144,9 +145,10 @@ def test_two_at_once_in_one_home(texts: Path, tmp_path: Path) -> None:
     status, _, err = lapis(home, "quickstart", "--text", str(texts), "--minutes", MINUTES)
     assert status == 5
     assert f"in use by process {first.pid}" in err
-    out, _ = first.communicate(timeout=240)
-    assert first.returncode == 0
-    assert "Answer" in out
+    assert first.poll() is None  # it goes on
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+    assert first.returncode == 130
 
 
 def test_ctrl_c_while_it_trains_loses_nothing(texts: Path, tmp_path: Path) -> None:
@@ -196,6 +198,7 @@ def test_bad_input_is_named_and_changes_nothing(
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 def test_a_full_disk_is_named_and_the_next_try_finishes(texts: Path, tmp_path: Path) -> None:
     home = tmp_path / "full"
 

@@ -354,7 +354,9 @@ def ranks(path: Path, mesh: str, *sets: str) -> list[subprocess.CompletedProcess
     ]
 
 
-@pytest.mark.parametrize(("mesh", "lora"), [("fsdp=2", False), ("dp=2", True)])
+@pytest.mark.parametrize(
+    ("mesh", "lora"), [pytest.param("fsdp=2", False, marks=pytest.mark.long), ("dp=2", True)]
+)
 def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(
     place: Path, home: Home, mesh: str, lora: bool
 ) -> None:

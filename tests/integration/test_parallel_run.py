@@ -121,6 +121,7 @@ def test_a_run_goes_on_in_any_layout(recipe: Path, home: Home) -> None:
     assert losses(run)[STEPS] == pytest.approx(losses(Run.list(home)[-1])[STEPS], rel=1e-5)
 
 
+@pytest.mark.long
 def test_two_ranks_learn_what_one_process_learns(recipe: Path, home: Home) -> None:
     outputs = [rank.communicate(timeout=200)[0] for rank in start(recipe, "")]
     (many,) = Run.list(home)

@@ -123,10 +123,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(home: Home, texts: Path, dataset: Dat
 
 
 def test_a_killed_run_ends_with_the_same_weights(home: Home, texts: Path, dataset: Dataset) -> None:
-    recipe = tiny_recipe(texts, steps=200, checkpoint={"seconds": 0.1})
+    recipe = tiny_recipe(texts, steps=120, checkpoint={"seconds": 0.1})
     whole = train(recipe, Pretraining(recipe.train, dataset), begin(home, recipe, dataset))
     run = Run.create(home, "killed", config.to_toml(recipe), "1" * 64)
-    for _ in range(3):
+    for _ in range(2):
         child = start_child(home, run, dataset)
         saved = len(run.events.read("checkpoint"))
         while len(run.events.read("checkpoint")) == saved and child.poll() is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -61,12 +62,17 @@ class Mesh:
         return Mesh(**found)
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={size}" for name, size in zip(AXES, astuple(self), strict=True) if size > 1)
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self.sizes, strict=True) if size > 1)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of ranks along each axis, in the order of AXES."""
+        return tuple(getattr(self, name) for name in AXES)
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return prod(astuple(self))
+        return prod(self.sizes)
 
     @property
     def data_ranks(self) -> int:
@@ -81,7 +87,7 @@ class Mesh:
     def place(self, rank: int) -> Place:
         """Where a rank stands."""
         found = []
-        for size in reversed(astuple(self)):
+        for size in reversed(self.sizes):
             rank, at = divmod(rank, size)
             found.append(at)
         return Place(*reversed(found))
@@ -89,7 +95,7 @@ class Mesh:
     def rank(self, place: Place) -> int:
         """The rank that stands there."""
         found = 0
-        for size, at in zip(astuple(self), place, strict=True):
+        for size, at in zip(self.sizes, place, strict=True):
             found = found * size + at
         return found
 
