@@ -133,6 +133,7 @@ def _is_deleted(client: openai.OpenAI, job: FineTuningJob) -> None:
         client.models.delete(BASE)
 
 
+@pytest.mark.long  # the way is that of the other methods; what is learnt is tested at the trainer
 def test_preferences_are_learnt(client: openai.OpenAI) -> None:
     hyperparameters = {**FAST, "beta": 0.2, "n_epochs": 3}
     job = client.fine_tuning.jobs.create(

@@ -272,6 +272,7 @@ def losses(model: Decoder, windows_WT: Tensor) -> Tensor:
     return torch.stack(rows).double()
 
 
+@pytest.mark.long
 def test_weights_in_8_and_4_bits_cost_little_perplexity(folder: Path, loaded: LoadedModel) -> None:
     """At most 1 % and 3 %, as far as 4,000 tokens can tell: a bound is passed by three standard errors, or kept.
 
