@@ -41,9 +41,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed
 	@$(BIN)/lapis quickstart
 
+# Types are checked while the tests' workers start and end: there is a core to spare.
 test: $(VENV)/.installed-dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"; tests=$$?; \
+		wait $$types; typed=$$?; cat $(VENV)/mypy.log; test $$tests = 0 -a $$typed = 0
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "long or not long"

@@ -71,7 +71,7 @@ def test_the_short_list_has_something_for_each_category(category: str) -> None:
 
 
 def test_a_list_of_ones_own_takes_its_place(home: Home) -> None:
-    home.root.mkdir(parents=True)
+    home.root.mkdir(parents=True, exist_ok=True)
     home.moderation.write_text('"hate" = ["purple (rain|snow)"]\n')
     with (
         fake_server(home, load=False) as server,
@@ -99,7 +99,7 @@ def test_a_list_of_ones_own_takes_its_place(home: Home) -> None:
     "text", ['"hat" = ["x"]', '"hate" = ["("]', '"hate" = "x"', '"hate" = [""]', "hate = ["]
 )
 def test_a_list_that_cannot_be_used_is_named_at_the_start(home: Home, text: str) -> None:
-    home.root.mkdir(parents=True)
+    home.root.mkdir(parents=True, exist_ok=True)
     home.moderation.write_text(text)
     with pytest.raises(ConfigError, match="hat"), fake_server(home, load=False):
         pass

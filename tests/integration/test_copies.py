@@ -42,6 +42,7 @@ def test_preferences_train_an_adapter_on_two_ranks(place: Path, home: Home) -> N
     assert_same(many, Run.list(home)[-1])
 
 
+@pytest.mark.long
 def test_all_weights_are_tuned_in_two_layouts_and_then_by_one_process(place: Path, home: Home) -> None:
     path = place / "sft.toml"
     path.write_text(path.read_text().replace("[lora]\nrank = 4\nalpha = 8.0\n", ""))

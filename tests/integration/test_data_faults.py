@@ -136,6 +136,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(
     wait_for_end(groups)
 
 
+@pytest.mark.long
 def test_killed_while_it_annotates_it_goes_on_where_it_was(
     recipe: Path, whole: Dataset, tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_workers_end_with_their_parent(recipe: Path, tmp_path: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.long
 def test_a_line_of_200_megabytes_is_cut_and_memory_stays_bounded(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text", 40, count=400)
     with (tmp_path / "text" / "line.txt").open("wb") as file:

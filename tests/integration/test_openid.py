@@ -301,7 +301,7 @@ def test_settings_are_strict(home: Home) -> None:
     from lapis.gateway.settings import server_settings
 
     assert server_settings(home).sign_in is None
-    home.root.mkdir(parents=True)
+    home.root.mkdir(parents=True, exist_ok=True)
     good = '[console]\npublic_url = "https://a.example"\n[sign_in]\nissuer = "https://b.example"\nclient_id = "c"\n'
     for text, named in (
         (good.replace("client_id", "clientid"), "client_id"),
@@ -321,7 +321,7 @@ def test_settings_are_strict(home: Home) -> None:
 def test_entra_id_as_documented_is_a_valid_setting(home: Home) -> None:
     page = (Path(__file__).parents[2] / "docs" / "sign_in.md").read_text()
     text = page.split("```toml\n")[1].split("```")[0]
-    home.root.mkdir(parents=True)
+    home.root.mkdir(parents=True, exist_ok=True)
     home.settings.write_text(text)
     from lapis.gateway.settings import server_settings
 

@@ -60,6 +60,7 @@ def test_a_supervised_run_is_the_same_run(recipe: Path, home: Home) -> None:
     assert Run.open(home, supervised["id"]).events.read() == events
 
 
+@pytest.mark.long
 def test_as_a_job_it_restarts_and_ends_with_all_its_processes(
     recipe: Path, home: Home, tmp_path: Path
 ) -> None:
