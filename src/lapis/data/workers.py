@@ -76,9 +76,9 @@ def tasks_elsewhere(runner: Runner) -> Iterator[None]:
 def kept_workers(count: int) -> Iterator[None]:
     """Keep one set of worker processes for every `run_tasks` inside, in place of a new one for each.
 
-    They start with the first tasks, and end by themselves afterwards.
+    They start with the first tasks, and end by themselves afterwards. There are none where tasks run elsewhere.
     """
-    if count <= 1:
+    if count <= 1 or _elsewhere.get() is not None:
         yield
         return
     with _opened(count) as pool:
