@@ -130,37 +130,31 @@ class Room:
     def take(self, placement: Placement, each: Amounts) -> None:
         """Make the room smaller by a placement."""
         cpus, gpus, memory = each
+        of_cpus, of_gpus, of_memory = self._columns
         for node, ranks in placement.items():
-            self._set(
-                node,
-                self.cpus[node] - cpus * ranks,
-                self.gpus[node] - gpus * ranks,
-                self.memory[node] - memory * ranks,
-            )
+            of_cpus[node] = self.cpus[node] = self.cpus[node] - cpus * ranks
+            of_gpus[node] = self.gpus[node] = self.gpus[node] - gpus * ranks
+            of_memory[node] = self.memory[node] = self.memory[node] - memory * ranks
         self._since_order += 1
 
     def row(self, node: int) -> Amounts:
         """What is free on a node."""
         return self.cpus[node], self.gpus[node], self.memory[node]
 
-    def cap(self, node: int, cpus: float, gpus: float, memory: float) -> None:
+    def cap(self, node: int, most: Amounts) -> None:
         """Leave at most this much on a node."""
-        self._set(
-            node, min(self.cpus[node], cpus), min(self.gpus[node], gpus), min(self.memory[node], memory)
-        )
-
-    def _set(self, node: int, cpus: float, gpus: float, memory: float) -> None:
-        of_cpus, of_gpus, of_memory = self._columns
-        of_cpus[node] = self.cpus[node] = cpus
-        of_gpus[node] = self.gpus[node] = gpus
-        of_memory[node] = self.memory[node] = memory
+        for column, numbers, amount in zip(
+            self._columns, (self.cpus, self.gpus, self.memory), most, strict=True
+        ):
+            if amount < numbers[node]:
+                column[node] = numbers[node] = amount
 
     def matrix(self) -> Matrix:
         """What is free now, as a matrix of its own."""
-        return np.copy(self._look())
+        return self._look().copy(order="K")
 
     def _look(self) -> Matrix:
-        self._seen = np.copy(self._free)
+        self._seen = self._free.copy(order="K")
         return self._seen
 
     def _one_node(self, cpus: float, gpus: float, memory: float) -> int | None:

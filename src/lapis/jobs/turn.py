@@ -222,7 +222,7 @@ class Turn:
         if self.long is not self.short:
             if before:
                 for node in placement:
-                    self.long.cap(node, *self.short.row(node))
+                    self.long.cap(node, self.short.row(node))
             else:
                 self.long.take(placement, each)
         if self.holds:
@@ -256,12 +256,11 @@ class Turn:
             return True
         if self.kept_public:
             return False  # nobody overtakes there
-        for resource, asked in enumerate(total):
-            firm = self.firm[resource]
+        for asked, firm, its_firm, rest in zip(total, self.firm, tenant.firm, self._rest, strict=True):
             if not is_large:
-                firm += tenant.firm[resource]
+                firm += its_firm
             # One that is larger than all that is left may run alone.
-            if asked and firm and firm + asked > self._rest[resource]:
+            if asked and firm and firm + asked > rest:
                 return False
         return True
 
@@ -313,9 +312,9 @@ class Turn:
         self.held[nodes] += taken
         left = (then[nodes] - taken).tolist()
         for node, row in zip(placement, left, strict=True):
-            self.short.cap(node, *row)
+            self.short.cap(node, row)
             if self.long is not self.short:
-                self.long.cap(node, *row)
+                self.long.cap(node, row)
         self.holds[index] = Hold(index, self.now + self.policy.grace, by_stopping=True)
         self._give(tenant, total, self._firm[index])
         return True
