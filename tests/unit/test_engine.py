@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -325,12 +326,16 @@ def test_a_step_that_hangs_does_not_hold_up_closing(monkeypatch: pytest.MonkeyPa
     assert not engine._thread.is_alive()
 
 
-def test_wrong_books_are_reported_and_replaced(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_books_are_reported_and_replaced(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.inference.loop.CALM_SECONDS", 0.05)
     engine.submit(ask(engine)).result()
     engine._scheduler.cache._owners[3] = 1
     assert engine.submit(ask(engine)).result().finish_reason == "length"
+    while engine.stats()["cache_faults"] == 0:  # the suite's time limit bounds it
+        time.sleep(0.01)
     engine.close()
-    assert engine.stats()["cache_faults"] == 1
     assert "books are wrong" in caplog.text
 
 

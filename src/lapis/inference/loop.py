@@ -36,6 +36,7 @@ from lapis.tokenizer.grammar import Grammar
 if TYPE_CHECKING:
     from lapis.inference.structured import Compiler
 
+CALM_SECONDS = 1.0  # without work before all books are checked: whoever comes meanwhile would wait for that
 DRAIN_SECONDS = 1.0  # what close() gives running requests to finish
 JOIN_SECONDS = 0.9  # what it then gives the step that is under way
 STEP_SECONDS = 0.15  # what a step's prompts may take while others generate; a page's worth at least
@@ -228,10 +229,13 @@ class EngineLoop:
 
     def _wait_for_work(self) -> bool:
         with self._work:
-            if self._scheduler.idle and not self._ending:
+            if self._scheduler.idle and self._scheduler.cache.used:
                 self._check_books()
-                while self._scheduler.idle and not self._ending:
-                    self._work.wait()
+            calm: float | None = CALM_SECONDS
+            while self._scheduler.idle and not self._ending:
+                if not self._work.wait(calm):
+                    self._check_books()
+                    calm = None
             return not self._ending
 
     def _step(self) -> None:
