@@ -17,7 +17,7 @@ from tests.postgres import Databases, pytest_addoption
 
 __all__ = ["pytest_addoption"]  # pytest finds it here
 
-settings.register_profile("lapis", deadline=None, derandomize=True, print_blob=False)
+settings.register_profile("lapis", deadline=None, derandomize=True, print_blob=False, max_examples=50)
 settings.load_profile("lapis")
 URL = "LAPIS_DATABASE_URL"
 

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from lapis.cli.main import lapis as commands
+from lapis.errors import LapisError
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,11 +37,6 @@ def test_every_command_and_verb_has_help() -> None:
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
         (["runs", "show", "nothing"], 4, "no run 'nothing'"),
-        (["serve", "nothing"], 4, "nothing"),
-        (["chat", "nothing", "--once", "x"], 4, "nothing"),
-        (["models", "show", "nothing"], 4, "nothing"),
-        (["release", "approve", "nothing"], 4, "nothing"),
-        (["serve", "--host", "0.0.0.0"], 2, "API key"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -46,6 +45,24 @@ def test_mistakes_are_named_with_the_next_step(arguments: list[str], status: int
     assert done.returncode == status
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["serve", "nothing"], 4, "nothing"),
+        (["chat", "nothing", "--once", "x"], 4, "nothing"),
+        (["models", "show", "nothing"], 4, "nothing"),
+        (["release", "approve", "nothing"], 4, "nothing"),
+        (["serve", "--host", "0.0.0.0"], 2, "API key"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_raise_what_the_process_says(arguments: list[str], status: int, said: str) -> None:
+    """The same of other commands, in this process."""
+    with pytest.raises(LapisError, match=said) as caught:
+        CliRunner().invoke(commands, arguments, catch_exceptions=False, standalone_mode=False)
+    assert caught.value.exit_status == status
 
 
 def test_a_recipe_with_a_typo(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_killed_a_dozen_times_it_ends_with_the_same_shards(
     assert not leftovers
 
 
+@pytest.mark.long
 def test_two_at_once_in_one_home(texts: Path, tmp_path: Path) -> None:
     home = tmp_path / "shared"
     first = start(home, "quickstart", "--text", str(texts), "--minutes", MINUTES)
@@ -154,6 +155,7 @@ def test_two_at_once_in_one_home(texts: Path, tmp_path: Path) -> None:
     assert first.returncode == 130
 
 
+@pytest.mark.long
 def test_ctrl_c_while_it_trains_loses_nothing(texts: Path, tmp_path: Path) -> None:
     home = tmp_path / "interrupted"
     child = start(home, "quickstart", "--text", str(texts), "--minutes", "5")

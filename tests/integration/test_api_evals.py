@@ -376,6 +376,7 @@ def refusal(call: Callable[..., Any], *ids: str) -> str:
     return re.sub("|".join(ids), "…", str(caught.value))
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_goes_on_where_it_stopped(home: Home) -> None:
     """SIGKILL in the middle of a run: the next server executes the other items, and none is there twice."""
     model_folder(home.models / "tiny")

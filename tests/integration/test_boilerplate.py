@@ -61,6 +61,7 @@ def test_shared_lines_go_and_all_else_stays(tmp_path: Path) -> None:
     assert row.bytes_in - row.bytes_out == 40 * (len(NAVIGATION) + 1) + 20 * (len(NOTICE) + 1)
 
 
+@pytest.mark.long
 def test_the_same_bytes_for_any_number_of_workers_parts_and_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

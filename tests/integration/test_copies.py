@@ -33,6 +33,7 @@ def assert_same(many: Run, one: Run) -> None:
         assert torch.allclose(weights, expected[name], rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.long
 def test_preferences_train_an_adapter_on_two_ranks(place: Path, home: Home) -> None:
     outputs = [rank.communicate(timeout=100)[0] for rank in start(place / "dpo.toml", "", *FP32)]
     (many,) = Run.list(home)

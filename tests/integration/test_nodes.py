@@ -96,6 +96,7 @@ def test_a_dead_node_is_replaced_by_the_spare_one(tmp_path: Path) -> None:
     assert not processes(tmp_path, "n1", "n2", "n3")
 
 
+@pytest.mark.long
 def test_a_node_that_falls_silent_is_lost_and_ends_its_ranks_when_it_wakes(tmp_path: Path) -> None:
     silent: list[str] = []
 

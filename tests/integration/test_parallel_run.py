@@ -132,6 +132,7 @@ def test_two_ranks_learn_what_one_process_learns(recipe: Path, home: Home) -> No
     assert many.summary().tokens == one.summary().tokens
 
 
+@pytest.mark.long
 def test_what_one_rank_sees_all_act_upon(texts: Path, dataset: Dataset, home: Home) -> None:
     """Bad numbers of one rank, and the end of a run by minutes, for which every rank has a clock of its own."""
     recipe = tiny_recipe(texts, steps=None, minutes=0.05, bad_step="skip")

@@ -271,8 +271,10 @@ def _encode(
             return stage
         with storage_errors(stage.work):
             stage.work.mkdir(exist_ok=True)
+        # Read by this thread: in Python 3.11 two threads that parse an array's header can fail (SystemError of ast).
+        rows = np.load(split.folder / "heldout.npy").tolist()
         with ThreadPoolExecutor(1) as aside:  # this process has nothing else to do while workers encode
-            held = aside.submit(_held_out, texts, split, stage.work)
+            held = aside.submit(write_heldout, stage.work, map(texts.document, rows))
             tokenizer = aside.submit(Tokenizer.load, vocabulary.folder / "tokenizer.json")
             aside.submit(template)
             step, shards = _encode_shards(texts, split, vocabulary, stage.work, workers, progress)
@@ -283,11 +285,6 @@ def _encode(
             facts.unlink()
         stage.commit(stage.work)
     return stage
-
-
-def _held_out(texts: TrainingTexts, split: Stage, folder: Path) -> dict[str, Any]:
-    rows = np.load(split.folder / "heldout.npy").tolist()
-    return write_heldout(folder, map(texts.document, rows))
 
 
 def _encode_shards(
