@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import signal
 import socket
 import sys
@@ -54,6 +55,7 @@ INTERRUPT_SECONDS = 1  # what Ctrl-C gives to them
 # idle connection for alive for 5 s, so a shorter time would cut off requests that are just being sent.
 HEADER_SECONDS = 20.0
 PORTS_TO_TRY = 100
+OPEN_FILES = 65_536
 CONTROL_SECONDS = 0.5  # between two looks at the queue of jobs
 # How long a thread may keep the interpreter: with Python's 5 ms the engine's thread waits for the event loop, and 16
 # streams get a third fewer tokens.
@@ -89,12 +91,21 @@ def serve(
     NotFoundError, ConflictError (port in use), ConfigError (no API key for an address that others can reach,
     named models that do not fit into `memory`).
     """
+    _allow_many_connections()
     with _prepared(home, models, host, port, console, load, memory) as (server, listener, running):
         if ready is not None:
             server.when_started = lambda: ready(running)
         asyncio.run(server.serve(sockets=[listener]))
     if server.interrupted:
         raise KeyboardInterrupt
+
+
+def _allow_many_connections() -> None:
+    """Raise this process's limit on open files, usually 1,024, as far as it may: each connection is one."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @contextmanager

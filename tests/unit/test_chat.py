@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -106,6 +109,18 @@ def test_an_endless_template_is_stopped_and_the_next_request_is_served() -> None
         made.render(TALK)
     assert made.render([]) == "done"
     made.close()
+
+
+def test_a_server_with_a_thousand_connections_renders_too() -> None:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, min(most, 4096)), most))
+    with contextlib.ExitStack() as connections:
+        for _ in range(1100):
+            connections.enter_context(open(os.devnull))
+        made = ChatTemplate(CHATML)
+        assert "Because." in made.render(TALK)
+        made.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:

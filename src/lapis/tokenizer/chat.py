@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -176,7 +176,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _read_line(stream: IO[str]) -> str:
-    ready, _, _ = select.select([stream], [], [], WALL_SECONDS)
+    with (
+        selectors.DefaultSelector() as selector
+    ):  # select() takes no descriptor from 1,024 on: a busy server has more
+        selector.register(stream, selectors.EVENT_READ)
+        ready = selector.select(WALL_SECONDS)
     return stream.readline() if ready else ""
 
 
