@@ -8,12 +8,14 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lapis.api.errors import error_body
 from lapis.gateway.services import Services
 from lapis.log import logger
 
+CLIENT_GONE = 499  # as it stands in the metrics; nothing is sent
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -58,6 +60,8 @@ class Envelope:
         self.counters.active += 1
         try:
             await self.app(scope, receive, enveloped)
+        except ClientDisconnect:  # nobody is left to be answered
+            status = status or CLIENT_GONE
         except Exception:  # our bug ends one request, not the server; the trace is in the log
             logger.exception("%s %s (%s) failed", scope["method"], scope["path"], request_id)
             if status:
