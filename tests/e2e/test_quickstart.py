@@ -25,6 +25,7 @@ from lapis.home import Home
 from lapis.release.registry import Registry
 from tests.corpus import write_corpus
 
+pytestmark = pytest.mark.sqlite  # homes of several names, and one variable for the database of all processes
 MINUTES = "0.05"
 KILLS = 12
 

@@ -20,6 +20,7 @@ from lapis.tables.fine_tuning import fine_tuned_models
 from lapis.tenants.keys import ApiKeys
 from lapis.tenants.tenant import Role, Tenants
 from lapis.train.run import Run
+from tests.postgres import Databases
 from tests.tuned import (
     BASE,
     CHATS,
@@ -48,6 +49,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSe
 @pytest.fixture(scope="module")
 def client(served: tuple[RunningServer, openai.OpenAI]) -> openai.OpenAI:
     return served[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_database(
+    served: tuple[RunningServer, openai.OpenAI], databases: Databases | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL the processes of jobs use the server's database."""
+    if databases is not None:
+        monkeypatch.setenv("LAPIS_DATABASE_URL", databases.of(served[0].services.home))
 
 
 def test_a_killed_and_paused_job_makes_its_model_once(
