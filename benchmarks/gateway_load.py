@@ -38,7 +38,7 @@ from lapis.inference.request import Request, SamplingParams
 
 AT_ONCE = 16
 PACE = 0.010  # seconds a step of the fake at a model's pace
-LONG = "a bridge carries the river under the morning light " * 60
+TEXT = "a bridge carries the river under the morning light "
 ASK: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "Hello"}],
@@ -56,9 +56,10 @@ litellm_settings: {{telemetry: false, num_retries: 0}}
 
 
 def engine(pace: float) -> dict[str, Any]:
-    """What the fake is made with: it takes on as many requests as come."""
+    """What the fake is made with: it takes on as many requests as come. It encodes its whole text for each."""
+    text = TEXT * (60 if pace else 1)
     return {
-        "reply": lambda prompt, seed: LONG,
+        "reply": lambda prompt, seed: text,
         "seconds_per_token": pace,
         "running": 2000,
         "pages": 40_000,
