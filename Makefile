@@ -13,7 +13,7 @@ BENCHMARKS ?= data data_tokens kernels sampling train_step checkpoint cold_start
 help:
 	@echo "make quickstart   install, then go the whole way: raw text, training, release, served answer"
 	@echo "make test         install what tests need, then run all tests"
-	@echo "make test-long    the long campaigns as well"
+	@echo "make test-long    the long campaigns as well, but for those with a target of their own below"
 	@echo "make test-cluster the tests on a small Ray cluster, after installing Ray and Daft (400 MB)"
 	@echo "make test-postgres the tests of what the database holds, on PostgreSQL"
 	@echo "make test-browser the console in a real Chromium, after installing Chromium and Playwright"
@@ -49,7 +49,7 @@ test: $(VENV)/.installed-dev
 		wait $$types; typed=$$?; cat $(VENV)/mypy.log; test $$tests = 0 -a $$typed = 0
 
 test-long: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "long or not long"
+	@$(BIN)/python -m pytest -m "long or not long" --ignore tests/browser --ignore tests/slurm
 
 test-cluster: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
@@ -61,12 +61,13 @@ test-postgres: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.postgres || apt-get install -qy postgresql || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'pgserver>=0.1.4'
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --postgres
 
-# Debian's Chromium, driven by Playwright; axe-core looks at every page.
+# Debian's Chromium, driven by Playwright; axe-core looks at every page. NiceGUI makes its pages once in a process, so
+# each file, which has a server of its own, is run in one of its own.
 test-browser: $(VENV)/.installed-dev
 	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@test -f $(VENV)/axe.min.js || { cd $(VENV) && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz --strip-components=1 package/axe.min.js; } || echo "axe-core could not be fetched: its checks will be skipped."
-	@$(BIN)/python -m pytest -m "long or not long" tests/browser
+	@for file in tests/browser/test_*.py; do $(BIN)/python -m pytest -m "long or not long" $$file || exit 1; done
 
 # Whatever daemons the packages start on a host with systemd: the tests have their own, with their own key, database and ports.
 SLURM := slurmctld slurmd slurmdbd slurm-client munge mariadb-server
