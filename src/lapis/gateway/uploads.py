@@ -129,9 +129,18 @@ class UploadStore:
         Raises NotFoundError, ConflictError for an upload that has ended, InputError for parts that are not its
         own, named twice, or not the bytes that were promised.
         """
-        project_id = identity.project_id
-        upload = self.get(project_id, id)
+        upload = self.get(identity.project_id, id)
         _check_pending(upload)
+        try:
+            return self._joined(identity, upload, part_ids, md5)
+        except (InputError, FileNotFoundError):
+            _check_pending(self.get(identity.project_id, id))  # who ended it meanwhile took its parts away
+            raise
+
+    def _joined(
+        self, identity: Identity, upload: Upload, part_ids: Sequence[str], md5: str | None
+    ) -> tuple[Upload, StoredFile]:
+        project_id = identity.project_id
         paths = self._paths(upload, part_ids)
         expires_at = None if upload.file_seconds is None else self._files.clock() + upload.file_seconds
         with Incoming(self._files.folder / project_id) as incoming:
@@ -145,7 +154,7 @@ class UploadStore:
             file = self._files.keep(
                 incoming, identity, upload.filename, upload.purpose, expires_at, self._ending(done)
             )
-        self._drop_parts(id)
+        self._drop_parts(upload.id)
         return done, file
 
     def cancel(self, project_id: str, id: str) -> Upload:
