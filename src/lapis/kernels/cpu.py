@@ -307,7 +307,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(
             source if w.requires_grad else None
         )  # a frozen weight's gradient needs no inputs
-        return kernels.linear(x, w, residual, fp32, bias)
+        y_TN = kernels.linear(x, w, residual, fp32, bias)
+        if w.requires_grad:
+            kernels.forget(w)
+        return y_TN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -462,6 +465,8 @@ class _CrossEntropy(torch.autograd.Function):
             kernels.linear_backward(grad_RV, w_VH, dx_TH[rows], transposed)
             if dw_VH is not None:
                 kernels.add_weight_gradient(grad_RV, x_TH[rows], dw_VH)
+        if dw_VH is not None:
+            kernels.forget(w_VH)
         ctx.weight = w_VH
         ctx.save_for_backward(dx_TH, dw_VH)
         return exact_sum(losses_T)

@@ -149,6 +149,13 @@ class Kernels:
         assert g_TN.dtype is BF16 and g_TN.is_contiguous() and db_N.dtype is BF16 and db_N.is_contiguous()
         self._c.linear_bias_gradient(g_TN.data_ptr(), db_N.data_ptr(), *g_TN.shape)
 
+    def forget(self, w_NK: Tensor) -> None:
+        """Free the packed copy of a weight, which training changes before it is used much more.
+
+        All copies together are as large as the model; to make one anew costs a thousandth of its product.
+        """
+        self._packed.pop(id(w_NK), None)
+
     def weights_changed(self) -> None:
         """Every packed copy is renewed, in place, when it is next used."""
         self._generation += 1

@@ -6,7 +6,7 @@
 #define PACK_PAIRS 64            // pairs of rows that are packed at a time
 #define PACK_PANELS 8             // panels that are packed at a time
 #define PANEL_ROWS 12             // as in cpu_library.py: sizes the work of the weight gradient
-#define BIAS_COLUMNS 128          // whose sums over the rows are made at a time
+#define ROW_GROUP 3               // rows that are reached from one pointer: a pointer each would not fit the registers
 #if defined(__AMX_BF16__)
 #define TILE_ROWS 32
 #define WIDE_ROWS 0
@@ -88,6 +88,10 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
     const int64_t pairs = op->K / 2;
     const uint32_t *x = (const uint32_t *)op->x + row * pairs;
     const uint32_t *w = (const uint32_t *)op->packed + tile * COLUMNS * pairs;
+    const uint32_t *group[(TILE_ROWS + ROW_GROUP - 1) / ROW_GROUP];
+    int64_t stride = pairs;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r += ROW_GROUP) group[r / ROW_GROUP] = x + r * pairs;
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
@@ -113,11 +117,23 @@ INLINE void linear_tile(const int rows, const int tiles, const int panels, const
             }
             continue;
         }
+        if (!panels)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r += ROW_GROUP)  // hidden from the compiler, which makes 12 pointers of them again
+                __asm__("" : "+r"(group[r / ROW_GROUP]), "+r"(stride));
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            const uint32_t pair = panels ? x[k * TILE_ROWS + r] : group[r / ROW_GROUP][r % ROW_GROUP * stride];
 #pragma GCC unroll 16
-            for (int v = 0; v < vectors; v++)
-                sum[r][v] = dp(sum[r][v], x[panels ? k * TILE_ROWS + r : r * pairs + k], weight[v]);
+            for (int v = 0; v < vectors; v++) sum[r][v] = dp(sum[r][v], pair, weight[v]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r += ROW_GROUP) group[r / ROW_GROUP]++;
+    }
+    if (WIDE == LANES && (tile + tiles) * COLUMNS <= op->out.N && (!panels || row + rows <= op->rows)) {
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) finish_row(&op->out, row + r, tile * COLUMNS, vectors, (const f32x16 *)sum[r]);
+        return;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
@@ -465,28 +481,4 @@ EXPORT void lapis_linear_weight_gradient(const bf16 *g, const bf16 *x, bf16 *dw,
     bf16 *packed = work + (N + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS * inner;
     lapis_pack_rows(x, packed, rows, K);
     product_of_turned(g, dw, work, packed, rows, N, K, inner);
-}
-
-// db[N] += the sum of the rows of g[rows][N], each column one fp32 chain.
-EXPORT void lapis_linear_bias_gradient(const bf16 *g, bf16 *db, int64_t rows, int64_t N) {
-#pragma omp parallel
-    {
-        const uint64_t mode = flush_subnormals();
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < N; column += BIAS_COLUMNS) {
-            const int64_t width = N - column < BIAS_COLUMNS ? N - column : BIAS_COLUMNS;
-            float sum[BIAS_COLUMNS] = {0};
-            if (width == BIAS_COLUMNS) {
-                f32x16 sums[BIAS_COLUMNS / LANES];
-                EACH(BIAS_COLUMNS / LANES) sums[i] = all(0);
-                for (int64_t row = 0; row < rows; row++)
-                    EACH(BIAS_COLUMNS / LANES) sums[i] += load_bf16(g + row * N + column + i * LANES);
-                memcpy(sum, sums, sizeof sum);
-            } else
-                for (int64_t row = 0; row < rows; row++)
-                    for (int64_t i = 0; i < width; i++) sum[i] += widen_one(g[row * N + column + i]);
-            for (int64_t i = 0; i < width; i++) db[column + i] = round_one(widen_one(db[column + i]) + sum[i]);
-        }
-        restore_mode(mode);
-    }
 }

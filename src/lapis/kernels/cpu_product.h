@@ -35,17 +35,28 @@ INLINE int64_t output_start(const struct output *out, int64_t row) {
     return (out->order ? out->order[row] : row) * (out->stride ? out->stride : out->N);
 }
 
-// Adds bias and residual to 16 finished sums, rounds, stores those that lie inside the matrix.
+// Adds bias and residual to `vectors` times 16 finished sums, all of them inside the matrix, rounds and stores them.
+INLINE void finish_row(const struct output *out, int64_t row, int64_t column, const int vectors, const f32x16 *sums) {
+    const int64_t start = output_start(out, row);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++, column += LANES) {
+        f32x16 sum = sums[v];
+        if (out->bias) sum = sum + load_bf16(out->bias + column);
+        if (out->residual) sum = sum + load_bf16(out->residual + start + column);
+        if (out->fp32) store((float *)out->y + start + column, sum);
+        else store_bf16((bf16 *)out->y + start + column, sum);
+    }
+}
+
+// As finish_row, of 16 sums of which some or all may lie beyond the matrix.
 INLINE void finish(const struct output *out, int64_t row, int64_t column, f32x16 sum) {
     if (column >= out->N) return;
-    const int64_t at = output_start(out, row) + column, left = out->N - column;
+    const int64_t left = out->N - column;
     if (left >= LANES) {
-        if (out->bias) sum = sum + load_bf16(out->bias + column);
-        if (out->residual) sum = sum + load_bf16(out->residual + at);
-        if (out->fp32) store((float *)out->y + at, sum);
-        else store_bf16((bf16 *)out->y + at, sum);
+        finish_row(out, row, column, 1, &sum);
         return;
     }
+    const int64_t at = output_start(out, row) + column;
     for (int64_t i = 0; i < left; i++) {
         float value = out->bias ? sum[i] + widen_one(out->bias[column + i]) : sum[i];
         if (out->residual) value = value + widen_one(out->residual[at + i]);

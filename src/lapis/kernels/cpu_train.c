@@ -4,6 +4,7 @@
 
 #define SUM_ROWS 64    // rows whose contributions to a norm's weight gradient are summed before others
 #define NORM_STEP 4096 // elements of a gradient whose squares are summed before others
+#define BIAS_COLUMNS 128 // whose sums over the rows are made at a time
 
 INLINE void add_bf16(bf16 *p, f32x16 v) { store_bf16(p, load_bf16(p) + v); }
 
@@ -66,6 +67,30 @@ EXPORT void lapis_silu_mul_backward(const bf16 *x, const bf16 *g, bf16 *dx, int6
                 store_bf16(dx + at, grad * up * (sigmoid * (1.0f + gate * (1.0f - sigmoid))));
                 store_bf16(dx + at + width, grad * (gate * sigmoid));
             }
+        restore_mode(mode);
+    }
+}
+
+// ---- bias of linear: db[N] += the sum of the rows of g[rows][N], each column one fp32 chain.
+EXPORT void lapis_linear_bias_gradient(const bf16 *g, bf16 *db, int64_t rows, int64_t N) {
+#pragma omp parallel
+    {
+        const uint64_t mode = flush_subnormals();
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < N; column += BIAS_COLUMNS) {
+            const int64_t width = N - column < BIAS_COLUMNS ? N - column : BIAS_COLUMNS;
+            float sum[BIAS_COLUMNS] = {0};
+            if (width == BIAS_COLUMNS) {
+                f32x16 sums[BIAS_COLUMNS / LANES];
+                EACH(BIAS_COLUMNS / LANES) sums[i] = all(0);
+                for (int64_t row = 0; row < rows; row++)
+                    EACH(BIAS_COLUMNS / LANES) sums[i] += load_bf16(g + row * N + column + i * LANES);
+                memcpy(sum, sums, sizeof sum);
+            } else
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < width; i++) sum[i] += widen_one(g[row * N + column + i]);
+            for (int64_t i = 0; i < width; i++) db[column + i] = round_one(widen_one(db[column + i]) + sum[i]);
+        }
         restore_mode(mode);
     }
 }

@@ -12,7 +12,7 @@ from lapis.hashing import digest_json
 from lapis.kernels.variants import cpu_flags
 from lapis.model.families import Decoder
 
-SIZE, SMALL = 1536, 128
+SIZE, PROBE, GRAIN = 1536, 384, 128  # at 128 × 128 a product's start hides which type is quicker
 TRY_S = 0.02  # what one try may take; a slow machine multiplies smaller matrices
 TYPES = (
     torch.bfloat16,
@@ -25,10 +25,10 @@ def gemm_flops(repeats: int = 5) -> float:
 
     The best of a few tries at up to 1536 × 1536 (about 0.1 s).
     """
-    rates = {dtype: _rate(SMALL, dtype, repeats=2) for dtype in TYPES}
+    rates = {dtype: _rate(PROBE, dtype, repeats=2) for dtype in TYPES}
     dtype = max(TYPES, key=lambda dtype: rates[dtype])
-    fitting = int((rates[dtype] * TRY_S / 2) ** (1 / 3)) // SMALL * SMALL
-    return _rate(max(SMALL, min(SIZE, fitting)), dtype, repeats)
+    fitting = int((rates[dtype] * TRY_S / 2) ** (1 / 3)) // GRAIN * GRAIN
+    return _rate(max(GRAIN, min(SIZE, fitting)), dtype, repeats)
 
 
 def _rate(size: int, dtype: torch.dtype, repeats: int) -> float:
