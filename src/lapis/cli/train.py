@@ -69,15 +69,51 @@ def command(
     as_json: bool,
 ) -> None:
     """Train a model by RECIPE. A run that was stopped or killed goes on from its last checkpoint."""
+    from lapis import config
+    from lapis.home import Home
+    from lapis.train.recipe import Recipe
+
+    home = Home.default()
+    resolved = config.load(
+        recipe, Recipe, sets
+    )  # before torch is imported: what is wrong with it is told at once
+    if dry_run:
+        _dry_run(resolved, home, ranks, memory, as_json)
+        return
+    if nodes is not None and (ranks is None or spares):
+        raise click.UsageError("--nodes spreads --ranks over nodes; all other nodes of the job are spare.")
+    _train(
+        resolved,
+        home,
+        workers=workers,
+        ranks=ranks,
+        spares=spares,
+        nodes=nodes,
+        new_segment=new_segment,
+        inspect=inspect,
+        as_json=as_json,
+    )
+
+
+def _train(
+    resolved: Recipe,
+    home: Home,
+    *,
+    workers: int,
+    ranks: int | None,
+    spares: int,
+    nodes: int | None,
+    new_segment: bool,
+    inspect: bool,
+    as_json: bool,
+) -> None:
     from dataclasses import asdict
 
     from lapis import config
-    from lapis.home import Home
     from lapis.kernels.ops import select
     from lapis.log import progress
     from lapis.train.float8 import require_float8
     from lapis.train.rank import program
-    from lapis.train.recipe import Recipe
     from lapis.train.samples import sample_prompts
     from lapis.train.segments import settle
     from lapis.train.start import check_best, checked_shape, first_model, with_own_tokenizer
@@ -85,15 +121,8 @@ def command(
     from lapis.train.trainer import find_or_create, train
     from lapis.train.world import first_alone, is_first, started
 
-    home = Home.default()
-    resolved = config.load(recipe, Recipe, sets)
-    if dry_run:
-        _dry_run(resolved, home, ranks, memory, as_json)
-        return
     if resolved.data is not None:
         resolved = with_own_tokenizer(resolved, home)
-    if nodes is not None and (ranks is None or spares):
-        raise click.UsageError("--nodes spreads --ranks over nodes; all other nodes of the job are spare.")
     size = ranks or started()
     mesh = resolved.mesh(size)
     if not inspect:
