@@ -32,10 +32,16 @@ FIRST_PAUSE = 0.05  # seconds; doubled each time, 6 s in all
 Result = TypeVar("Result")
 
 
-def connect(url: str) -> Engine:
+class BusyError(ConflictError):
+    """Another process has been writing to the database for too long."""
+
+
+def connect(url: str, *, patient: bool = True) -> Engine:
     """Open a database by URL (`sqlite:///path` or `postgresql://…`) without migrating it.
 
-    Raises ConfigError for another kind of URL, UnavailableError where the driver is missing.
+    On SQLite an impatient engine raises BusyError at once where another one would wait, and leaves it to others to
+    write the log back into the file. Raises ConfigError for another kind of URL, UnavailableError where the driver
+    is missing.
     """
     try:
         parsed = sa.make_url(url)
@@ -45,7 +51,7 @@ def connect(url: str) -> Engine:
         ) from error
     kind = parsed.get_backend_name()
     if kind == "sqlite":
-        engine = _connect_sqlite(parsed)
+        engine = _connect_sqlite(parsed, patient)
     elif kind in ("postgresql", "postgres"):
         engine = _connect_postgresql(parsed)
     else:
@@ -81,6 +87,29 @@ def take_lock(connection: Connection, lock: str) -> None:
     """Wait for a named lock until the transaction ends. On SQLite a writer has all of them already."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(lock, 0))))
+
+
+def driver_execute(connection: Connection, statement: str, parameters: Any = ()) -> Any:
+    """Let the database's driver execute a statement, and return its cursor. Failures are told as SQLAlchemy's are."""
+    driver: Any = connection.connection.driver_connection
+    try:
+        return driver.execute(statement, parameters)
+    except connection.dialect.loaded_dbapi.Error as error:
+        if connection.dialect.is_disconnect(error, driver, None):
+            connection.invalidate(error)
+        explained = _explain(str(error).lower())
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def fold(db: Engine) -> None:
+    """Write SQLite's log back into its file as far as nobody has to wait for that; others need no such thing."""
+    if db.dialect.name == "sqlite":
+        with db.connect() as connection:
+            driver_execute(
+                connection, "PRAGMA wal_checkpoint(PASSIVE)"
+            ).fetchall()  # outside of a transaction
 
 
 def retried(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -161,7 +190,7 @@ def _current(connection: Connection) -> str | None:
     return found
 
 
-def _connect_sqlite(url: sa.URL) -> Engine:
+def _connect_sqlite(url: sa.URL, patient: bool) -> Engine:
     if not url.database or url.database == ":memory:":
         raise ConfigError("A SQLite database needs a file.", hint="Example: sqlite:////srv/lapis.db")
     path = Path(url.database)
@@ -171,7 +200,7 @@ def _connect_sqlite(url: sa.URL) -> Engine:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise StorageError(f"The database {path} cannot be opened: {error.strerror}.") from error
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS if patient else 0.0})
 
     @sa.event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
@@ -179,12 +208,14 @@ def _connect_sqlite(url: sa.URL) -> Engine:
         _use_wal(connection)
         connection.execute("PRAGMA synchronous=NORMAL")  # a killed process loses nothing; WAL stays whole
         connection.execute("PRAGMA foreign_keys=ON")
+        if not patient:
+            connection.execute("PRAGMA wal_autocheckpoint=0")  # that waits for the disk
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A writer takes its place at once: two readers that both turn into writers would deadlock.
         writes = connection.get_execution_options().get("lapis_write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        driver_execute(connection, "BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
 
@@ -222,7 +253,7 @@ def _translate(context: sa.engine.ExceptionContext) -> None:
 
 def _explain(text: str) -> LapisError | None:
     if "database is locked" in text:
-        return ConflictError(
+        return BusyError(
             f"The database was busy for {BUSY_SECONDS:.0f} s.",
             hint="Another Lapis process holds it; try again.",
         )

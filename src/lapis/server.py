@@ -24,7 +24,7 @@ import uvicorn
 from lapis.api.app import create_app
 from lapis.audit import AuditLog
 from lapis.console.mount import mount
-from lapis.db import open_database
+from lapis.db import connect, open_database
 from lapis.errors import ConfigError, ConflictError, IntegrityError, NotFoundError
 from lapis.gateway.admission import Admission
 from lapis.gateway.deployment import Build, Record
@@ -165,7 +165,10 @@ def make_services(
     """The gateway over a home. Raises ConfigError (open door, no key), NotFoundError (nothing to serve)."""
     db = open_database(home.database_url)
     try:
-        keys = ApiKeys(db)
+        prices = Prices(home.prices)
+        ledger = UsageLedger(db, prices=prices)
+        meter = Meter(ledger, _impatient(home.database_url, prices))
+        keys = ApiKeys(db, later=meter.write)
         have_keys = keys.exist() or AdminKeys(db).exist()
         signed_in = server_settings(home).sign_in is not None
         if not have_keys and not signed_in and not _is_loopback(host):
@@ -177,15 +180,19 @@ def make_services(
         catalog = _catalog(registry, FineTunedModels(home, db), models)
         router = Router(catalog, _builder(registry, load), memory, _recorder(AuditLog(db)))
         admission = Admission(keys, keys_required=have_keys or not _is_loopback(host))
-        ledger = UsageLedger(db, prices=Prices(home.prices))
         ledger.expire()  # what a killed server had reserved
-        services = Services(home, db, router, admission, Meter(ledger))
+        services = Services(home, db, router, admission, meter)
         controller = Controller(services.queue, make_executor(home))
         services.loops.append(in_thread(partial(controller.run, seconds=CONTROL_SECONDS)))
         return services
     except BaseException:
         db.dispose()
         raise
+
+
+def _impatient(url: str, prices: Prices) -> UsageLedger | None:
+    """The ledger for whoever must not wait; only a file can be written so soon."""
+    return UsageLedger(connect(url, patient=False), prices=prices) if url.startswith("sqlite:") else None
 
 
 def _catalog(

@@ -6,14 +6,19 @@ import contextlib
 import os
 import resource
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lapis.errors import InputError
 from lapis.tokenizer.bpe import Tokenizer
 from lapis.tokenizer.chat import CHATML, ChatTemplate
+from lapis.tokenizer.sandbox import environment
 from tests.texts import prose
 
+STRANGERS = CHATML + "{# not the built-in one #}"
 TALK = [
     {"role": "user", "content": "Who?"},
     {"role": "assistant", "content": "Me."},
@@ -37,6 +42,22 @@ def chatml() -> Iterator[ChatTemplate]:
 def test_the_built_in_template_is_chatml(chatml: ChatTemplate) -> None:
     assert chatml.render(TALK[:1]) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert chatml.render(TALK[:2], add_generation_prompt=False).endswith("assistant\nMe.<|im_end|>\n")
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {}, optional={"role": st.text(), "content": st.one_of(st.text(), st.none(), st.lists(st.text()))}
+        )
+    ),
+    st.booleans(),
+)
+def test_the_built_in_template_is_rendered_as_jinja_would(
+    messages: list[dict[str, Any]], add_generation_prompt: bool
+) -> None:
+    jinja = environment().from_string(CHATML)
+    rendered = jinja.render(messages=messages, add_generation_prompt=add_generation_prompt)
+    assert ChatTemplate(CHATML).render(messages, add_generation_prompt) == rendered
 
 
 def test_only_what_an_assistant_said_is_trained_on(chatml: ChatTemplate, tokenizer: Tokenizer) -> None:
@@ -117,12 +138,12 @@ def test_a_server_with_a_thousand_connections_renders_too() -> None:
     with contextlib.ExitStack() as connections:
         for _ in range(1100):
             connections.enter_context(open(os.devnull))
-        made = ChatTemplate(CHATML)
+        made = ChatTemplate(STRANGERS)
         assert "Because." in made.render(TALK)
         made.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
-def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
+def test_messages_that_are_no_json_are_refused() -> None:
     with pytest.raises(InputError, match="JSON"):
-        chatml.render([{"role": "user", "content": object()}])
+        ChatTemplate(STRANGERS).render([{"role": "user", "content": object()}])

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
@@ -22,13 +23,19 @@ def services_of(request: Request) -> Services:
     return cast(Services, request.app.state.services)
 
 
-def identify(request: Request) -> Identity:
-    """The caller, by key or as the local user. It reads the database: runs in a thread. Raises AuthError."""
+async def _services(request: Request) -> Services:  # FastAPI would call what is not async in a thread
+    return services_of(request)
+
+
+async def identify(request: Request) -> Identity:
+    """The caller, by key or as the local user. Raises AuthError."""
     known = getattr(request.state, "identity", None)  # what the server asks itself, see api/inside.py
     if known is not None:
         return cast(Identity, known)
-    key = _key(request)
-    return services_of(request).admission.identify(key)
+    key, admission = _key(request), services_of(request).admission
+    if admission.quick(key):
+        return admission.identify(key)
+    return await run_in_threadpool(admission.identify, key)
 
 
 def administrate(request: Request) -> Administrator:
@@ -59,28 +66,28 @@ def _owner(request: Request) -> Administrator:
     return administrator
 
 
-def _reader(request: Request) -> Identity:
-    return _with(Scope.MODELS_READ, request)
+async def _reader(request: Request) -> Identity:
+    return await _with(Scope.MODELS_READ, request)
 
 
-def _user(request: Request) -> Identity:
-    return _with(Scope.MODELS_USE, request)
+async def _user(request: Request) -> Identity:
+    return await _with(Scope.MODELS_USE, request)
 
 
-def _viewer(request: Request) -> Identity:
-    return _with(Scope.WORK_READ, request)
+async def _viewer(request: Request) -> Identity:
+    return await _with(Scope.WORK_READ, request)
 
 
-def _worker(request: Request) -> Identity:
-    return _with(Scope.WORK_WRITE, request)
+async def _worker(request: Request) -> Identity:
+    return await _with(Scope.WORK_WRITE, request)
 
 
-def _admin(request: Request) -> Identity:
-    return _with(Scope.ADMIN, request)
+async def _admin(request: Request) -> Identity:
+    return await _with(Scope.ADMIN, request)
 
 
-def _with(scope: Scope, request: Request) -> Identity:
-    identity = identify(request)
+async def _with(scope: Scope, request: Request) -> Identity:
+    identity = await identify(request)
     permit(identity, scope)
     return identity
 
@@ -106,7 +113,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-ServicesOf = Annotated[Services, Depends(services_of)]
+ServicesOf = Annotated[Services, Depends(_services)]
 Reader = Annotated[Identity, Depends(_reader)]
 User = Annotated[Identity, Depends(_user)]
 Viewer = Annotated[Identity, Depends(_viewer)]  # may see the project's work

@@ -63,7 +63,7 @@ class Idempotency:
         if not 0 < len(sent) <= MAX_KEY or not sent.isascii() or not sent.isprintable():
             return await _refuse(send, 400, f"An Idempotency-Key has 1 to {MAX_KEY} printable characters.")
         try:
-            project_id, key = await asyncio.to_thread(_scoped, scope, sent)
+            project_id, key = await _scoped(scope, sent)
         except (AuthError, HTTPException):  # the route says so
             await self._app(scope, receive, send)
             return
@@ -198,15 +198,16 @@ def _fingerprint(scope: Scope) -> _Raw:
     return _Raw(scope)
 
 
-def _scoped(scope: Scope, key: str) -> tuple[str, str]:
+async def _scoped(scope: Scope, key: str) -> tuple[str, str]:
     """The project that a key belongs to, and the key there. Raises AuthError, HTTPException for an unknown caller.
 
     An administrator's keys are their organization's: kept with the first project, marked by what no key has in it.
     """
     request = Request(scope)
     if scope["path"].startswith("/v1/organization/"):
-        return DEFAULT, f"§{administrate(request).organization_id}§{key}"
-    return identify(request).project_id, key
+        administrator = await asyncio.to_thread(administrate, request)
+        return DEFAULT, f"§{administrator.organization_id}§{key}"
+    return (await identify(request)).project_id, key
 
 
 def _key(scope: Scope) -> str | None:

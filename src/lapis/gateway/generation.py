@@ -20,6 +20,7 @@ from lapis.tenants.keys import Identity
 from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import Usage
 
+WHOLE = 64  # tokens that come together to who waits for an answer's end
 SEEDS = 2**63  # seeds of further answers wrap below this
 
 
@@ -71,6 +72,7 @@ class Generation:
         self._asked = ask.at
         self._times: dict[int, float] = {}  # when the last output of each answer came
         self._closed = False
+        self._whole = False
         deployment.active += 1
 
     @staticmethod
@@ -116,11 +118,15 @@ class Generation:
             cached_tokens=sum(output.cached_tokens for output in firsts),
         )
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What the engine gives, as it comes. Raises LapisError if the engine failed this request."""
+    async def pieces(self, at_once: int = 0) -> AsyncGenerator[Piece, None]:
+        """What the engine gives, as it comes, or some tokens `at_once` for who does not show them one by one.
+
+        Raises LapisError if the engine failed this request.
+        """
         if len(self._streams) == 1:  # the usual case, short: it is gone through for every token
-            stream = self._streams[0]
-            while (output := await stream.take()) is not None:
+            stream, tokens = self._streams[0], at_once
+            while (output := await stream.take(tokens)) is not None:
+                tokens = output.completion_tokens + at_once
                 self._note(0, output)
                 yield Piece(0, output)
         else:
@@ -131,8 +137,9 @@ class Generation:
 
     async def whole(self) -> list[Output]:
         """The finished answers, in the order of prompts, then choices. Raises LapisError."""
+        self._whole = True
         outputs: list[list[Output]] = [[] for _ in self._streams]
-        async for index, output in self.pieces():
+        async for index, output in self.pieces(at_once=WHOLE):
             outputs[index].append(output)
         return [join_outputs(parts) for parts in outputs]
 
@@ -141,8 +148,10 @@ class Generation:
         if self._closed:
             return
         self._closed = True
-        for stream in self._streams:
+        for index, stream in enumerate(self._streams):
             stream.cancel()
+            if self._whole and (rest := stream.take_now()) is not None:
+                self._last[index] = rest  # its client left, but it was computed
         self._deployment.active -= 1
         self._deployment.used_at = time.monotonic()
         if self._meterage is None:
@@ -166,7 +175,10 @@ class Generation:
         before = self._last.get(index)
         self._last[index] = output
         if before is None:
-            self._first_token.observe(now - self._asked)
+            first = self._streams[index].first_at
+            self._first_token.observe(first - self._asked)
+            if (more := output.completion_tokens - 1) > 0:  # they came together
+                self._next_token.observe((now - first) / more, more)
         elif new := output.completion_tokens - before.completion_tokens:
             self._next_token.observe((now - self._times[index]) / new, new)
         self._times[index] = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,8 @@ from lapis.inference.engine import Engine
 from lapis.inference.request import SamplingParams
 from lapis.tokenizer.grammar import Grammar
 from lapis.tokenizer.tools import Tool, ToolChoice, ToolPrompt, prompt_with_tools
+
+SHORT = 4096  # characters: so few are a prompt before a thread is woken for them
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,27 @@ class Conversation:
     parallel: bool = True
     form: Grammar | None = None
 
+    @property
+    def short(self) -> bool:
+        """Whether it is plain text, and little."""
+        if self.tools or self.form is not None:
+            return False
+        values = [value for message in self.messages for value in message.values()]
+        return all(isinstance(value, str) for value in values) and sum(map(len, values)) <= SHORT
+
+
+async def prompt_soon(engine: Engine, conversation: Conversation) -> ToolPrompt:
+    """As chat_prompt, in a thread where it could take long."""
+    if conversation.short and engine.chat is not None and engine.chat.ours:
+        return chat_prompt(engine, conversation)
+    return await asyncio.to_thread(chat_prompt, engine, conversation)
+
 
 def chat_prompt(engine: Engine, conversation: Conversation) -> ToolPrompt:
     """A conversation that waits for its answer, and how the answer is bound and read.
 
-    Compiles the answer's grammar, so call it in a thread. Raises InputError for a model without a chat
-    template, and for a grammar that cannot be enforced.
+    Compiles the answer's grammar, so call it in a thread, or `prompt_soon`. Raises InputError for a model without a
+    chat template, and for a grammar that cannot be enforced.
     """
     if engine.chat is None:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from lapis.inference.request import Output, join_outputs
@@ -17,7 +18,9 @@ class Channel:
 
     def __init__(self) -> None:
         self.closed = False  # the last output has been put in
+        self.first_at: float | None = None  # when the first output came, on the monotonic clock
         self._pending: list[Output] = []
+        self._wanted = 0  # tokens in all for which the waiter is woken
         self._ready = threading.Condition()
         self._waiter: Waiter | None = None
 
@@ -26,24 +29,38 @@ class Channel:
         with self._ready:
             if self.closed:
                 return None
+            if self.first_at is None:
+                self.first_at = time.monotonic()
             self._pending.append(output)
             self.closed = output.finish_reason is not None
             self._ready.notify_all()
+            if output.completion_tokens < self._wanted and not self.closed:
+                return None
             waiter, self._waiter = self._waiter, None
             return waiter
 
-    async def take(self) -> Output | None:
-        """What has come since the last take, waiting for something; None after the end."""
+    async def take(self, tokens: int = 0) -> Output | None:
+        """What has come since the last take, waiting for something; None after the end.
+
+        Who needs nothing before the answer has so many `tokens` in all, or is complete, is not woken before.
+        """
         while True:
             with self._ready:
-                if self._pending:
+                enough = self._pending and self._pending[-1].completion_tokens >= tokens
+                if enough or (self._pending and self.closed):
                     return self._drain()
                 if self.closed:
                     return None
+                self._wanted = tokens
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
                 self._waiter = (loop, future)
             await future
+
+    def take_now(self) -> Output | None:
+        """What has come since the last take; None if nothing has."""
+        with self._ready:
+            return self._drain() if self._pending else None
 
     def take_all(self) -> Output:
         """Block until the end; everything not taken before, as one output."""
@@ -73,9 +90,18 @@ class Stream:
         finally:
             self.cancel()
 
-    async def take(self) -> Output | None:
-        """What has come since the last take, waiting for something; None after the end."""
-        return await self._channel.take()
+    async def take(self, tokens: int = 0) -> Output | None:
+        """As the channel's."""
+        return await self._channel.take(tokens)
+
+    def take_now(self) -> Output | None:
+        """As the channel's."""
+        return self._channel.take_now()
+
+    @property
+    def first_at(self) -> float:
+        """When the first output came, on the monotonic clock; now, if none has."""
+        return self._channel.first_at or time.monotonic()
 
     async def whole(self) -> Output:
         """Wait for the end without blocking the event loop; everything not read before, as one output."""

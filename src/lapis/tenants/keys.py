@@ -15,13 +15,14 @@ from sqlalchemy.engine import Connection, Engine, Row
 from lapis.audit import AuditLog, os_user
 from lapis.db import write
 from lapis.errors import AuthError, ConflictError, InputError, NotFoundError, nearest
+from lapis.prepared import Prepared
 from lapis.tables.people import project_users, service_accounts, users
 from lapis.tables.tenants import api_keys, projects
 from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, policy_of
 from lapis.tenants.secret import MARK, LastUsed, Secret, matches, new_secret, prefix_of
 from lapis.tenants.tenant import DEFAULT, Role, Scope, Tenants
 
-# A key with its project, and the place that its owner has there. Run by every request, so made once.
+# A key with its project, and the place that its owner has there.
 _VERIFIED = (
     sa.select(
         api_keys,
@@ -42,7 +43,15 @@ _VERIFIED = (
     )
     .outerjoin(service_accounts, service_accounts.c.id == api_keys.c.service_account_id)
 )
-_BY_PREFIX = _VERIFIED.where(api_keys.c.prefix == sa.bindparam("prefix"))
+_BY_PREFIX = Prepared(_VERIFIED.where(api_keys.c.prefix == sa.bindparam("prefix")))
+
+
+Later = Callable[..., None]  # takes work and its arguments
+
+
+def at_once(work: Callable[..., Any], *arguments: Any) -> None:
+    """Do work now that might be done later."""
+    work(*arguments)
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,11 @@ LOCAL = Identity(DEFAULT, DEFAULT, None, Role.OWNER.scopes)  # the person at the
 class ApiKeys:
     """The keys of an installation. Every change is audited with it."""
 
-    def __init__(self, db: Engine, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, db: Engine, clock: Callable[[], float] = time.time, later: Later = at_once) -> None:
+        """`later` writes down when a key was used: whoever verifies it in an event loop must not wait for that."""
         self.db = db
         self.clock = clock
+        self._later = later
         self.audit = AuditLog(db, clock)
         self._used = LastUsed()
 
@@ -243,7 +254,8 @@ class ApiKeys:
         Reads the database each time (one indexed row): a revoked key is refused at once, by every server.
         """
         with self.db.connect() as connection:
-            row = connection.execute(_BY_PREFIX, {"prefix": prefix_of(text)}).one_or_none()
+            found = _BY_PREFIX.rows(connection, {"prefix": prefix_of(text)})
+        row = found[0] if found else None  # prefixes are unique
         if (
             not matches(text, None if row is None else Secret(row.prefix, row.salt, row.digest))
             or row is None
@@ -268,13 +280,16 @@ class ApiKeys:
         if not has_access(row):
             raise AuthError(f"The owner of the API key {row.prefix} has no access to its project.")
         if self._used.due(key.id, key.last_used_at, now):
-            with write(self.db) as connection:
-                connection.execute(api_keys.update().where(api_keys.c.id == key.id).values(last_used_at=now))
+            self._later(self._note_use, key.id, now)
         return Identity(
             row.organization_id, key.project_id, key.id, key.scopes,
             user_id=key.user_id, service_account_id=key.service_account_id,
             models=policy_of(row.models_mode, row.models),
         )  # fmt: skip
+
+    def _note_use(self, key_id: str, now: float) -> None:
+        with write(self.db) as connection:
+            connection.execute(api_keys.update().where(api_keys.c.id == key_id).values(last_used_at=now))
 
 
 def has_access(row: Row[Any]) -> bool:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from lapis.db import snapshot, take_lock, write
 from lapis.errors import ConflictError, LimitError, NotFoundError
+from lapis.prepared import Prepared
 from lapis.tables.tenants import projects
 from lapis.tables.usage import open_reservations, usage_entries
 from lapis.tenants.keys import Identity
@@ -28,10 +29,14 @@ LIFETIME = 600.0  # seconds after which a reservation that nobody renewed belong
 
 Operation = Literal["completions", "embeddings", "moderations", "compute"]
 
-# Statements that every request runs, made once: making one costs more than running it.
-_ENTER = usage_entries.insert()
-_OPEN = open_reservations.insert()
-_REMOVE = open_reservations.delete().where(open_reservations.c.id == sa.bindparam("reservation"))
+_ENTERED = (
+    "reservation_id", "kind", "at", "project_id", "key_id", "model", "tokens", "reason", "prompt_tokens",
+    "completion_tokens", "cached_tokens", "user_id", "operation", "batch", "cost",
+)  # fmt: skip
+_ENTER = Prepared(usage_entries.insert().inline(), _ENTERED)
+_ENTER_WORK = usage_entries.insert()
+_OPEN = Prepared(open_reservations.insert().inline(), open_reservations.columns.keys())
+_REMOVE = Prepared(open_reservations.delete().where(open_reservations.c.id == sa.bindparam("reservation")))
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,8 @@ class UsageLedger:
                 identity.user_id or identity.service_account_id, operation, identity.background,
                 asked.prompt_tokens, cost, limits,
             )  # fmt: skip
-            connection.execute(_OPEN, _opening(made, now + lifetime))
-            connection.execute(_ENTER, _entry(made, "reserve", now, tokens, cost))
+            _OPEN.run(connection, _opening(made, now + lifetime))
+            _ENTER.run(connection, _entry(made, "reserve", now, tokens, cost))
             _count(connection, made, tokens, made.prompt_tokens, cost, requests=1)
         return made
 
@@ -176,9 +181,10 @@ class UsageLedger:
         with write(self.db, lock=f"usage:{of.project_id}") as connection:
             now = self.clock()
             used = _entry(of, "use", now, total, cost, usage)
-            if connection.execute(_REMOVE, {"reservation": of.id}).rowcount:
+            if _REMOVE.run(connection, {"reservation": of.id}):
                 reversed = _entry(of, "reverse", now, -of.tokens, -of.cost, reason="settled")
-                connection.execute(_ENTER, [reversed, used])
+                _ENTER.run(connection, reversed)
+                _ENTER.run(connection, used)
                 _count(
                     connection, of, total - of.tokens, usage.prompt_tokens - of.prompt_tokens, cost - of.cost
                 )
@@ -186,7 +192,7 @@ class UsageLedger:
             ended = _how_it_ended(connection, of)
             if ended != "expired":
                 raise ConflictError(f"The reservation {of.id} was {ended} already.")
-            connection.execute(_ENTER, used)
+            _ENTER.run(connection, used)
             _count(connection, of, total, usage.prompt_tokens, cost)
 
     def release(self, reservation: Reservation) -> None:
@@ -229,7 +235,7 @@ class UsageLedger:
         if connection.execute(known).first() is not None:
             return
         entry = _entry(of, "use", now, 0, cost)
-        connection.execute(_ENTER, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
+        connection.execute(_ENTER_WORK, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
         count(connection, Change(work.project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
 
     def work_left(self) -> dict[str, WorkLeft]:
@@ -356,9 +362,9 @@ def _opening(of: Reservation, expires_at: float) -> dict[str, Any]:
 def _close(connection: Connection, reservation: Reservation, reason: str, now: float) -> bool:
     """Reverse an open reservation; False if somebody else closed it before (deleting the row decides who)."""
     of = reservation
-    if not connection.execute(_REMOVE, {"reservation": of.id}).rowcount:
+    if not _REMOVE.run(connection, {"reservation": of.id}):
         return False
-    connection.execute(_ENTER, _entry(of, "reverse", now, -of.tokens, -of.cost, reason=reason))
+    _ENTER.run(connection, _entry(of, "reverse", now, -of.tokens, -of.cost, reason=reason))
     _count(connection, of, -of.tokens, -of.prompt_tokens, -of.cost)
     return True
 

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from lapis.errors import ConflictError, NotFoundError
+from lapis.prepared import Prepared
 from lapis.tables.tenants import model_limits, organizations, projects
 from lapis.tables.usage import open_reservations, usage_windows
 from lapis.tenants.quota import CENT, DAY, MINUTE, Consumption, Quota, month_start
@@ -24,7 +25,6 @@ PER_MODEL = (
     "batch_tokens_per_day",
 )  # fmt: skip
 
-# Statements that every request runs, made once: making one costs more than running it.
 _windows, _opened = usage_windows.c, open_reservations.c
 
 
@@ -43,7 +43,7 @@ def _current(project: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
     )
 
 
-_STANDING = (  # a project's limits and the model's, and what was used in the current windows of both
+_STANDING = Prepared(  # a project's limits and the model's, and what was used in the current windows of both
     sa.select(
         projects,
         organizations.c.spend_per_month.label("organization_spend"),
@@ -59,7 +59,7 @@ _STANDING = (  # a project's limits and the model's, and what was used in the cu
     .outerjoin(usage_windows, _current(projects.c.id))
     .where(projects.c.id == sa.bindparam("project"))
 )  # fmt: skip
-_COUNT = (
+_COUNT = Prepared(
     usage_windows.update()
     .where(_current(sa.bindparam("project")))
     .values(
@@ -115,7 +115,7 @@ def standing(connection: Connection, project_id: str, model: str, now: float) ->
     Raises NotFoundError for the project, ConflictError for one that is archived.
     """
     where = {"project": project_id, "of_model": model, "minute": start(now, MINUTE), "day": start(now, DAY)}
-    rows = connection.execute(_STANDING, where).all()
+    rows = _STANDING.rows(connection, where)
     if not rows:
         raise NotFoundError(f"There is no project {project_id!r}.")
     first = rows[0]
@@ -128,7 +128,7 @@ def standing(connection: Connection, project_id: str, model: str, now: float) ->
         used = _extended(connection, project_id, quota, used, now)
     model_used = _used(found, model) if model else model_used
     if first.limited_model is not None:
-        model_quota = Quota(**{name: first._mapping[f"model_{name}"] for name in PER_MODEL})
+        model_quota = Quota(**{name: getattr(first, f"model_{name}") for name in PER_MODEL})
         if model_quota.concurrent_requests is not None:
             model_used = _replaced(model_used, running=running(connection, project_id, now, model))
     if first.organization_spend is not None:
@@ -153,7 +153,7 @@ def count(connection: Connection, change: Change) -> None:
         "more_cost": change.cost,
         "more_gpu_ms": change.gpu_ms,
     }
-    there = connection.execute(_COUNT, {**where, **more}).rowcount
+    there = _COUNT.run(connection, {**where, **more})
     wanted = (1 if not change.model else 2) * (2 if change.minute else 1)
     if there < wanted and (change.requests or change.gpu_ms or change.cost > 0):
         _begin(connection, change)

@@ -37,12 +37,17 @@ class ChatTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Hugging Face chat template (jinja2), rendered in a separate, limited process."""
+    """A Hugging Face chat template (jinja2), rendered in a separate, limited process unless it is the built-in one."""
 
     template: str
     bos: str = ""
     eos: str = ""
     _sandbox: Sandbox = field(default_factory=lambda: Sandbox(), repr=False, compare=False)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is the built-in template, which is no stranger's program."""
+        return self.template == CHATML
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The text of a conversation. Raises InputError if the template refuses, fails or takes too much."""
@@ -95,6 +100,8 @@ class ChatTemplate:
         self._sandbox.close()
 
     def _render(self, messages: Messages, add_generation_prompt: bool, tools: Messages = ()) -> str:
+        if self.ours:
+            return _chatml(messages, add_generation_prompt)
         variables = {
             "messages": [dict(message) for message in messages],
             "bos_token": self.bos,
@@ -104,6 +111,12 @@ class ChatTemplate:
             "documents": None,
         }
         return self._sandbox.render(self.template, variables)
+
+
+def _chatml(messages: Messages, add_generation_prompt: bool) -> str:
+    """What CHATML renders."""
+    turns = [f"<|im_start|>{m.get('role', '')}\n{m.get('content', '')}<|im_end|>\n" for m in messages]
+    return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
 class Sandbox:

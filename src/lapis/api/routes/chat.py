@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ from lapis.api.protocol.chat import (
 )
 from lapis.api.streaming import DONE, TEXT
 from lapis.gateway.generation import Ask, Generation, Prompt
-from lapis.gateway.prompt import Conversation, answer_tokens, bound, chat_prompt
+from lapis.gateway.prompt import Conversation, answer_tokens, bound, prompt_soon
 from lapis.gateway.services import Services
 from lapis.inference.request import Output
 from lapis.tenants.keys import Identity
@@ -72,7 +71,7 @@ class _Chat:
         body = self._body
         deployment = services.router.find(body.model, caller)
         engine = await deployment.engine()
-        asked = self._prompt = await asyncio.to_thread(chat_prompt, engine, self._conversation)
+        asked = self._prompt = await prompt_soon(engine, self._conversation)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         params = body.sampling(answer_tokens(engine, asked.ids, body.limit, name), body.alternatives)
         prompt = Prompt(tuple(asked.ids), bound(params, asked))

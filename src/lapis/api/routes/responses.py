@@ -28,7 +28,7 @@ from lapis.api.protocol.responses import (
 from lapis.api.response_writer import ResponseWriter
 from lapis.errors import InputError, LapisError, NotFoundError
 from lapis.gateway.generation import Ask, Generation, Prompt
-from lapis.gateway.prompt import Conversation, answer_tokens, bound, chat_prompt
+from lapis.gateway.prompt import Conversation, answer_tokens, bound, prompt_soon
 from lapis.gateway.services import Services
 from lapis.gateway.stored import StoredResponse
 from lapis.tenants.keys import Identity
@@ -55,7 +55,7 @@ async def count_input_tokens(services: ServicesOf, caller: User, body: InputBody
     """How many tokens a response to this input would be computed from."""
     conversation = await _conversation(body, body.items, services, caller)
     engine = await services.router.find(body.model, caller).engine()
-    asked = await asyncio.to_thread(chat_prompt, engine, conversation)
+    asked = await prompt_soon(engine, conversation)
     return InputTokens(input_tokens=len(asked.ids))
 
 
@@ -141,7 +141,7 @@ class _Answer:
         deployment = services.router.find(body.model, self._caller)
         conversation = await _conversation(body, self._items, services, self._caller)
         engine = await deployment.engine()
-        asked = self._prompt = await asyncio.to_thread(chat_prompt, engine, conversation)
+        asked = self._prompt = await prompt_soon(engine, conversation)
         limit = answer_tokens(engine, asked.ids, body.max_output_tokens, "max_output_tokens")
         prompt = Prompt(tuple(asked.ids), bound(body.sampling(limit), asked))
         ask = Ask(new_id("resp", "_"), self._caller, body.model, [prompt])

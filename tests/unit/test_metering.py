@@ -1,0 +1,116 @@
+"""The meter: tokens are reserved in the event loop where nobody has to be waited for, else in its thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from lapis.db import BusyError, connect, open_database, write
+from lapis.errors import LimitError
+from lapis.gateway.metering import Meter
+from lapis.home import Home
+from lapis.tenants.keys import LOCAL
+from lapis.tenants.quota import Quota
+from lapis.tenants.tenant import Tenants
+from lapis.tenants.usage import Usage, UsageLedger
+
+
+class Nobody(UsageLedger):
+    """A ledger that is not to be asked."""
+
+    def reserve(self, *arguments: object, **more: object) -> None:  # type: ignore[override]
+        raise AssertionError("the thread was asked")
+
+
+@pytest.fixture
+def url(home: Home) -> str:
+    found = home.database_url
+    if not found.startswith("sqlite:"):
+        pytest.skip("a file alone is written at once")
+    open_database(found).dispose()
+    return found
+
+
+def meter_of(url: str, kind: type[UsageLedger] = UsageLedger) -> tuple[Meter, UsageLedger]:
+    ledger = kind(connect(url))
+    return Meter(ledger, UsageLedger(connect(url, patient=False))), ledger
+
+
+def test_an_idle_meter_asks_no_thread(url: str) -> None:
+    meter, ledger = meter_of(url, Nobody)
+    booked = asyncio.run(meter.reserve(LOCAL, "tiny", 10, generated=4))
+    booked.settle(Usage(6, 3))
+    meter.flush()
+    balance = ledger.balance()
+    assert (balance.used, balance.open, balance.balanced) == (9, 0, True)
+    meter.close()
+    ledger.db.dispose()
+
+
+def test_the_loop_does_not_wait_for_another_writer(url: str) -> None:
+    meter, ledger = meter_of(url)
+    held, may_end, other = threading.Event(), threading.Event(), connect(url)
+
+    def hold() -> None:
+        with write(other):
+            held.set()
+            assert may_end.wait(20)
+
+    async def reserve() -> None:
+        holder = asyncio.create_task(asyncio.to_thread(hold))
+        await asyncio.to_thread(held.wait)
+        booking = asyncio.create_task(meter.reserve(LOCAL, "tiny", 10))
+        for _ in range(20):
+            await asyncio.sleep(0)  # the loop goes on
+        assert not booking.done()
+        may_end.set()
+        (await booking).settle(Usage(0, 0))
+        await holder
+
+    asyncio.run(reserve())
+    meter.close()
+    assert ledger.balance().open == 0
+    for db in (other, ledger.db):
+        db.dispose()
+
+
+def test_what_is_refused_at_once_is_not_trusted_until_it_is_allowed(url: str) -> None:
+    meter, ledger = meter_of(url, Nobody)
+    Tenants(ledger.db).set_quota("default", Quota(tokens_per_day=5), "me")
+    with pytest.raises(LimitError, match="tokens per day"):
+        asyncio.run(meter.reserve(LOCAL, "tiny", 10))
+    assert not meter.trusts(LOCAL)
+    asyncio.run(meter.reserve(LOCAL, "tiny", 5))
+    assert meter.trusts(LOCAL)
+    meter.close()
+    ledger.db.dispose()
+
+
+def test_an_impatient_writer_is_told_at_once(url: str) -> None:
+    first, second = connect(url), connect(url, patient=False)
+    with write(first), pytest.raises(BusyError), write(second):
+        pass
+    with write(second):
+        pass
+    for db in (first, second):
+        db.dispose()
+
+
+def test_the_databases_log_does_not_grow_with_what_the_loop_writes(url: str) -> None:
+    meter, ledger = meter_of(url)
+
+    async def work(times: int) -> None:
+        for _ in range(times):
+            (await meter.reserve(LOCAL, "tiny", 10)).settle(Usage(5, 5))
+            await asyncio.sleep(0)
+
+    asyncio.run(work(1000))
+    meter.flush()
+    log = Path(url.removeprefix("sqlite:///") + "-wal")
+    assert log.stat().st_size < 16 << 20  # without folding: 6 pages of 4 KiB a write, 48 MB
+    assert ledger.balance().used == 10_000
+    meter.close()
+    ledger.db.dispose()
