@@ -124,7 +124,9 @@ class Meter:
 
     def _wrote_at_once(self) -> None:
         self._at_once += 1
-        if self._at_once % FOLD_AFTER == 0:  # what comes meanwhile waits in the thread: the log could not end else
+        if (
+            self._at_once % FOLD_AFTER == 0
+        ):  # what comes meanwhile waits in the thread: the log could not end else
             self.write(fold, self._ledger.db)
 
     async def _reserve_in_thread(
