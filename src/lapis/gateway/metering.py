@@ -125,7 +125,9 @@ class Meter:
     def _wrote_at_once(self) -> None:
         self._at_once += 1
         if self._at_once % FOLD_AFTER == 0:
-            self.write(fold, self._ledger.db)  # what comes meanwhile waits behind it, else the log could not end
+            self.write(
+                fold, self._ledger.db
+            )  # what comes meanwhile waits behind it, else the log could not end
 
     async def _reserve_in_thread(
         self, identity: Identity, model: str, tokens: int, more: dict[str, Any]
