@@ -41,11 +41,30 @@ def meter_of(url: str, kind: type[UsageLedger] = UsageLedger) -> tuple[Meter, Us
 
 def test_an_idle_meter_asks_no_thread(url: str) -> None:
     meter, ledger = meter_of(url, Nobody)
-    booked = asyncio.run(meter.reserve(LOCAL, "tiny", 10, generated=4))
-    booked.settle(Usage(6, 3))
-    meter.flush()
+
+    async def work() -> None:
+        booked = await meter.reserve(LOCAL, "tiny", 10, generated=4)
+        booked.settle(Usage(6, 3))
+        while ledger.balance().open:  # settled soon, without being asked again
+            await asyncio.sleep(0.001)
+
+    asyncio.run(work())
     balance = ledger.balance()
     assert (balance.used, balance.open, balance.balanced) == (9, 0, True)
+    meter.close()
+    ledger.db.dispose()
+
+
+def test_what_is_not_settled_when_the_loop_ends_is_settled_at_the_end(url: str) -> None:
+    meter, ledger = meter_of(url)
+
+    async def work() -> None:
+        for _ in range(3):
+            (await meter.reserve(LOCAL, "tiny", 10)).settle(Usage(6, 3))
+
+    asyncio.run(work())
+    meter.flush()
+    assert (ledger.balance().used, ledger.balance().open) == (27, 0)
     meter.close()
     ledger.db.dispose()
 

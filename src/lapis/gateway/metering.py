@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,7 @@ from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import LIFETIME, Operation, Reservation, Usage, UsageLedger
 
 FOLD_AFTER = 250  # writes of the loop's own: some 1,500 pages of SQLite's log
+SETTLE_AFTER = 0.002  # seconds, in which the loop sends the answer first
 
 
 class Meter:
@@ -32,6 +34,7 @@ class Meter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="meter")
         self._last: Future[Any] | None = None  # what the thread writes last
         self._at_once = 0  # writes of the loop's own
+        self._unsettled: deque[tuple[Reservation, Usage]] = deque()  # what the loop settles next
         self._refused: set[str] = set()  # projects whose last reservation their quota did not allow
 
     def trusts(self, identity: Identity) -> bool:
@@ -65,22 +68,23 @@ class Meter:
 
     def flush(self) -> None:
         """Block until everything asked for so far is written."""
+        self._settle_in_thread()
         self._thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Write what is still to be written, then end."""
+        self._settle_in_thread()
         self._thread.shutdown(wait=True)
         if self._impatient is not None:
             self._impatient.db.dispose()
 
     def settle(self, reservation: Reservation, usage: Usage) -> None:
-        """Replace a reservation by what was used; nothing used gives it back."""
-        if self._settle_at_once(reservation, usage):
-            return
-        if usage.total_tokens:
-            self.write(self._ledger.settle, reservation, usage)
-        else:
-            self.write(self._ledger.release, reservation)
+        """Replace a reservation by what was used, soon; nothing used gives it back. Called in the event loop."""
+        self._unsettled.append((reservation, usage))
+        if self._impatient is None:
+            self._settle_in_thread()
+        elif len(self._unsettled) == 1:
+            asyncio.get_running_loop().call_later(SETTLE_AFTER, self._settle_all)
 
     def renew(self, reservation: Reservation) -> None:
         """Keep a long request's reservation open."""
@@ -102,6 +106,27 @@ class Meter:
             return None
         self._wrote_at_once()
         return reservation
+
+    def _settle_all(self) -> None:
+        while (waiting := self._next_unsettled()) is not None:
+            if not self._settle_at_once(*waiting):
+                self._settle_later(*waiting)
+
+    def _settle_in_thread(self) -> None:
+        while (waiting := self._next_unsettled()) is not None:
+            self._settle_later(*waiting)
+
+    def _next_unsettled(self) -> tuple[Reservation, Usage] | None:
+        try:
+            return self._unsettled.popleft()
+        except IndexError:  # `flush` may take it from another thread
+            return None
+
+    def _settle_later(self, reservation: Reservation, usage: Usage) -> None:
+        if usage.total_tokens:
+            self.write(self._ledger.settle, reservation, usage)
+        else:
+            self.write(self._ledger.release, reservation)
 
     def _settle_at_once(self, reservation: Reservation, usage: Usage) -> bool:
         if self._impatient is None or not self._idle:
@@ -125,9 +150,8 @@ class Meter:
     def _wrote_at_once(self) -> None:
         self._at_once += 1
         if self._at_once % FOLD_AFTER == 0:
-            self.write(
-                fold, self._ledger.db
-            )  # what comes meanwhile waits behind it, else the log could not end
+            # What comes meanwhile waits behind it: a log to which is added all the time would never end.
+            self.write(fold, self._ledger.db)
 
     async def _reserve_in_thread(
         self, identity: Identity, model: str, tokens: int, more: dict[str, Any]
