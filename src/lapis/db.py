@@ -106,10 +106,8 @@ def driver_execute(connection: Connection, statement: str, parameters: Any = ())
 def fold(db: Engine) -> None:
     """Write SQLite's log back into its file as far as nobody has to wait for that; others need no such thing."""
     if db.dialect.name == "sqlite":
-        with db.connect() as connection:
-            driver_execute(
-                connection, "PRAGMA wal_checkpoint(PASSIVE)"
-            ).fetchall()  # outside of a transaction
+        with db.connect() as connection:  # by the driver: SQLAlchemy would begin a transaction
+            driver_execute(connection, "PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def retried(work: Callable[..., Result], *arguments: Any) -> Result:

@@ -69,6 +69,23 @@ def test_what_is_not_settled_when_the_loop_ends_is_settled_at_the_end(url: str) 
     ledger.db.dispose()
 
 
+def test_one_failure_does_not_keep_the_others_from_being_settled(url: str) -> None:
+    meter, ledger = meter_of(url)
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        booked = [await meter.reserve(LOCAL, "tiny", 10) for _ in range(3)]
+        booked[0].settle(Usage(6, "no number"))  # type: ignore[arg-type]
+        for one in booked[1:]:
+            one.settle(Usage(6, 3))
+        while ledger.balance().used < 18:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    meter.close()
+    ledger.db.dispose()
+
+
 def test_the_loop_does_not_wait_for_another_writer(url: str) -> None:
     meter, ledger = meter_of(url)
     held, may_end, other = threading.Event(), threading.Event(), connect(url)

@@ -74,9 +74,8 @@ def command(
     from lapis.train.recipe import Recipe
 
     home = Home.default()
-    resolved = config.load(
-        recipe, Recipe, sets
-    )  # before torch is imported: what is wrong with it is told at once
+    # Before torch is imported: what is wrong with the recipe is told at once.
+    resolved = config.load(recipe, Recipe, sets)
     if dry_run:
         _dry_run(resolved, home, ranks, memory, as_json)
         return

@@ -108,9 +108,15 @@ class Meter:
         return reservation
 
     def _settle_all(self) -> None:
-        while (waiting := self._next_unsettled()) is not None:
-            if not self._settle_at_once(*waiting):
-                self._settle_later(*waiting)
+        try:
+            while (waiting := self._next_unsettled()) is not None:
+                if not self._settle_at_once(*waiting):
+                    self._settle_later(*waiting)
+        finally:
+            if (
+                self._unsettled
+            ):  # one failed in a way that nobody foresaw: the others are settled all the same
+                asyncio.get_running_loop().call_later(SETTLE_AFTER, self._settle_all)
 
     def _settle_in_thread(self) -> None:
         while (waiting := self._next_unsettled()) is not None:
