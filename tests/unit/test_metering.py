@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from lapis.db import BusyError, connect, open_database, write
 from lapis.errors import LimitError
@@ -15,7 +16,20 @@ from lapis.home import Home
 from lapis.tenants.keys import LOCAL
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
-from lapis.tenants.usage import Usage, UsageLedger
+from lapis.tenants.usage import Reservation, Usage, UsageLedger
+
+
+class Slow(UsageLedger):
+    """A ledger that settles when it is let."""
+
+    def __init__(self, db: sa.Engine) -> None:
+        super().__init__(db)
+        self.settling, self.may_go_on = threading.Event(), threading.Event()
+
+    def settle(self, reservation: Reservation, usage: Usage) -> None:
+        self.settling.set()
+        assert self.may_go_on.wait(10)
+        super().settle(reservation, usage)
 
 
 class Nobody(UsageLedger):
@@ -111,6 +125,28 @@ def test_the_loop_does_not_wait_for_another_writer(url: str) -> None:
     assert ledger.balance().open == 0
     for db in (other, ledger.db):
         db.dispose()
+
+
+def test_flush_waits_for_what_the_loop_is_settling(url: str) -> None:
+    ledger, slow = UsageLedger(connect(url)), Slow(connect(url, patient=False))
+    meter = Meter(ledger, slow)
+    flushed = threading.Event()
+
+    def flush() -> None:
+        assert slow.settling.wait(10)
+        threading.Timer(0.1, slow.may_go_on.set).start()
+        meter.flush()
+        assert ledger.balance().open == 0
+        flushed.set()
+
+    async def work() -> None:
+        (await meter.reserve(LOCAL, "tiny", 10)).settle(Usage(5, 5))
+        await asyncio.to_thread(flush)
+
+    asyncio.run(work())
+    assert flushed.is_set()
+    meter.close()
+    ledger.db.dispose()
 
 
 def test_what_is_refused_at_once_is_not_trusted_until_it_is_allowed(url: str) -> None:

@@ -140,7 +140,9 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 @contextmanager
 def _opened(workers: int) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_begin, initargs=(dict(os.environ),))
+    context = _context()
+    with _interrupts_held():
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(dict(os.environ),))
     try:
         yield pool
     finally:
@@ -179,12 +181,22 @@ def _ordered(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while a process is started: it inherits that, and is not hit before it is ready for it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back while a process is started: it inherits that, and neither is hit in the middle of it.
+
+    The mask is for the new process. In this one a thread of a library may take the signal, so the handler waits too.
+    """
+    came: list[int] = []
+    handled = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if handled else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin(environment: dict[str, str]) -> None:

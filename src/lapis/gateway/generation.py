@@ -152,13 +152,12 @@ class Generation:
             stream.cancel()
             if self._whole and (rest := stream.take_now()) is not None:
                 self._last[index] = rest  # its client left, but it was computed
-        self._deployment.active -= 1
+        if self._meterage is not None:  # else it never came to be
+            usage = self.usage
+            self._meterage.settle(usage)
+            self._counters.generation(self._name, usage, finished=self.finished)
         self._deployment.used_at = time.monotonic()
-        if self._meterage is None:
-            return  # it never came to be
-        usage = self.usage
-        self._meterage.settle(usage)
-        self._counters.generation(self._name, usage, finished=self.finished)
+        self._deployment.active -= 1
 
     def _submit(self, engine: Engine, adapter: str | None) -> None:
         tenant = self.ask.identity.project_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Meter:
         self._last: Future[Any] | None = None  # what the thread writes last
         self._at_once = 0  # writes of the loop's own
         self._unsettled: deque[tuple[Reservation, Usage]] = deque()  # what the loop settles next
+        self._settling = threading.Lock()  # `flush` from another thread waits for what the loop is writing
         self._refused: set[str] = set()  # projects whose last reservation their quota did not allow
 
     def trusts(self, identity: Identity) -> bool:
@@ -109,24 +111,20 @@ class Meter:
 
     def _settle_all(self) -> None:
         try:
-            while (waiting := self._next_unsettled()) is not None:
-                if not self._settle_at_once(*waiting):
-                    self._settle_later(*waiting)
+            with self._settling:
+                while self._unsettled:
+                    waiting = self._unsettled.popleft()
+                    if not self._settle_at_once(*waiting):
+                        self._settle_later(*waiting)
         finally:
-            if (
-                self._unsettled
-            ):  # one failed in a way that nobody foresaw: the others are settled all the same
+            # One may have failed in a way that nobody foresaw: the others are settled all the same.
+            if self._unsettled:
                 asyncio.get_running_loop().call_later(SETTLE_AFTER, self._settle_all)
 
     def _settle_in_thread(self) -> None:
-        while (waiting := self._next_unsettled()) is not None:
-            self._settle_later(*waiting)
-
-    def _next_unsettled(self) -> tuple[Reservation, Usage] | None:
-        try:
-            return self._unsettled.popleft()
-        except IndexError:  # `flush` may take it from another thread
-            return None
+        with self._settling:
+            while self._unsettled:
+                self._settle_later(*self._unsettled.popleft())
 
     def _settle_later(self, reservation: Reservation, usage: Usage) -> None:
         if usage.total_tokens:
