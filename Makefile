@@ -49,7 +49,7 @@ test: $(VENV)/.installed-dev
 		wait $$types; typed=$$?; cat $(VENV)/mypy.log; test $$tests = 0 -a $$typed = 0
 
 test-long: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "long or not long" --ignore tests/browser --ignore tests/slurm
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" --ignore tests/browser --ignore tests/slurm
 
 test-cluster: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openai
+
 from lapis.home import Home
 from lapis.jobs.job import State
 from lapis.jobs.queue import JobQueue
@@ -150,10 +152,15 @@ def test_a_batch_tells_how_far_it_is_gives_its_files_and_is_cancelled(
     assert [batch.status for batch in found if batch.total == 5000] == ["cancelling"]
 
 
-def test_an_eval_run_shows_what_failed_and_why(visit: Visit) -> None:
+def test_an_eval_run_shows_what_failed_and_why(
+    visit: Visit, server: RunningServer, furnished: Furnished
+) -> None:
     page = visit("/evals")
     page.get_by_role("link", name="poet of Monday").press("Enter")
     page.wait_for_selector("h2:text-is('poet of Monday')")
+    with openai.OpenAI(base_url=server.url, api_key=furnished[1]) as client:
+        eval_id, _, run_id = page.url.rsplit("/", 3)[1:]
+        assert client.evals.runs.retrieve(run_id, eval_id=eval_id).report_url == page.url
     assert page.locator(".figure").first.inner_text().split("\n")[:2] == ["Passed", "34"]
     criteria = page.locator("section[aria-label=Criteria] tbody tr")
     assert ["right year" in text and "87%" in text for text in criteria.all_inner_texts()] == [True, False]

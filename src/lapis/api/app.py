@@ -78,6 +78,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.services = services
+    app.state.pages = "/v1"  # below which an eval run is looked at: where there is a console, its pages
     add_error_handlers(app)
     app.add_middleware(Idempotency, services=services)
     app.add_middleware(Envelope, services=services)

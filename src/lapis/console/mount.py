@@ -44,6 +44,7 @@ def mount(app: FastAPI, services: Services) -> None:
         return
     console = Console(services)
     app.mount(PATH, console)
+    app.state.pages = PATH
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -196,4 +196,5 @@ def _create_run(
 
 
 def _object(run: EvalRun, made_of: Eval, request: Request) -> EvalRunObject:
-    return run_object(run, made_of, f"{request.base_url}v1/evals/{run.eval_id}/runs/{run.id}")
+    pages = request.base_url.replace(path=request.app.state.pages)
+    return run_object(run, made_of, f"{pages}/evals/{run.eval_id}/runs/{run.id}")
