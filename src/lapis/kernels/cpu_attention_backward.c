@@ -1,7 +1,7 @@
 // Gradient of causal attention for head sizes of any multiple of 16; not part of the bit contract.
 // Blocks of 32 queries and 32 keys, recomputing the probabilities from the saved log denominators (Dao et al. 2022).
 // Scores are kept transposed, [key][query], so that every product is the same panel: broadcast pairs x vectors.
-#include "cpu_vector.h"
+#include "cpu_transpose.h"
 
 #define BLOCK 32     // queries and keys per block
 #define COLUMNS 32   // of a panel
@@ -22,12 +22,12 @@ struct attention_backward {
 };
 struct workspace {       // of one span of n tokens (padded to whole blocks) and one KV head; all zero-padded
     float *dk, *dv;      // [n][size]
-    float *dq;           // [size][32 queries]
+    float *dq;           // [32 queries][size]
     bf16 *k, *v;         // [n][size]
-    bf16 *k_transposed;  // [size][n]
-    bf16 *q_pairs, *do_pairs;                                           // [size/2][32 queries][2]
-    bf16 *q_rows, *do_rows;                                             // [16 query pairs][size][2]
-    bf16 p[BLOCK * BLOCK], ds[BLOCK * BLOCK], ds_pairs[BLOCK * BLOCK];  // [key][query] twice, [16 key pairs][query][2]
+    bf16 *k_rows;        // [n/2 key pairs][size][2]
+    bf16 *q_pairs, *do_pairs;                                             // [size/2][32 queries][2]
+    bf16 *q_rows, *do_rows;                                               // [16 query pairs][size][2]
+    bf16 p[BLOCK * BLOCK], ds[BLOCK * BLOCK], ds_queries[BLOCK * BLOCK];  // [key][query] twice, [query][key]
     float s[BLOCK * BLOCK], dp[BLOCK * BLOCK], lse[BLOCK], delta[BLOCK];
 };
 
@@ -91,17 +91,29 @@ INLINE void unrotate(const struct attention_backward *a, const int64_t size, con
     if (i < half) unrotate_part(a, x + i, half, table + i, y + i, LANES / 2);
 }
 
+// Two rows as pairs of their elements: [size][2].
+INLINE void pair_rows(const bf16 *even, const bf16 *odd, const int64_t size, bf16 *pairs) {
+    for (int64_t d = 0; d < size; d += LANES) interleave(even + d, odd + d, pairs + 2 * d);
+}
+
 // Copies up to 32 rows into both pair layouts; missing rows are zero.
 INLINE void pack_block(const bf16 *rows, const int64_t size, int64_t stride, int64_t count, bf16 *pairs, bf16 *interleaved) {
     static const bf16 zeros[256];
-    for (int64_t r = 0; r < BLOCK; r += 2) {
-        const bf16 *even = r < count ? rows + r * stride : zeros, *odd = r + 1 < count ? rows + (r + 1) * stride : zeros;
-        bf16 *out = pairs + 2 * r;
-        for (int64_t d = 0; d < size / 2; d++) {
-            memcpy(out + d * 2 * BLOCK, even + 2 * d, 4);
-            memcpy(out + d * 2 * BLOCK + 2, odd + 2 * d, 4);
+    const bf16 *row[BLOCK];
+    for (int64_t r = 0; r < BLOCK; r++) row[r] = r < count ? rows + r * stride : zeros;
+    for (int64_t r = 0; r < BLOCK; r += 2) pair_rows(row[r], row[r + 1], size, interleaved + r * size);
+    for (int64_t r = 0; r < BLOCK; r += LANES) {
+        int64_t d = 0;
+        for (; d + 2 * LANES <= size; d += 2 * LANES) {
+            u32x16 words[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) words[i] = load_pairs(row[r + i] + d);
+            transpose_words(words);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) memcpy(pairs + (d + 2 * i) * BLOCK + 2 * r, &words[i], 64);
         }
-        for (int64_t d = 0; d < size; d += LANES) interleave(even + d, odd + d, interleaved + r * size + 2 * d);
+        for (; d < size; d += 2)
+            for (int i = 0; i < LANES; i++) memcpy(pairs + d * BLOCK + 2 * (r + i), row[r + i] + d, 4);
     }
 }
 
@@ -117,8 +129,7 @@ INLINE void load_span(const struct attention_backward *a, const int64_t size, st
         memcpy(w->k + t * size, a->k + ((first + t) * a->kv_heads + h) * size, (size_t)size * 2);
         memcpy(w->v + t * size, value, (size_t)size * 2);
     }
-    for (int64_t t = 0; t < padded; t++)
-        for (int64_t d = 0; d < size; d++) w->k_transposed[d * padded + t] = w->k[t * size + d];
+    for (int64_t t = 0; t < padded; t += 2) pair_rows(w->k + t * size, w->k + (t + 1) * size, size, w->k_rows + t * size);
 }
 
 // 2^x to about 2e-6 of it, which bf16 does not see: these bits are not in the contract.
@@ -136,6 +147,25 @@ INLINE f32x16 exp2_near(f32x16 x) {
 #endif
 }
 
+// Two rows of a block as bf16, and their pairs.
+INLINE u32x16 store_pair(bf16 *rows, const f32x16 *v) {
+    u32x16 pairs;
+#ifdef __AVX512BF16__
+    static const uint16_t zip[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    const __m256i first = _mm512_castsi512_si256(both), second = _mm512_extracti64x4_epi64(both, 1);
+    memcpy(rows, &first, 32);
+    memcpy(rows + BLOCK, &second, 32);
+    pairs = (u32x16)_mm512_permutexvar_epi16(_mm512_loadu_si512(zip), both);
+#else
+    store_bf16(rows, v[0]);
+    store_bf16(rows + BLOCK, v[1]);
+    interleave(rows, rows + BLOCK, (bf16 *)&pairs);
+#endif
+    return pairs;
+}
+
 // Probabilities and score gradients (without the factor of the scores) of one block pair from its scores, in the layouts
 // that the products want. distance: of the first query from the first key.
 static void score_gradient(const struct attention_backward *a, struct workspace *w, int64_t distance) {
@@ -145,18 +175,25 @@ static void score_gradient(const struct attention_backward *a, struct workspace 
     const float scale = a->scale * LOG2_E;
     for (int half = 0; half < BLOCK; half += LANES) {
         const f32x16 lse = load(w->lse + half) * LOG2_E, delta = load(w->delta + half);
-#pragma GCC unroll 4
-        for (int key = 0; key < BLOCK; key++) {
-            const int at = key * BLOCK + half;
-            f32x16 p = exp2_near(load(w->s + at) * scale - lse);
-            if (masked) {
-                const i32x16 back = lane + (half - key + (int32_t)distance);
-                p = (f32x16)((i32x16)p & (back >= 0) & (back < window));
+        u32x16 words[LANES];  // [key pair][query] of two
+#pragma GCC unroll 2
+        for (int key = 0; key < BLOCK; key += 2) {
+            f32x16 p[2], ds[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const int at = (key + i) * BLOCK + half;
+                p[i] = exp2_near(load(w->s + at) * scale - lse);
+                if (masked) {
+                    const i32x16 back = lane + (half - key - i + (int32_t)distance);
+                    p[i] = (f32x16)((i32x16)p[i] & (back >= 0) & (back < window));
+                }
+                ds[i] = p[i] * (load(w->dp + at) - delta);
             }
-            store_bf16(w->p + at, p);
-            store_bf16(w->ds + at, p * (load(w->dp + at) - delta));
-            if (key % 2) interleave(w->ds + at - BLOCK, w->ds + at, w->ds_pairs + (key - 1) * BLOCK + 2 * half);
+            store_pair(w->p + key * BLOCK + half, p);
+            words[key / 2] = store_pair(w->ds + key * BLOCK + half, ds);
         }
+        transpose_words(words);
+        memcpy(w->ds_queries + half * BLOCK, words, sizeof words);
     }
 }
 
@@ -183,12 +220,12 @@ INLINE void query_block(const struct attention_backward *a, const int64_t size, 
         score_gradient(a, w, (block - key_block) * BLOCK);
         panel(w->p, BLOCK, w->do_rows, BLOCK, w->dv + keys, BLOCK, size, 1);
         panel(w->ds, BLOCK, w->q_rows, BLOCK, w->dk + keys, BLOCK, size, 1);
-        panel(w->k_transposed + key_block * BLOCK, padded, w->ds_pairs, BLOCK, w->dq, size, BLOCK, 1);
+        panel(w->ds_queries, BLOCK, w->k_rows + keys, BLOCK, w->dq, BLOCK, size, 1);
     }
     const int64_t width = (a->heads + 2 * a->kv_heads) * size;
     for (int64_t r = 0; r < here; r++) {
-        float dq[256];
-        for (int64_t d = 0; d < size; d++) dq[d] = w->dq[d * BLOCK + r] * a->scale;
+        float *dq = w->dq + r * size;
+        for (int64_t d = 0; d < size; d += LANES) store(dq + d, load(dq + d) * a->scale);
         unrotate(a, size, dq, first + start + r, a->grad_qkv + (first + start + r) * width + head * size);
     }
 }
@@ -204,8 +241,8 @@ INLINE void span(const struct attention_backward *a, const int64_t size, int64_t
     w->dq = w->dv + all_keys;
     w->k = (bf16 *)(w->dq + size * BLOCK);
     w->v = w->k + all_keys;
-    w->k_transposed = w->v + all_keys;
-    w->q_pairs = w->k_transposed + all_keys;
+    w->k_rows = w->v + all_keys;
+    w->q_pairs = w->k_rows + all_keys;
     w->do_pairs = w->q_pairs + size * BLOCK;
     w->q_rows = w->do_pairs + size * BLOCK;
     w->do_rows = w->q_rows + size * BLOCK;

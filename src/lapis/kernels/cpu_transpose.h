@@ -25,6 +25,14 @@ INLINE void transpose_words(u32x16 *v) {
     SWAP(v, 2)
     SWAP(v, 1)
 }
+#else
+INLINE void transpose_words(u32x16 *v) {
+    uint32_t rows[LANES][LANES], columns[LANES][LANES];
+    memcpy(rows, v, sizeof rows);
+    for (int r = 0; r < LANES; r++)
+        for (int c = 0; c < LANES; c++) columns[c][r] = rows[r][c];
+    memcpy(v, columns, sizeof columns);
+}
 #endif
 
 #endif
