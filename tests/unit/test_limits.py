@@ -100,6 +100,34 @@ def test_a_models_limit_binds_that_model_only_and_the_projects_binds_all(
     ledger.reserve(LOCAL, "tiny", 75)
 
 
+@pytest.mark.parametrize(
+    ("model", "version"), [("tiny", "tiny:1"), ("ft:tiny:x:y:1", "ft:tiny:x:y:1:ckpt-step-5")]
+)
+def test_a_models_limits_are_not_passed_by_asking_for_a_version_of_it(
+    db: Engine, ledger: UsageLedger, model: str, version: str
+) -> None:
+    limits, also = Limits(db), f"{model.replace('tiny', 'tini')}:1"
+    limits.set_model("default", model, Quota(requests_per_minute=3, concurrent_requests=2), ANA)
+    first, second = ledger.reserve(LOCAL, model, 1), ledger.reserve(LOCAL, version, 1)
+    assert first.limits[0].remaining - 1 == second.limits[0].remaining == 1
+    refused(ledger, LOCAL, version, 1, f"2 concurrent requests for the model '{model}'")
+    ledger.settle(second, Usage(1, 0))
+    ledger.reserve(LOCAL, version, 1)
+    refused(ledger, LOCAL, version, 1, "3 requests per minute")
+    ledger.reserve(LOCAL, also, 1)  # another model
+    assert ledger.summary("model")[0].group == version  # the ledger knows what was asked for
+    with pytest.raises(InputError, match="versions and checkpoints together"):
+        limits.set_model("default", version, Quota(requests_per_minute=9), ANA)
+
+
+def test_a_version_costs_as_its_release_unless_it_has_a_price(tmp_path: Path) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(PRICES + '[models."tiny:2"]\nprompt = 9.0\n[models."ft:tiny:x:y:1"]\nprompt = 3.0\n')
+    costs = Prices(path).current()
+    names = ("tiny", "tiny:1", "tiny:2", "ft:tiny:x:y:1:ckpt-step-5", "ft:tiny:x:y:2:ckpt-step-5", "other:1")
+    assert [costs.tokens(name, 1000, 0) * 1000 // NANO for name in names] == [1, 1, 9, 3, 1, 2]
+
+
 def test_a_limit_that_is_set_later_knows_what_was_used_before(db: Engine, ledger: UsageLedger) -> None:
     ledger.settle(ledger.reserve(LOCAL, "tiny", 30), Usage(20, 10))
     Limits(db).set_model("default", "tiny", Quota(tokens_per_day=35), ANA)

@@ -15,7 +15,7 @@ from lapis.db import write
 from lapis.errors import InputError
 from lapis.hashing import canonical_json
 from lapis.tables.tenants import model_limits, organizations, projects
-from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, policy_of
+from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, family, policy_of
 from lapis.tenants.quota import PROJECT_ONLY, Quota
 from lapis.tenants.tenant import DEFAULT, require_project
 from lapis.tenants.windows import PER_MODEL
@@ -44,11 +44,19 @@ class Limits:
     ) -> None:
         """Replace the limits of one model in a project; a Quota without limits removes them.
 
-        Raises NotFoundError, InputError for a limit that only whole projects have.
+        They hold for its versions and checkpoints together. Raises NotFoundError, InputError for a limit that only
+        whole projects have, and for a version or checkpoint.
         """
         wrong = next((name for name in PROJECT_ONLY if getattr(quota, name) is not None), None)
         if wrong is not None:
             raise InputError(f"{wrong} is a limit of a project, not of a model.", param=wrong)
+        if quota.limited and model != family(model):
+            raise InputError(
+                f"The limits of {family(model)!r} hold for all its versions and checkpoints together; "
+                f"{model!r} has none of its own.",
+                hint=f"Limit {family(model)!r} instead.",
+                param="model",
+            )
         values = {name: value for name, value in asdict(quota).items() if name in PER_MODEL}
         mine = (model_limits.c.project_id == project_id) & (model_limits.c.model == model)
         with write(self.db, lock=f"usage:{project_id}") as connection:

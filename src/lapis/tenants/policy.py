@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["allow_list", "deny_list"]
+
+_CHECKPOINT = re.compile(r":ckpt-step-\d+$")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class ModelPolicy:
 
 
 EVERY_MODEL = ModelPolicy()
+
+
+def family(model: str) -> str:
+    """The name whose limits and price hold for a model: a release's for its versions, a model's for its checkpoints."""
+    if model.startswith("ft:"):
+        return _CHECKPOINT.sub("", model)
+    return model.partition(":")[0]
 
 
 def policy_of(mode: str | None, models: str | None) -> ModelPolicy:

@@ -12,6 +12,7 @@ from pydantic import Field
 from lapis.config import Section, load
 from lapis.errors import LapisError
 from lapis.log import logger
+from lapis.tenants.policy import family
 from lapis.tenants.quota import NANO
 
 MILLION = 1_000_000
@@ -37,16 +38,21 @@ class ComputePrice(Section):
 
 
 class PriceList(Section):
-    """Prices by the models' names. A fine-tuned model `ft:BASE:…` costs as its base unless it has its own."""
+    """Prices by the models' names.
+
+    A version costs as its release and a checkpoint as its model unless it has a price of its own; so does a
+    fine-tuned model `ft:BASE:…` as its base.
+    """
 
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     models: dict[str, ModelPrice] = Field(default_factory=dict)
     compute: ComputePrice = ComputePrice()
 
     def model(self, name: str) -> ModelPrice | None:
-        """The price of a model, or of its base, or of all others; None where nothing is said."""
+        """The price of a model, or of its family, its base, or all others; None where nothing is said."""
         base = name.split(":")[1] if name.startswith("ft:") and ":" in name[3:] else name
-        return self.models.get(name) or self.models.get(base) or self.models.get(OTHERS)
+        names = (name, family(name), base, OTHERS)
+        return next((self.models[known] for known in names if known in self.models), None)
 
     def tokens(self, name: str, prompt: int, completion: int, cached: int = 0) -> int:
         """What tokens cost, in NANO; `cached` ones are among the prompt's."""

@@ -21,6 +21,7 @@ from lapis.prepared import Prepared
 from lapis.tables.tenants import projects
 from lapis.tables.usage import open_reservations, usage_entries
 from lapis.tenants.keys import Identity
+from lapis.tenants.policy import family
 from lapis.tenants.prices import Prices
 from lapis.tenants.quota import Asked, Consumption, LimitState, check
 from lapis.tenants.windows import Change, Standing, WorkLeft, count, month_sums, standing, work_left
@@ -263,9 +264,9 @@ class UsageLedger:
         return total
 
     def consumption(self, project_id: str, model: str = "") -> Consumption:
-        """What a project, or one model in it, used or has reserved in this minute and this day (UTC)."""
+        """What a project, or one model in it with its versions, used or has reserved in this minute and day (UTC)."""
         with self.db.connect() as connection:
-            found = standing(connection, project_id, model, self.clock())
+            found = standing(connection, project_id, family(model), self.clock())
             return found.model_used if model else found.used
 
     def summary(
@@ -317,6 +318,7 @@ def _allowed(
     connection: Connection, project_id: str, model: str, asked: Asked, now: float
 ) -> tuple[LimitState, ...]:
     """What is left of every limit that the request meets. Raises LimitError."""
+    model = family(model)
     found = standing(connection, project_id, model, now)
     if found.organization_quota is not None:
         found = _alone_in_organization(connection, project_id, model, now)
@@ -398,5 +400,5 @@ def _count(
 ) -> None:
     """Correct the windows in which a request began, whenever it ends. Requests are never uncounted."""
     batch_tokens = prompt_tokens if of.batch else 0
-    change = Change(of.project_id, of.model, of.at, requests, tokens, batch_tokens, cost, minute=not of.batch)
-    count(connection, change)
+    model, live = family(of.model), not of.batch
+    count(connection, Change(of.project_id, model, of.at, requests, tokens, batch_tokens, cost, minute=live))

@@ -1,5 +1,6 @@
 """The sums that limits are decided by: what a project, and each model in it, used in a UTC minute or day.
 
+A model is named by its family here: its versions and checkpoints are counted together (policy.family).
 All functions work in the ledger's transactions; only the ledger writes.
 """
 
@@ -160,10 +161,12 @@ def count(connection: Connection, change: Change) -> None:
 
 
 def running(connection: Connection, project_id: str, now: float, model: str | None = None) -> int:
-    """How many requests of a project, or to one of its models, have begun and not ended."""
+    """How many requests of a project, or to one model and its versions, have begun and not ended."""
     mine = (_opened.project_id == project_id) & (_opened.expires_at > now)
     if model is not None:
-        mine &= _opened.model == model
+        # Each with its version or checkpoint; LIKE would take capitals for small letters on SQLite.
+        versions = sa.func.substr(_opened.model, 1, len(model) + 1) == f"{model}:"
+        mine &= (_opened.model == model) | versions
     found = connection.execute(sa.select(sa.func.count()).select_from(open_reservations).where(mine)).scalar()
     return int(found or 0)
 
