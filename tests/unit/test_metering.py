@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import sqlalchemy as sa
 
 from lapis.db import BusyError, connect, open_database, write
 from lapis.errors import LimitError
+from lapis.gateway import metering
 from lapis.gateway.metering import Meter
 from lapis.home import Home
 from lapis.tenants.keys import LOCAL
+from lapis.tenants.limits import Limits
+from lapis.tenants.prices import Prices
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
 from lapis.tenants.usage import Reservation, Usage, UsageLedger
@@ -65,6 +69,33 @@ def test_an_idle_meter_asks_no_thread(url: str) -> None:
     asyncio.run(work())
     balance = ledger.balance()
     assert (balance.used, balance.open, balance.balanced) == (9, 0, True)
+    meter.close()
+    ledger.db.dispose()
+
+
+def test_what_a_dead_process_reserved_does_not_block_the_rest_of_its_organization(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices, now = home.root / "prices.toml", [1_764_417_620.0]
+    prices.write_text("[models.default]\nprompt = 1.0\n")
+    ledger = UsageLedger(open_database(home.database_url), lambda: now[0], Prices(prices))
+    dead, other = (Tenants(ledger.db).create_project(name, "me").id for name in ("dead", "other"))
+    Limits(ledger.db).set_spend("default", 1, "me")  # 10,000 tokens
+    meter = Meter(ledger)
+    monkeypatch.setattr(metering, "EXPIRE_SECONDS", 0.01)
+
+    async def work() -> None:
+        expiring = asyncio.create_task(meter.expire())
+        ledger.reserve(replace(LOCAL, project_id=dead), "tiny", 10_000)
+        await asyncio.sleep(0.05)
+        assert ledger.balance().open == 10_000  # it may be alive
+        now[0] += 600
+        while ledger.balance().open:
+            await asyncio.sleep(0.001)
+        ledger.reserve(replace(LOCAL, project_id=other), "tiny", 10_000)
+        expiring.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 20))
     meter.close()
     ledger.db.dispose()
 

@@ -19,6 +19,7 @@ from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import LIFETIME, Operation, Reservation, Usage, UsageLedger
 
 FOLD_AFTER = 250  # writes of the loop's own: some 1,500 pages of SQLite's log
+EXPIRE_SECONDS = 60.0  # between two looks for what dead processes had reserved
 SETTLE_AFTER = 0.002  # seconds, in which the loop sends the answer first
 
 
@@ -67,6 +68,13 @@ class Meter:
     def write(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Write to the database later, in order, again if it was away; a failure is logged."""
         self._submit(retried, work, *arguments).add_done_callback(_report)
+
+    async def expire(self) -> None:
+        """Release what dead processes had reserved, in all projects, as long as the server runs."""
+        while True:
+            # In our own thread: a second writer would be in the loop's way.
+            self.write(self._ledger.expire)
+            await asyncio.sleep(EXPIRE_SECONDS)
 
     def flush(self) -> None:
         """Block until everything asked for so far is written."""

@@ -252,7 +252,7 @@ class UsageLedger:
             )[0]
 
     def expire(self) -> int:
-        """Release the overdue reservations of all projects; how many. A server does so when it starts."""
+        """Release the overdue reservations of all projects; how many. A server does so every minute."""
         now = self.clock()
         overdue = sa.select(open_reservations.c.project_id).where(open_reservations.c.expires_at <= now)
         with self.db.connect() as connection:
