@@ -242,6 +242,38 @@ def test_each_attempt_of_a_job_is_entered_as_it_ends_for_who_asked(
         ]
 
 
+@pytest.mark.parametrize("of_organization", [False, True])
+def test_requests_do_not_spend_what_running_jobs_have_reserved(
+    db: Engine, ledger: UsageLedger, clock: Clock, of_organization: bool
+) -> None:
+    queue = JobQueue(db, clock, ledger=ledger)
+    if of_organization:
+        Limits(db).set_spend("default", 100, ANA)
+    else:
+        Tenants(db).set_quota("default", Quota(spend_per_month=100), ANA)
+    spec = JobSpec("train", ("true",), Resources(1.0, 1), time_limit=600.0)  # 60 cents
+    job = queue.submit(spec, ANA)
+    for end in ("lost before it began", "done"):
+        lease = queue.claim(queue.get(job.id), "local@here")
+        assert lease is not None
+        ledger.release(ledger.reserve(LOCAL, "tiny", 400_000))
+        refused(ledger, LOCAL, "tiny", 400_001, "cents spent per month is reached: 60 used")
+        if end == "done":
+            break
+        queue.requeue(lease, end, 1)
+        ledger.release(ledger.reserve(LOCAL, "tiny", 1_000_000))
+    queue.started(lease)
+    clock.now += 3 * 86_400  # December, and it runs on
+    refused(ledger, LOCAL, "tiny", 400_001, "60 used")
+    left = ledger.work_left()["default"]
+    # The queue takes what its own jobs may use off by itself.
+    assert (left.organization_cost if of_organization else left.cost) == NANO
+    queue.finish(lease, State.SUCCEEDED, seconds=100.0)
+    ledger.reserve(LOCAL, "tiny", 900_000)
+    refused(ledger, LOCAL, "tiny", 1, "100 used")
+    assert ledger.balance().balanced
+
+
 def test_a_project_that_is_archived_does_no_work(db: Engine, ledger: UsageLedger) -> None:
     project = Tenants(db).create_project("old", ANA)
     open_ = ledger.reserve(of(project.id), "tiny", 5)

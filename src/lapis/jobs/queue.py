@@ -140,6 +140,8 @@ class JobQueue:
                 return None
             if first:
                 note_first_in(connection, job.project_id, self.clock())
+            begun = replace(current, attempt=job.attempt + 1, started_at=0.0)
+            self.ledger.hold_in(connection, _work(begun, job.spec.time_limit or 0.0))
             return self._grant(
                 connection,
                 job.id,
@@ -240,6 +242,8 @@ class JobQueue:
             job, now = self._held(connection, lease), self.clock()
             check_move(lease.job_id, job.state, to)
             _set(connection, lease.job_id, state=to, **values)
+            if to not in ACTIVE:
+                self.ledger.let_go_in(connection, f"{job.id}:{job.attempt}")
             if job.state is State.RUNNING:
                 ran = job if seconds is None else replace(job, started_at=now - seconds)
                 add_use_in(connection, ran, now)

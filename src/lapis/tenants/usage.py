@@ -24,7 +24,7 @@ from lapis.tenants.keys import Identity
 from lapis.tenants.policy import family
 from lapis.tenants.prices import Prices
 from lapis.tenants.quota import Asked, Consumption, LimitState, check
-from lapis.tenants.windows import Change, Standing, WorkLeft, count, month_sums, standing, work_left
+from lapis.tenants.windows import Change, Standing, WorkLeft, count, hold, month_sums, standing, work_left
 
 LIFETIME = 600.0  # seconds after which a reservation that nobody renewed belongs to a dead process
 
@@ -225,19 +225,47 @@ class UsageLedger:
 
     def book_in(self, connection: Connection, work: Work) -> None:
         """The same, in the transaction in which the attempt ends."""
-        now, cpu_ms, gpu_ms = self.clock(), round(work.cpu_seconds * 1000), round(work.gpu_seconds * 1000)
-        cost = self.prices.current().work(cpu_ms, gpu_ms)
-        of = Reservation(
-            work.id, work.project_id, work.key_id, work.name, 0, now, work.user_id, "compute", cost=cost
-        )
+        now, (of, cpu_ms, gpu_ms) = self.clock(), self._priced(work)
         take_lock(connection, f"usage:{work.project_id}")
         entries = usage_entries.c
         known = sa.select(entries.id).where(entries.reservation_id == work.id, entries.kind == "use")
         if connection.execute(known).first() is not None:
             return
-        entry = _entry(of, "use", now, 0, cost)
+        entry = _entry(of, "use", now, 0, of.cost)
         connection.execute(_ENTER_WORK, {**entry, "cpu_ms": cpu_ms, "gpu_ms": gpu_ms})
-        count(connection, Change(work.project_id, "", now, cost=cost, gpu_ms=gpu_ms, minute=False))
+        count(connection, Change(work.project_id, "", now, cost=of.cost, gpu_ms=gpu_ms, minute=False))
+
+    def hold_in(self, connection: Connection, work: Work) -> None:
+        """Reserve the money that an attempt may cost, in the transaction in which it begins, until it is let go."""
+        of, _, _ = self._priced(work)
+        if of.cost:
+            take_lock(connection, f"usage:{work.project_id}")
+            _ENTER.run(connection, _entry(of, "reserve", of.at, 0, of.cost))
+            hold(connection, work.project_id, of.cost)
+
+    def let_go_in(self, connection: Connection, work_id: str) -> None:
+        """Give back what an attempt has reserved, if anything, in the transaction in which it ends."""
+        entries = usage_entries.c
+        reserved = sa.select(usage_entries).where(
+            entries.reservation_id == work_id, entries.kind == "reserve"
+        )
+        found = connection.execute(reserved).one_or_none()
+        if found is None:
+            return
+        take_lock(connection, f"usage:{found.project_id}")
+        again = {name: getattr(found, name) for name in _ENTERED}
+        reverse = {"kind": "reverse", "at": self.clock(), "reason": "ended", "cost": -found.cost}
+        _ENTER.run(connection, {**again, **reverse})
+        hold(connection, found.project_id, -found.cost)
+
+    def _priced(self, work: Work) -> tuple[Reservation, int, int]:
+        """The entry's facts, with what the time costs now; milliseconds of CPUs and of GPUs."""
+        cpu_ms, gpu_ms = round(work.cpu_seconds * 1000), round(work.gpu_seconds * 1000)
+        cost, now = self.prices.current().work(cpu_ms, gpu_ms), self.clock()
+        of = Reservation(
+            work.id, work.project_id, work.key_id, work.name, 0, now, work.user_id, "compute", cost=cost
+        )
+        return of, cpu_ms, gpu_ms
 
     def work_left(self) -> dict[str, WorkLeft]:
         """What is left in this month for the jobs of each project that has a limit or whose organization has one."""

@@ -21,6 +21,7 @@ from lapis.tenants.quota import CENT, DAY, MINUTE, Consumption, Quota, month_sta
 
 KEEP = {MINUTE: 2 * DAY, DAY: 62 * DAY}  # seconds; older sums decide nothing any more
 NO_WINDOW = -1  # no window begins there
+ONGOING = 2**31 - 1  # the day of what running jobs have reserved: it belongs to every month until they end
 PER_MODEL = (
     "requests_per_minute", "tokens_per_minute", "tokens_per_day", "requests_per_day", "concurrent_requests",
     "batch_tokens_per_day",
@@ -160,6 +161,15 @@ def count(connection: Connection, change: Change) -> None:
         _begin(connection, change)
 
 
+def hold(connection: Connection, project_id: str, cost: int) -> None:
+    """Add to what a project's running jobs have reserved; below 0 to give it back."""
+    key = {"project_id": project_id, "model": "", "seconds": DAY, "start": ONGOING}
+    mine = sa.and_(*(_windows[name] == value for name, value in key.items()))
+    if not connection.execute(usage_windows.update().where(mine).values(cost=_windows.cost + cost)).rowcount:
+        nothing = dict.fromkeys(("requests", "tokens", "batch_tokens", "gpu_ms"), 0)
+        connection.execute(usage_windows.insert().values(**key, **nothing, cost=cost))
+
+
 def running(connection: Connection, project_id: str, now: float, model: str | None = None) -> int:
     """How many requests of a project, or to one model and its versions, have begun and not ended."""
     mine = (_opened.project_id == project_id) & (_opened.expires_at > now)
@@ -188,7 +198,10 @@ def month_sums(
 
 
 def work_left(connection: Connection, now: float) -> dict[str, WorkLeft]:
-    """What is left this month for the jobs of projects with a limit on GPU time or money, their own or above them."""
+    """What is left this month for the jobs of projects with a limit on GPU time or money, their own or above them.
+
+    What running jobs have reserved is not taken off: who asks knows them, and what they may use by now.
+    """
     of_project, of_all = projects.c.spend_per_month, organizations.c.spend_per_month
     limits = (projects.c.gpu_seconds_per_month, of_project, of_all)
     limited = (
@@ -208,6 +221,7 @@ def work_left(connection: Connection, now: float) -> dict[str, WorkLeft]:
                 sa.func.sum(_windows.gpu_ms).label("gpu_ms"),
             )
             .where(_windows.model == "", _windows.seconds == DAY, _windows.start >= month_start(now))
+            .where(_windows.start < ONGOING)
             .group_by(_windows.project_id)
         )
     }
