@@ -32,7 +32,7 @@ FIRST_PAUSE = 0.05  # seconds; doubled each time, 6 s in all
 Result = TypeVar("Result")
 
 
-class BusyError(ConflictError):
+class BusyError(UnavailableError):
     """Another process has been writing to the database for too long."""
 
 
@@ -113,11 +113,13 @@ def fold(db: Engine) -> None:
 def retried(work: Callable[..., Result], *arguments: Any) -> Result:
     """Do a whole transaction again when the database undid it: two writers met, the connection was ended.
 
-    Raises UnavailableError when it fails as often as TRIES.
+    Raises UnavailableError when it fails as often as TRIES, BusyError at once: that was waited for already.
     """
     for number in range(TRIES - 1):
         try:
             return work(*arguments)
+        except BusyError:
+            raise
         except UnavailableError as error:
             if error.retry_after is None:
                 raise
@@ -253,6 +255,7 @@ def _explain(text: str) -> LapisError | None:
     if "database is locked" in text:
         return BusyError(
             f"The database was busy for {BUSY_SECONDS:.0f} s.",
+            retry_after=1.0,
             hint="Another Lapis process holds it; try again.",
         )
     if "disk is full" in text or "disk full" in text or "no space left" in text:

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from lapis import db
 from lapis.db import open_database
 from lapis.home import Home
 from lapis.server import RunningServer
@@ -181,6 +182,20 @@ def test_a_projects_quota_holds_and_says_when_to_come_back(home: Home) -> None:
             with pytest.raises(openai.RateLimitError, match="tokens per minute") as caught:
                 client.completions.create(model="tiny", prompt=[5] * 10, max_tokens=10)
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.sqlite
+def test_while_another_process_writes_for_too_long_requests_are_told_to_come_back(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "BUSY_SECONDS", 0.1)
+    ask = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    with fake_server(home) as server:
+        with db.write(server.services.db):
+            answer = httpx.post(f"{server.url}/completions", json=ask)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert httpx.post(f"{server.url}/completions", json=ask).status_code == 200
 
 
 def test_without_keys_only_this_machine_by_its_own_name_is_answered(home: Home) -> None:

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from lapis.db import BusyError, connect, open_database, write
-from lapis.errors import LimitError
+from lapis.errors import LimitError, UnavailableError
 from lapis.gateway import metering
 from lapis.gateway.metering import Meter
 from lapis.home import Home
@@ -82,10 +82,10 @@ def test_what_a_dead_process_reserved_does_not_block_the_rest_of_its_organizatio
     dead, other = (Tenants(ledger.db).create_project(name, "me").id for name in ("dead", "other"))
     Limits(ledger.db).set_spend("default", 1, "me")  # 10,000 tokens
     meter = Meter(ledger)
-    monkeypatch.setattr(metering, "EXPIRE_SECONDS", 0.01)
+    monkeypatch.setattr(metering, "TIDY_SECONDS", 0.01)
 
     async def work() -> None:
-        expiring = asyncio.create_task(meter.expire())
+        expiring = asyncio.create_task(meter.tidy())
         ledger.reserve(replace(LOCAL, project_id=dead), "tiny", 10_000)
         await asyncio.sleep(0.05)
         assert ledger.balance().open == 10_000  # it may be alive
@@ -156,6 +156,31 @@ def test_the_loop_does_not_wait_for_another_writer(url: str) -> None:
     assert ledger.balance().open == 0
     for db in (other, ledger.db):
         db.dispose()
+
+
+def test_a_settlement_is_not_lost_to_a_busy_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapis.db.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(metering, "TIDY_SECONDS", 0.05)
+    meter, ledger = meter_of(url)
+
+    async def work() -> None:
+        tidying = asyncio.create_task(meter.tidy())
+        used, unused = [await meter.reserve(LOCAL, "tiny", 10) for _ in range(2)]
+        with write(ledger.db):
+            used.settle(Usage(3, 4))
+            unused.settle(Usage(0, 0))
+            with pytest.raises(UnavailableError, match="busy") as caught:
+                await meter.reserve(LOCAL, "tiny", 10)
+            assert caught.value.retry_after == 1.0
+            await asyncio.sleep(0.2)
+        while ledger.balance().open:
+            await asyncio.sleep(0.001)
+        tidying.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert (ledger.balance().used, ledger.balance().balanced) == (7, True)
+    meter.close()
+    ledger.db.dispose()
 
 
 def test_flush_waits_for_what_the_loop_is_settling(url: str) -> None:

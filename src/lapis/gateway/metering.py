@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any
 
 from lapis.db import BusyError, fold, retried
-from lapis.errors import LapisError, LimitError
+from lapis.errors import LapisError, LimitError, StorageError, UnavailableError
 from lapis.log import logger
 from lapis.tenants.keys import Identity
 from lapis.tenants.quota import LimitState
-from lapis.tenants.usage import LIFETIME, Operation, Reservation, Usage, UsageLedger
+from lapis.tenants.usage import LIFETIME, NOTHING, Operation, Reservation, Usage, UsageLedger
 
 FOLD_AFTER = 250  # writes of the loop's own: some 1,500 pages of SQLite's log
-EXPIRE_SECONDS = 60.0  # between two looks for what dead processes had reserved
+TIDY_SECONDS = (
+    60.0  # between two looks for what dead processes had reserved, and for what is still to be written
+)
 SETTLE_AFTER = 0.002  # seconds, in which the loop sends the answer first
 
 
@@ -37,6 +39,7 @@ class Meter:
         self._last: Future[Any] | None = None  # what the thread writes last
         self._at_once = 0  # writes of the loop's own
         self._unsettled: deque[tuple[Reservation, Usage]] = deque()  # what the loop settles next
+        self._again: deque[tuple[Reservation, Usage]] = deque()  # what the database did not take
         self._settling = threading.Lock()  # `flush` from another thread waits for what the loop is writing
         self._refused: set[str] = set()  # projects whose last reservation their quota did not allow
 
@@ -69,22 +72,28 @@ class Meter:
         """Write to the database later, in order, again if it was away; a failure is logged."""
         self._submit(retried, work, *arguments).add_done_callback(_report)
 
-    async def expire(self) -> None:
-        """Release what dead processes had reserved, in all projects, as long as the server runs."""
+    async def tidy(self) -> None:
+        """Settle what the database did not take, and release what dead processes had reserved, each minute."""
         while True:
+            self._settle_again()
             # In our own thread: a second writer would be in the loop's way.
             self.write(self._ledger.expire)
-            await asyncio.sleep(EXPIRE_SECONDS)
+            await asyncio.sleep(TIDY_SECONDS)
 
     def flush(self) -> None:
-        """Block until everything asked for so far is written."""
+        """Block until everything asked for so far is written, or was tried: what fails is tried again later."""
+        self._settle_again()
         self._settle_in_thread()
         self._thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Write what is still to be written, then end."""
-        self._settle_in_thread()
+        self.flush()
+        if self._again:
+            self.flush()  # the last try
         self._thread.shutdown(wait=True)
+        if self._again:
+            logger.error("the usage of %d requests is lost: the database did not take it", len(self._again))
         if self._impatient is not None:
             self._impatient.db.dispose()
 
@@ -134,11 +143,24 @@ class Meter:
             while self._unsettled:
                 self._settle_later(*self._unsettled.popleft())
 
+    def _settle_again(self) -> None:
+        with self._settling:
+            for _ in range(len(self._again)):
+                self._settle_later(*self._again.popleft())
+
     def _settle_later(self, reservation: Reservation, usage: Usage) -> None:
-        if usage.total_tokens:
-            self.write(self._ledger.settle, reservation, usage)
-        else:
-            self.write(self._ledger.release, reservation)
+        self._submit(self._settle, reservation, usage).add_done_callback(_report)
+
+    def _settle(self, reservation: Reservation, usage: Usage) -> None:
+        """In our thread. What a database that is busy, away or full does not take is kept for later."""
+        try:
+            if usage.total_tokens:
+                retried(self._ledger.settle, reservation, usage)
+            else:
+                retried(self._ledger.release, reservation)
+        except (UnavailableError, StorageError) as error:
+            self._again.append((reservation, usage))
+            logger.warning("the usage of a request is written later: %s", error)
 
     def _settle_at_once(self, reservation: Reservation, usage: Usage) -> bool:
         if self._impatient is None or not self._idle:
@@ -148,7 +170,7 @@ class Meter:
                 self._impatient.settle(reservation, usage)
             else:
                 self._impatient.release(reservation)
-        except BusyError:
+        except (UnavailableError, StorageError):
             return False
         except LapisError as error:
             _complain(error)
@@ -179,7 +201,7 @@ class Meter:
 
     def _give_back(self, booking: Future[Reservation]) -> None:
         if not booking.cancelled() and booking.exception() is None:
-            self._ledger.release(booking.result())  # at once: this runs in our thread, which may be ending
+            self._settle(booking.result(), NOTHING)  # at once: this runs in our thread, which may be ending
 
 
 class Meterage:

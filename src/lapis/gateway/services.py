@@ -73,7 +73,7 @@ class Services:
         self.queue = JobQueue(self.db, ledger=UsageLedger(self.db, prices=prices))
         self.fine_tuning = FineTuning(self.home, self.db, self.queue, self.files)
         self.fine_tuned = FineTunedModels(self.home, self.db)
-        self.loops += [self.meter.expire, self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
+        self.loops += [self.meter.tidy, self.files.tidy, self.uploads.tidy, self.idempotency.tidy]
         self.graders = Graders(self._post, self.router)
         self.loops.append(FineTuningLoop(self.fine_tuning).run)
         self.loops.append(BatchRunner(self).run)
