@@ -308,6 +308,13 @@ def test_limits_that_make_no_sense_are_refused(db: Engine) -> None:
         Limits(db).set_model("proj_none", "tiny", Quota(tokens_per_day=5), ANA)
     with pytest.raises(ConfigError, match="from 0"):
         Quota(tokens_per_day=2**60)
+    for wrong in (Quota(requests_per_minute=2**31), Quota(concurrent_requests=2**40)):
+        with pytest.raises(ConfigError, match="to 2\\^31"):
+            Tenants(db).set_quota("default", wrong, ANA)
+        with pytest.raises(ConfigError, match="to 2\\^31"):
+            Limits(db).set_model("default", "tiny", wrong, ANA)
+    most = Quota(requests_per_minute=2**31 - 1, tokens_per_day=2**53 - 1)
+    assert Tenants(db).set_quota("default", most, ANA).quota == most
     assert Limits(db).storage("default") is None
     Tenants(db).set_quota("default", Quota(storage_bytes=10), ANA)
     assert Limits(db).storage("default") == 10

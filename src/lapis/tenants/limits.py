@@ -44,9 +44,10 @@ class Limits:
     ) -> None:
         """Replace the limits of one model in a project; a Quota without limits removes them.
 
-        They hold for its versions and checkpoints together. Raises NotFoundError, InputError for a limit that only
-        whole projects have, and for a version or checkpoint.
+        They hold for its versions and checkpoints together. Raises NotFoundError, ConfigError, InputError for a limit
+        that only whole projects have, and for a version or checkpoint.
         """
+        quota.check_counts()
         wrong = next((name for name in PROJECT_ONLY if getattr(quota, name) is not None), None)
         if wrong is not None:
             raise InputError(f"{wrong} is a limit of a project, not of a model.", param=wrong)

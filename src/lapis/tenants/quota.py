@@ -38,6 +38,13 @@ class Quota:
             if value is not None and not 0 <= value < 2**53:
                 raise ConfigError(f"{name} = {value}: a limit is a number from 0 to 2^53.", param=name)
 
+    def check_counts(self) -> None:
+        """Before it is set: raises ConfigError for a count that PostgreSQL's column does not hold."""
+        for name in ("requests_per_minute", "concurrent_requests"):
+            value = getattr(self, name)
+            if value is not None and value >= 2**31:
+                raise ConfigError(f"{name} = {value}: this limit is a number from 0 to 2^31.", param=name)
+
     @property
     def limited(self) -> bool:
         """Whether any limit is set."""

@@ -131,7 +131,8 @@ class Tenants:
         return made
 
     def set_quota(self, project: str, quota: Quota, actor: str, organization_id: str = DEFAULT) -> Project:
-        """Replace a project's limits; they hold from the next request on."""
+        """Replace a project's limits; they hold from the next request on. Raises ConfigError, NotFoundError."""
+        quota.check_counts()
         found = self.project(project, organization_id)
         with write(self.db) as connection:
             connection.execute(projects.update().where(projects.c.id == found.id).values(**asdict(quota)))
