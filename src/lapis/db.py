@@ -29,6 +29,21 @@ BUSY_SECONDS = 30.0  # how long a writer waits for another one
 TRIES = 8
 FIRST_PAUSE = 0.05  # seconds; doubled each time, 6 s in all
 
+# What PostgreSQL and its driver say: while the server starts or ends, when a connection is gone, when there is none.
+CHANGING = (
+    "system is starting up",
+    "system is shutting down",
+    "in recovery mode",
+    "yet accepting connections",
+)
+ENDED = (
+    "server closed the connection", "terminating connection", "ssl syscall error", "the connection is lost",
+)  # fmt: skip
+SILENT = (
+    "connection refused", "could not translate host", "failed to resolve host", "timeout expired",
+    "no route to host", "network is unreachable",
+)  # fmt: skip
+
 Result = TypeVar("Result")
 
 
@@ -262,6 +277,10 @@ def _explain(text: str) -> LapisError | None:
         return StorageError(
             "No space left for the database.", hint="Free some space, then run the same command again."
         )
+    if "disk i/o error" in text:
+        return StorageError(
+            "The disk under the database failed to read or write.", hint="`lapis doctor` shows where it lies."
+        )
     if "readonly database" in text or "unable to open database" in text:
         return StorageError("The database cannot be written.", hint="`lapis doctor` shows where it lies.")
     if "not a database" in text or "malformed" in text:
@@ -279,10 +298,14 @@ def _explain(text: str) -> LapisError | None:
             retry_after=1.0,
             hint="Raise its max_connections: each Lapis process takes up to 15.",
         )
-    if "server closed the connection" in text or "terminating connection" in text:
+    if any(words in text for words in CHANGING):
+        return UnavailableError(
+            "The PostgreSQL server is starting or ending.", retry_after=1.0, hint="Try again."
+        )
+    if any(words in text for words in ENDED):
         return UnavailableError(
             "The PostgreSQL server ended the connection.", retry_after=1.0, hint="Try again."
         )
-    if "connection refused" in text or "could not translate host" in text or "failed to resolve host" in text:
+    if any(words in text for words in SILENT):
         return UnavailableError("The PostgreSQL server does not answer.", hint="Check LAPIS_DATABASE_URL.")
     return None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from lapis.db import open_database
 from lapis.errors import ConflictError
 from lapis.jobs.controller import Controller
+from lapis.jobs.executor import Status
 from lapis.jobs.executors.local import LocalExecutor
 from lapis.jobs.job import ENDED, Job, JobSpec, Resources, State
 from lapis.jobs.policy import Policy
@@ -316,3 +318,85 @@ def test_a_job_ends_at_its_time_limit(queue: JobQueue, controller: Controller) -
     job = queue.submit(replace(shell("sleep 600"), time_limit=0.2), "os:ana")
     ended = settled(queue, controller, job)
     assert (ended.state, ended.reason) == (State.FAILED, "it ran into its time limit of 0.2 s")
+
+
+def test_a_short_job_that_ended_before_it_was_seen_to_begin_succeeded(
+    queue: JobQueue, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.waitpid
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the job runs and ends between the two looks
+        return real(pid, options)
+
+    job = queue.submit(shell("exit 0"), "os:ana")
+    monkeypatch.setattr(os, "waitpid", late)
+    controller.tick()
+    assert settled(queue, controller, job).state is State.SUCCEEDED
+
+
+def test_a_command_that_is_too_long_fails_alone(queue: JobQueue, controller: Controller) -> None:
+    long = queue.submit(shell("#" + "x" * 200_000), "os:ana")
+    other = queue.submit(shell("exit 0"), "os:ana")
+    assert settled(queue, controller, other).state is State.SUCCEEDED
+    assert queue.get(long.id).state is State.FAILED
+    assert "Argument list too long" in queue.get(long.id).reason
+
+
+def test_what_a_job_writes_beside_its_own_files_stops_nobody(queue: JobQueue, controller: Controller) -> None:
+    odd = queue.submit(shell("echo hello > exit; kill -KILL $PPID; sleep 60", retries=0), "os:ana")
+    other = queue.submit(shell("exit 0"), "os:ana")
+    assert settled(queue, controller, other).state is State.SUCCEEDED
+    assert settled(queue, controller, odd).state is State.FAILED
+
+
+class Failing(LocalExecutor):
+    """As one with a defect in it, or in the file system: it fails with a job for a while."""
+
+    error: Exception | None = None
+    fails = "start"
+
+    def start(self, job: Job) -> None:
+        if self.error is not None and self.fails == "start" and job.spec.name == "odd":
+            raise self.error
+        super().start(job)
+
+    def poll(self, job: Job) -> Status:
+        if self.error is not None and self.fails == "poll" and job.spec.name == "odd":
+            raise self.error
+        return super().poll(job)
+
+
+@pytest.mark.parametrize("fails", ["start", "poll"])
+def test_an_error_that_nobody_foresaw_holds_up_one_job_and_only_for_a_while(
+    queue: JobQueue, tmp_path: Path, fails: str
+) -> None:
+    executor = Failing(tmp_path / "jobs", Resources(cpus=4))
+    executor.error, executor.fails = ZeroDivisionError("a defect"), fails
+    controller = Controller(queue, executor)
+    odd = queue.submit(replace(shell("exit 0", retries=0), name="odd"), "os:ana")
+    other = queue.submit(shell("exit 0"), "os:ana")
+    assert settled(queue, controller, other).state is State.SUCCEEDED
+    executor.error = None
+    assert settled(queue, controller, odd).state is State.SUCCEEDED
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_controller(
+    queue: JobQueue,
+    executor: LocalExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("lapis.jobs.controller.AGAIN_SECONDS", 0.0)
+    nodes, executor.nodes = executor.nodes, (None,)  # type: ignore[assignment]
+    stop = threading.Event()
+    thread = threading.Thread(target=Controller(queue, executor).run, args=(stop, 0.02))
+    job = queue.submit(shell("exit 0"), "os:ana")
+    with caplog.at_level("ERROR", "lapis"):
+        thread.start()
+        until(lambda: bool(caplog.records))
+    assert caplog.records[0].exc_info is not None
+    executor.nodes = nodes
+    until(lambda: queue.get(job.id).state is State.SUCCEEDED)
+    stop.set()
+    thread.join()

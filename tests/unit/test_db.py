@@ -135,3 +135,23 @@ def test_without_its_driver_postgresql_says_how_to_get_it(monkeypatch: pytest.Mo
     with pytest.raises(UnavailableError) as caught:
         database.connect("postgresql://lapis@localhost/lapis")
     assert caught.value.hint == "pip install 'lapis[postgres]'"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "again"),
+    [
+        ("FATAL:  the database system is starting up", UnavailableError, True),
+        ("FATAL:  the database system is shutting down", UnavailableError, True),
+        ("FATAL:  the database system is not yet accepting connections", UnavailableError, True),
+        ("consuming input failed: SSL SYSCALL error: EOF detected", UnavailableError, True),
+        ("the connection is lost", UnavailableError, True),
+        ("server closed the connection unexpectedly", UnavailableError, True),
+        ("connection timeout expired", UnavailableError, False),
+        ("could not connect: No route to host", UnavailableError, False),
+        ("disk I/O error", StorageError, False),
+    ],
+)
+def test_what_passes_is_told_from_a_defect(text: str, kind: type[Exception], again: bool) -> None:
+    explained = database._explain(text.lower())
+    assert isinstance(explained, kind)
+    assert (getattr(explained, "retry_after", None) is not None) == again

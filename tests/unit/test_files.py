@@ -142,14 +142,15 @@ placed.write(b"whole"); placed.place()
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert len(on_disk(store)) == 3
+    (store.folder / "stray").write_text("of somebody else")
+    assert len(on_disk(store)) == 4
     assert [file.id for file in store.list("default")[0]] == [kept.id]
     times = [path.stat().st_mtime for path in store.folder.rglob("*") if path.is_file()]
     store.clock.now = max(times) + 1  # type: ignore[attr-defined]
     assert store.sweep() == 0  # their writers may still live
     store.clock.now = max(times) + ABANDONED_SECONDS + 1  # type: ignore[attr-defined]
     assert store.sweep() == 2
-    assert on_disk(store) == [kept.id]
+    assert on_disk(store) == [kept.id, "stray"]
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,8 @@ class FileStore:
         """Remove what dead writers left: parts, and bytes that no row names; how many."""
         removed = 0
         for project in self.folder.iterdir() if self.folder.is_dir() else ():
+            if not project.is_dir():
+                continue
             old = [path for path in project.iterdir() if self._is_abandoned(path)]
             known: set[str] = set()
             if old:

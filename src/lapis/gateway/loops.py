@@ -13,6 +13,7 @@ from lapis.log import logger
 Loop = Callable[[], Awaitable[None]]  # goes on until it is cancelled
 
 AGAIN_SECONDS = 1.0  # between a loop's failure and its next try
+UNFORESEEN_SECONDS = 10.0  # the same after an error that nobody foresaw
 
 
 def in_thread(run: Callable[[threading.Event], None]) -> Loop:
@@ -32,10 +33,15 @@ def in_thread(run: Callable[[threading.Event], None]) -> Loop:
 
 
 async def keep_running(loop: Loop) -> None:
-    """Run a loop; after an error that another try may get over, such as a full disk, begin it anew."""
+    """Run a loop; after an error, such as a full disk, begin it anew."""
+    name = getattr(loop, "__qualname__", loop)
     while True:
         try:
             return await loop()
         except LapisError as error:
-            logger.warning("%s: %s", getattr(loop, "__qualname__", loop), error)
+            logger.warning("%s: %s", name, error)
             await asyncio.sleep(AGAIN_SECONDS)
+        except Exception:  # noqa: BLE001
+            # The last line of defence: what nobody foresaw is a defect, but the loop must not end with it.
+            logger.exception("%s: an error that nobody foresaw; again in %g s", name, UNFORESEEN_SECONDS)
+            await asyncio.sleep(UNFORESEEN_SECONDS)

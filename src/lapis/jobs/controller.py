@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lapis.errors import ConflictError, LapisError, StorageError, UnavailableError
@@ -24,6 +25,7 @@ from lapis.log import logger
 NO_PLACE = 75  # EX_TEMPFAIL of sysexits.h: the job cannot go on where it is, and can elsewhere
 GRACE = 10.0  # seconds between asking a cancelled job to end and ending it
 SEEN_SECONDS = 5.0  # between two notes of what the executor has
+AGAIN_SECONDS = 10.0  # between what failed for the moment, or unforeseen, and its next try
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,40 @@ class Controller:
                 self.tick()
             except LapisError as error:  # a busy database or a full disk: the next tick may succeed
                 logger.warning("jobs: %s", error)
+            except Exception:  # noqa: BLE001
+                # The last line of defence: what nobody foresaw is a defect, but the queue must not end with it.
+                logger.exception(
+                    "jobs: an error that nobody foresaw; the queue goes on in %g s", AGAIN_SECONDS
+                )
+                stop.wait(AGAIN_SECONDS)
             stop.wait(seconds)
 
     def tick(self) -> None:
         """Take over orphans, settle what ended, start what fits."""
         for job in self.queue.orphans(self.executor.name):
-            self._take_over(job)
+            self._apart(job.id, partial(self._take_over, job))
         for lease in list(self._leases.values()):
-            self._watch(lease)
+            self._apart(lease.job_id, partial(self._watch, lease))
         self._start_waiting()
+
+    def _apart(self, job_id: str, step: Callable[[], None]) -> None:
+        """Take a step of one job. An error that nobody foresaw holds up this job only, until its lease runs out."""
+        try:
+            step()
+        except LapisError:
+            raise
+        except Exception:  # noqa: BLE001
+            logger.exception("jobs: an error with %s that nobody foresaw", job_id)
+            self._forget(job_id)
 
     def _take_over(self, job: Job) -> None:
         lease = self.queue.take_over(job)
         if lease is None:
             return
-        self._leases[job.id] = lease
         # The silent holder may have died just before or just after the start: the fence decides which.
         if job.state is State.STARTING:
             self.executor.fence(job)
+        self._leases[job.id] = lease
         logger.info("jobs: took over %s", job.id)
 
     def _watch(self, lease: Lease) -> None:
@@ -174,7 +192,7 @@ class Controller:
         waiting, _ = affordable(waiting, active, self.queue.ledger, self.queue.clock())
         if self.executor.nodes is None:
             for job in waiting:
-                self._start(job, {})
+                self._apart(job.id, partial(self._start, job, {}))
             return
         mine = [job for job in active if job.executor == self.executor.name]
         self._carry_out(waiting, mine, self.executor.nodes)
@@ -189,7 +207,7 @@ class Controller:
             if self.queue.preempt(by_id[job_id], claimant):
                 logger.info("jobs: %s is to stop for %s", job_id, claimant)
         for job_id, ranks in decided.starts.items():
-            self._start(by_id[job_id], ranks, job_id in decided.firsts)
+            self._apart(job_id, partial(self._start, by_id[job_id], ranks, job_id in decided.firsts))
 
     def _note_nodes(self) -> None:
         now = self.queue.clock()

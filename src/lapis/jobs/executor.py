@@ -28,7 +28,10 @@ class Executor(Protocol):
     )  # where jobs are placed; None: it has a queue of its own, and gets every job
 
     def start(self, job: Job) -> None:
-        """Start the attempt. Raises ConflictError if it was fenced, UnavailableError if it cannot start."""
+        """Start the attempt. Raises ConflictError if it was fenced, UnavailableError if it cannot start.
+
+        With `retry_after`, or as StorageError, that is so for the moment only, and nothing was started.
+        """
 
     def fence(self, job: Job) -> bool:
         """Make sure that the attempt never starts; False if it has started."""

@@ -146,6 +146,9 @@ def status(place: str, code: str, row: Row | None) -> Status:
     """What became of an attempt, by its files `pid` and `exit` (empty if they are not there) and by Slurm's row."""
     if place == FENCED:
         return Status("fenced")
+    code = (
+        code if code.isdecimal() else ""
+    )  # the job works beside it: it may have written something else there
     seconds = row.end - row.start if row and row.start and row.end and row.end > row.start else None
     if row is not None and row.state in WAITING:
         return Status("waiting", reason=_waits(row))

@@ -6,11 +6,13 @@ and leads the process group. `pid` is linked into place, which happens once: by 
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lapis.errors import ConflictError, UnavailableError
@@ -70,17 +72,20 @@ class LocalExecutor:
         return self.attempt(job) / "log"
 
     def start(self, job: Job) -> None:
-        """Start the attempt. Raises ConflictError if it was fenced, UnavailableError if it cannot start."""
+        """Start the attempt. Raises as `Executor.start`."""
         folder = self.attempt(job)
-        with storage_errors(folder):
+        with _refusals(job), storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             child = _spawn(job, folder, self._environment(job), self._limit(job))
         while not (folder / "pid").exists():
             if os.waitpid(child, os.WNOHANG) != (0, 0):
+                if (folder / "pid").exists():
+                    break  # a short job: it began and ended between the two looks
                 raise UnavailableError(f"The job {job.id} could not be started; see {folder / 'log'}.")
             time.sleep(0.002)
         if _read(folder / "pid").split()[:1] != [str(child)]:
-            os.waitpid(child, 0)  # it ends by itself: it saw that the place is taken
+            with suppress(ChildProcessError):  # reaped above
+                os.waitpid(child, 0)  # it ends by itself: it saw that the place is taken
             raise ConflictError(
                 f"Attempt {job.attempt} of {job.id} was started or fenced by another controller."
             )
@@ -103,7 +108,8 @@ class LocalExecutor:
         if _leader(folder) is not None:
             return Status("running")
         code = _read(folder / "exit")  # written before the shell ends, so it is looked at after that
-        return Status("exited", int(code)) if code else Status("lost")
+        # The job works in this folder: it may have written something else there.
+        return Status("exited", int(code)) if code.isdecimal() else Status("lost")
 
     def terminate(self, job: Job) -> None:
         """SIGTERM to the attempt's process group."""
@@ -159,6 +165,20 @@ def _spawn(job: Job, folder: Path, environment: dict[str, str], limit: MemoryLim
         os.close(log)
 
 
+@contextmanager
+def _refusals(job: Job) -> Iterator[None]:
+    """Say why the system starts no process: for good, or for the moment (no process, file or memory is free)."""
+    try:
+        yield
+    except OSError as error:
+        text = f"The job {job.id} could not be started: {error.strerror}."
+        if error.errno == errno.E2BIG:
+            raise UnavailableError(
+                f"{text} Its command and variables are longer than they may be."
+            ) from error
+        raise UnavailableError(text, retry_after=1.0) from error
+
+
 def _mark(job: Job) -> str:
     return f"{job.id}/{job.attempt}"
 
@@ -170,7 +190,7 @@ def _group(job: Job) -> str:
 def _leader(folder: Path) -> int | None:
     """The pid of the attempt's shell if it lives: the same number with the same start time, and no zombie."""
     words = _read(folder / "pid").split()
-    if len(words) != 2:
+    if len(words) != 2 or not words[0].isdecimal():
         return None  # nobody started it, or it was fenced
     pid = int(words[0])
     with suppress(ChildProcessError):  # the child of an earlier controller is not ours to reap
