@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lapis.db import open_database
-from lapis.errors import ConflictError
+from lapis.errors import ConflictError, StorageError
 from lapis.jobs.controller import Controller
 from lapis.jobs.executor import Status
 from lapis.jobs.executors.local import LocalExecutor
@@ -379,6 +379,26 @@ def test_an_error_that_nobody_foresaw_holds_up_one_job_and_only_for_a_while(
     assert settled(queue, controller, other).state is State.SUCCEEDED
     executor.error = None
     assert settled(queue, controller, odd).state is State.SUCCEEDED
+
+
+def test_a_job_that_cannot_start_for_the_moment_waits(
+    queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.jobs.controller.AGAIN_SECONDS", 0.0)
+    executor = Failing(tmp_path / "jobs", Resources(cpus=4))
+    controller = Controller(queue, executor)
+    job = queue.submit(replace(shell("exit 0", retries=0), name="odd"), "os:ana")
+    executor.error = StorageError("No space left.")
+    for _ in range(3):
+        controller.tick()
+    assert (queue.get(job.id).state, queue.get(job.id).reason) == (State.QUEUED, "No space left.")
+    executor.error = None
+    (tmp_path / "jobs" / job.id / "4" / "log").mkdir(
+        parents=True
+    )  # an error of the system that is none of the disk's
+    controller.tick()
+    assert "Is a directory" in queue.get(job.id).reason
+    assert (settled(queue, controller, job).state, queue.get(job.id).losses) == (State.SUCCEEDED, 0)
 
 
 def test_an_error_that_nobody_foresaw_does_not_end_the_controller(

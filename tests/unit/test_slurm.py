@@ -19,7 +19,18 @@ from lapis.jobs.executors.slurm import SlurmExecutor
 from lapis.jobs.job import Job, JobSpec, Priority, Resources, State
 from lapis.jobs.queue import JobQueue
 from lapis.jobs.shares import set_weight
-from lapis.jobs.slurm import Row, best_row, node_names, queue_rows, settings, status, submission, usages
+from lapis.jobs.slurm import (
+    Row,
+    best_row,
+    node_names,
+    queue_rows,
+    refuses_for_the_moment,
+    settings,
+    status,
+    submission,
+    usages,
+)
+from lapis.jobs.waits import waits
 from lapis.tenants.tenant import Tenants
 
 SPEC = JobSpec("train", ("lapis", "train"), Resources(3.5, 2, 5 << 30), retries=1)
@@ -120,7 +131,8 @@ def test_a_shell_reads_the_settings_as_they_were_meant(tmp_path: Path) -> None:
 def test_what_an_executor_with_its_own_queue_says_is_settled() -> None:
     waiting, cancelled = Status("waiting", reason="…"), replace(JOB, cancel_at=5.0)
     assert decide(JOB, waiting, 1e9, warned=False).act == "wait"
-    assert decide(cancelled, waiting, 6.0, warned=False).act == "terminate"
+    for warned in (False, True):  # scancel may have failed
+        assert decide(cancelled, waiting, 6.0, warned).act == "terminate"
     stopped = decide(replace(JOB, losses=1), Status("preempted", reason="for another"), 1.0, warned=False)
     assert (stopped.act, stopped.reason) == ("requeue", "for another")
     moved = decide(JOB, Status("exited", 75), 1.0, warned=False)
@@ -191,6 +203,53 @@ def test_while_slurm_does_not_answer_nothing_is_lost(commands: Path, home: Home)
     controller.tick()
     assert (queue.get(job.id).state, queue.get(job.id).reason) == (State.FAILED, "it was cancelled in Slurm")
     queue.db.dispose()
+
+
+POLICY = (
+    "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or "
+    "time limits)"
+)
+
+
+def test_what_slurm_refuses_for_the_moment_waits_and_stands_in_nobody_s_way(
+    commands: Path, home: Home
+) -> None:
+    clock = Clock()
+    queue = JobQueue(open_database(home.database_url), clock, lease_seconds=10)
+    controller = Controller(queue, SlurmExecutor(home.jobs, SlurmSection()))
+    other = Tenants(queue.db).create_project("other", "os:ana").id
+    mine = [queue.submit(SPEC, "os:ana") for _ in range(3)]
+    limit = f"sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: {POLICY}\n"
+    (commands / "sbatch.error").write_text(limit)
+    controller.tick()
+    assert {queue.get(job.id).state for job in mine} == {State.QUEUED}
+    assert sum(queue.get(job.id).attempt for job in mine) == 1  # one was refused: the others are not tried
+    assert any("AssocMaxSubmitJobLimit" in why.reason for why in waits(queue).values())
+    (commands / "sbatch.error").unlink()
+    theirs = queue.submit(SPEC, "os:bo", other)
+    controller.tick()
+    assert queue.get(theirs.id).state is State.STARTING
+    clock.now += 10
+    controller.tick()
+    assert {queue.get(job.id).state for job in mine} == {State.STARTING}
+    assert {queue.get(job.id).losses for job in mine} == {0}
+    queue.db.dispose()
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        (POLICY, True),
+        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: {POLICY}", True),
+        (f"sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: {POLICY}", False),
+        ("sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying", True),
+        ("sbatch: error: Batch job submission failed: Resource temporarily unavailable", True),
+        ("sbatch: error: invalid partition specified: nowhere", False),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", False),
+    ],
+)
+def test_what_passes_is_told_from_what_does_not(said: str, passes: bool) -> None:
+    assert refuses_for_the_moment(said) == passes
 
 
 def test_accounts_are_printed_as_commands(home: Home) -> None:

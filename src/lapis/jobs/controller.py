@@ -16,7 +16,7 @@ from lapis.errors import ConflictError, LapisError, StorageError, UnavailableErr
 from lapis.jobs.budget import affordable
 from lapis.jobs.executor import Executor, Status
 from lapis.jobs.fairshare import schedule
-from lapis.jobs.job import ACTIVE, Job, Node, State
+from lapis.jobs.job import ACTIVE, Job, Node, Priority, State
 from lapis.jobs.policy import Policy
 from lapis.jobs.queue import JobQueue, Lease
 from lapis.jobs.shares import shares
@@ -47,7 +47,8 @@ def decide(
 ) -> Decision:
     """What to do with a job whose process has this status. `warned`: it was asked to end already."""
     if status.kind == "waiting":
-        return Decision("wait" if job.cancel_at is None or warned else "terminate")
+        # Asked again each time: whoever has it in a queue may not have answered.
+        return Decision("wait" if job.cancel_at is None else "terminate")
     if status.kind == "running":
         limit = None if job.spec.time_limit is None else (job.started_at or now) + job.spec.time_limit
         reasons = ((job.cancel_at, grace), (limit, grace), (job.preempt_at, checkpoint_grace))
@@ -91,6 +92,8 @@ class Controller:
         self._noted_at = -math.inf
         self._leases: dict[str, Lease] = {}
         self._warned: set[str] = set()
+        # When the executor last refused a job for the moment, by what its limits may depend on.
+        self._refused: dict[tuple[str, Priority], float] = {}
 
     def run(self, stop: threading.Event, seconds: float = 1.0) -> None:
         """Tick every so many seconds until `stop` is set. Jobs that run then go on without a controller."""
@@ -184,7 +187,7 @@ class Controller:
         if any(job.state is State.PREEMPTED for job in jobs):
             self.queue.queue_preempted()
             jobs = self.queue.list(State.QUEUED, *ACTIVE)
-        waiting = [job for job in jobs if job.state is State.QUEUED]
+        waiting = [job for job in jobs if job.state is State.QUEUED and self._may_start(job)]
         self._note_nodes()
         if not waiting:
             return
@@ -215,21 +218,41 @@ class Controller:
             self.queue.note_executor(self.executor.name, self.executor.nodes)
             self._noted_at = now
 
+    def _may_start(self, job: Job) -> bool:
+        """Whether no job like this one was refused for the moment just now."""
+        refused_at = self._refused.get(_kind(job))
+        return refused_at is None or not 0 <= self.queue.clock() - refused_at < AGAIN_SECONDS
+
     def _start(self, job: Job, ranks: Mapping[str, int], first: bool = False) -> None:
+        if not self._may_start(job):
+            return
         lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or (), first)
         if lease is None:
             return
-        self._leases[job.id] = lease
+        job = self.queue.get(job.id)
         try:
-            self.executor.start(self.queue.get(job.id))
-            if self.executor.nodes is not None:
-                self.queue.started(lease)
+            self.executor.start(job)
         except ConflictError as error:  # the lease was lost while it was about to start
             logger.warning("jobs: %s", error)
-            self._forget(job.id)
+            return
         except (UnavailableError, StorageError) as error:
+            self._not_started(lease, job, error)
+            return
+        self._leases[job.id] = lease
+        if self.executor.nodes is not None:
+            try:
+                self.queue.started(lease)
+            except ConflictError as error:
+                logger.warning("jobs: %s", error)
+                self._forget(job.id)
+
+    def _not_started(self, lease: Lease, job: Job, error: UnavailableError | StorageError) -> None:
+        """Settle a job that its executor refused: it waits again if that was for the moment only."""
+        if isinstance(error, StorageError) or error.retry_after is not None:
+            self.queue.requeue(lease, error.message, job.losses)
+            self._refused[_kind(job)] = self.queue.clock()
+        else:
             self.queue.finish(lease, State.FAILED, error.message)
-            self._forget(job.id)
 
     def _refuse(self, job: Job, reason: str) -> None:
         lease = self.queue.claim(job, self.executor.name)
@@ -239,3 +262,8 @@ class Controller:
     def _forget(self, job_id: str) -> None:
         self._leases.pop(job_id, None)
         self._warned.discard(job_id)
+
+
+def _kind(job: Job) -> tuple[str, Priority]:
+    """What an executor's limits on how many jobs it takes may depend on."""
+    return job.project_id, job.spec.priority

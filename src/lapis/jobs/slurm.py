@@ -19,6 +19,13 @@ QUEUE_FORMAT = "%A|%j|%T|%r|%S|%e|%N"
 WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"})
 LOST = frozenset({"NODE_FAIL", "BOOT_FAIL", "REVOKED"})
+MOMENTARY = (
+    "submitjob",  # of AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, …
+    "temporarily unable",
+    "temporarily unavailable",
+    "try again",
+    "in standby mode",
+)
 WARNING_S = 60  # before Slurm's time limit: SIGTERM
 SLACK_S = 120  # Slurm's limit lies behind ours, which ends a job with its reason
 
@@ -96,6 +103,15 @@ def settings(job: Job, environment: Mapping[str, str]) -> str:
     """The shell text that gives a script the job's environment and, as its arguments, the job's argv."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return "\n".join([*lines, f"set -- {shlex.join(job.spec.argv)}"]) + "\n"
+
+
+def refuses_for_the_moment(text: str) -> bool:
+    """Whether sbatch takes no job now, as it says, but may take this one later."""
+    text = text.lower()
+    if any(words in text for words in MOMENTARY):
+        return True
+    # One text for several limits: it is that on how many jobs there are, unless another one is named.
+    return "job submit limit" in text and not re.search(r"\b(assoc|qos)\w*limit\b", text)
 
 
 def queue_rows(text: str) -> list[Row]:

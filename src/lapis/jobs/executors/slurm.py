@@ -30,6 +30,7 @@ from lapis.jobs.slurm import (
     best_row,
     name_of,
     queue_rows,
+    refuses_for_the_moment,
     settings,
     status,
     submission,
@@ -119,8 +120,8 @@ class SlurmExecutor:
     def start(self, job: Job) -> None:
         """Submit the attempt.
 
-        Raises UnavailableError if Slurm refuses it, ConflictError if it was fenced, or if Slurm did not answer: whether
-        the attempt is there is then seen by whoever takes the job over.
+        Raises UnavailableError if Slurm refuses it (with `retry_after`: for the moment), ConflictError if it was
+        fenced, or if Slurm did not answer: whether the attempt is there is then seen by whoever takes the job over.
         """
         folder = self.attempt(job)
         if _read(folder / "pid"):
@@ -143,6 +144,8 @@ class SlurmExecutor:
                 raise ConflictError(
                     f"Whether {job.id} was submitted is not known: {error.message}"
                 ) from error
+            if refuses_for_the_moment(error.message):
+                raise UnavailableError(error.message, retry_after=1.0) from error
             raise
 
     def fence(self, job: Job) -> bool:
