@@ -15,10 +15,21 @@ import sqlalchemy as sa
 from lapis.audit import AuditLog
 from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
-from lapis.jobs.controller import decide
+from lapis.jobs.controller import Controller, decide
 from lapis.jobs.executor import Status
-from lapis.jobs.job import ENDED, MOVES, Job, JobSpec, Node, Place, Resources, State, check_move
-from lapis.jobs.queue import JobQueue
+from lapis.jobs.job import (
+    ENDED,
+    MOVES,
+    Job,
+    JobSpec,
+    Node,
+    Place,
+    Priority,
+    Resources,
+    State,
+    check_move,
+)
+from lapis.jobs.queue import ABSENT_SECONDS, JobQueue
 from lapis.jobs.shares import HALF_LIFE, set_weight, shares
 from lapis.jobs.waits import waits
 from lapis.tables.usage import usage_entries
@@ -378,3 +389,95 @@ def test_a_weight_is_kept_and_audited(queue: JobQueue, clock: Clock) -> None:
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError):
             set_weight(queue.db, "default", weight, "os:ana", clock.now)
+
+
+class Still:
+    """An executor whose jobs run until they are cancelled."""
+
+    def __init__(self, name: str, *nodes: Node) -> None:
+        self.name = name
+        self.nodes: tuple[Node, ...] | None = nodes or None
+
+    def start(self, job: Job) -> None:
+        pass
+
+    def fence(self, job: Job) -> bool:
+        return False
+
+    def poll(self, job: Job) -> Status:
+        return Status("running")
+
+    terminate = kill = start
+
+
+def states(queue: JobQueue, *jobs: Job) -> list[State]:
+    return [queue.get(job.id).state for job in jobs]
+
+
+@pytest.mark.parametrize("nodes", [(Node("n", Resources(8, 1)),), ()])  # () has a queue of its own
+def test_of_what_can_be_paid_for_the_higher_priority_starts(
+    queue: JobQueue, clock: Clock, nodes: tuple[Node, ...]
+) -> None:
+    Tenants(queue.db).set_quota("default", Quota(gpu_seconds_per_month=1000), "os:ana")
+    controller = Controller(queue, Still("e", *nodes))
+    low = queue.submit(replace(SPEC, time_limit=900, priority=Priority.LOW), "os:ana")
+    clock.now += 1
+    high = queue.submit(replace(SPEC, time_limit=900, priority=Priority.HIGH), "os:ana")
+    queue.note_executor("e", nodes or None)
+    if not nodes:
+        assert waits(queue)[high.id].reason == "e gets it next"
+        assert "900 GPU-seconds until its time limit" in waits(queue)[low.id].reason
+    controller.tick()
+    assert states(queue, low, high) == [State.QUEUED, State.STARTING if not nodes else State.RUNNING]
+    assert "100 are left" in waits(queue)[low.id].reason
+
+
+def test_what_cannot_start_takes_no_money_from_what_can(
+    database_url: str, clock: Clock, tmp_path: Path
+) -> None:
+    db = open_database(database_url)
+    (tmp_path / "prices.toml").write_text("compute = { gpu_hour = 1.0 }\n")
+    queue = JobQueue(db, clock, ledger=UsageLedger(db, clock, prices=Prices(tmp_path / "prices.toml")))
+    a, b = (Tenants(db).create_project(name, "os:ana").id for name in ("a", "b"))
+    Limits(db).set_spend("default", 10_000, "os:ana")
+    controller = Controller(queue, Still("e", Node("n", Resources(8, 2))))
+    runs = queue.submit(replace(SPEC, time_limit=3600), "os:ana", a)
+    controller.tick()
+    big = queue.submit(replace(SPEC, resources=Resources(1, 2), time_limit=48 * 3600), "os:ana", a)
+    clock.now += 1
+    small = queue.submit(replace(SPEC, time_limit=600), "os:ana", b)
+    queue.submit(replace(SPEC, time_limit=200 * 3600), "os:ana", b)
+    controller.tick()
+    assert states(queue, runs, big, small) == [State.RUNNING, State.QUEUED, State.RUNNING]
+    db.dispose()
+
+
+def test_a_host_leaves_to_another_what_only_that_can_hold(queue: JobQueue, clock: Clock) -> None:
+    big = Still("local@gpu", Node("gpu", Resources(8, 8)))
+    small = Still("local@web", Node("web", Resources(8, 0)))
+    gpu, web = Controller(queue, big), Controller(queue, small)
+    gpu.tick()
+    eight = replace(SPEC, resources=Resources(1, 8))
+    runs = queue.submit(eight, "os:ana")
+    clock.now += 1.0  # of two jobs of one moment either may be first
+    waits_ = queue.submit(eight, "os:ana")
+    too_big = queue.submit(replace(SPEC, resources=Resources(1, 9)), "os:ana")
+    gpu.tick()
+    web.tick()
+    assert states(queue, runs, waits_, too_big) == [State.RUNNING, State.QUEUED, State.FAILED]
+    assert "goes next" in waits(queue)[waits_.id].reason
+    clock.now += 3600.0  # it is being mended
+    web.tick()
+    assert states(queue, waits_) == [State.QUEUED]
+    assert "it waits for local@gpu" in waits(queue)[waits_.id].reason
+    clock.now += ABSENT_SECONDS
+    web.tick()
+    assert "asks for 1 CPUs and 8 GPUs" in queue.get(waits_.id).reason
+    assert states(queue, waits_) == [State.FAILED]
+
+
+def test_what_an_executor_with_a_queue_of_its_own_may_hold_is_left_to_it(queue: JobQueue) -> None:
+    Controller(queue, Still("slurm")).tick()
+    job = queue.submit(replace(SPEC, resources=Resources(1, 8)), "os:ana")
+    Controller(queue, Still("local@web", Node("web", Resources(8, 0)))).tick()
+    assert states(queue, job) == [State.QUEUED]

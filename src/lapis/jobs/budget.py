@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lapis.jobs.job import Job, State
@@ -32,32 +32,38 @@ class _Left:
         return None
 
 
-def affordable(
-    waiting: Iterable[Job], active: Iterable[Job], ledger: UsageLedger, now: float
-) -> tuple[list[Job], dict[str, str]]:
-    """The waiting jobs that limits on GPU time and money allow to start, and why the others wait, by id.
+def affordable(waiting: Iterable[Job], budget: Budget) -> tuple[list[Job], dict[str, str]]:
+    """The waiting jobs of which each could be paid for, and why the others wait, by id.
 
-    A job's need is that of its time limit; `active` are those of all executors, and reserve theirs. Without a time
-    limit a job needs something left, and what it uses is known only as it goes. What runs goes on in any case.
+    Whoever starts one takes it from the budget, and asks again before the next: together they may be too much.
     """
-    budget = _Budget(ledger, now)
-    for job in active:
-        budget.take(job)
     allowed, held = [], {}
     for job in waiting:
         lack = budget.lack(job)
         if lack is None:
-            budget.take(job)
             allowed.append(job)
         else:
             held[job.id] = lack
     return allowed, held
 
 
-class _Budget:
-    """What is left for the projects that have a limit, or whose organization has one."""
+def in_turn(waiting: Sequence[Job]) -> Iterator[Job]:
+    """Jobs by age, and of each project those of higher priority first: for whoever has no other order."""
+    of: dict[str, list[Job]] = {}
+    for job in waiting:
+        of.setdefault(job.project_id, []).append(job)
+    first = {name: iter(sorted(jobs, key=lambda job: -job.spec.priority.level)) for name, jobs in of.items()}
+    return (next(first[job.project_id]) for job in waiting)
 
-    def __init__(self, ledger: UsageLedger, now: float) -> None:
+
+class Budget:
+    """What is left for the projects that have a limit, or whose organization has one.
+
+    A job's need is that of its time limit; `active` are those of all executors, and reserve theirs. Without a time
+    limit a job needs something left, and what it uses is known only as it goes. What runs goes on in any case.
+    """
+
+    def __init__(self, ledger: UsageLedger, active: Iterable[Job], now: float) -> None:
         self._now = now
         self._prices = ledger.prices.current()
         organizations: dict[str, _Left] = {}
@@ -73,6 +79,8 @@ class _Budget:
             if left.organization_cost is not None:
                 whole = _Left("its organization's money", left.organization_cost / NANO, unit)
                 money.append(organizations.setdefault(left.organization_id, whole))
+        for job in active:
+            self.take(job)
 
     def lack(self, job: Job) -> str | None:
         """Why a job cannot be paid for; None if it can."""

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Literal
 
 from lapis.errors import ConflictError, LapisError, StorageError, UnavailableError
-from lapis.jobs.budget import affordable
+from lapis.jobs.budget import Budget, affordable, in_turn
 from lapis.jobs.executor import Executor, Status
-from lapis.jobs.fairshare import schedule
+from lapis.jobs.fairshare import elsewhere, schedule
 from lapis.jobs.job import ACTIVE, Job, Node, Priority, State
 from lapis.jobs.policy import Policy
-from lapis.jobs.queue import JobQueue, Lease
+from lapis.jobs.queue import ABSENT_SECONDS, JobQueue, Lease
 from lapis.jobs.shares import shares
 from lapis.log import logger
 
@@ -192,25 +192,29 @@ class Controller:
         if not waiting:
             return
         active = [job for job in jobs if job.state in ACTIVE]
-        waiting, _ = affordable(waiting, active, self.queue.ledger, self.queue.clock())
+        budget = Budget(self.queue.ledger, active, self.queue.clock())
+        waiting, _ = affordable(waiting, budget)
         if self.executor.nodes is None:
-            for job in waiting:
-                self._apart(job.id, partial(self._start, job, {}))
+            for job in in_turn(waiting):
+                self._start(budget, job, {})
             return
         mine = [job for job in active if job.executor == self.executor.name]
-        self._carry_out(waiting, mine, self.executor.nodes)
+        self._carry_out(budget, waiting, mine, self.executor.nodes)
 
-    def _carry_out(self, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]) -> None:
+    def _carry_out(
+        self, budget: Budget, waiting: Sequence[Job], active: Sequence[Job], nodes: Sequence[Node]
+    ) -> None:
         now = self.queue.clock()
         decided = schedule(waiting, active, nodes, shares(self.queue.db, now), now, self.policy)
         by_id = {job.id: job for job in (*waiting, *active)}
-        for job_id, reason in decided.refused.items():
-            self._refuse(by_id[job_id], reason)
-        for job_id, claimant in decided.preemptions.items():
-            if self.queue.preempt(by_id[job_id], claimant):
-                logger.info("jobs: %s is to stop for %s", job_id, claimant)
+        if decided.refused:
+            self._refuse([by_id[job_id] for job_id in decided.refused], decided.refused)
         for job_id, ranks in decided.starts.items():
-            self._apart(job_id, partial(self._start, by_id[job_id], ranks, job_id in decided.firsts))
+            self._start(budget, by_id[job_id], ranks, job_id in decided.firsts)
+        for job_id, claimant in decided.preemptions.items():
+            # Nobody stops for a job that cannot be paid for beside those that have just started.
+            if budget.lack(by_id[claimant]) is None and self.queue.preempt(by_id[job_id], claimant):
+                logger.info("jobs: %s is to stop for %s", job_id, claimant)
 
     def _note_nodes(self) -> None:
         now = self.queue.clock()
@@ -223,13 +227,17 @@ class Controller:
         refused_at = self._refused.get(_kind(job))
         return refused_at is None or not 0 <= self.queue.clock() - refused_at < AGAIN_SECONDS
 
-    def _start(self, job: Job, ranks: Mapping[str, int], first: bool = False) -> None:
-        if not self._may_start(job):
+    def _start(self, budget: Budget, job: Job, ranks: Mapping[str, int], first: bool = False) -> None:
+        if not self._may_start(job) or budget.lack(job) is not None:
             return
         lease = self.queue.claim(job, self.executor.name, ranks, self.executor.nodes or (), first)
         if lease is None:
             return
-        job = self.queue.get(job.id)
+        budget.take(job)
+        self._apart(job.id, partial(self._begin, lease))
+
+    def _begin(self, lease: Lease) -> None:
+        job = self.queue.get(lease.job_id)
         try:
             self.executor.start(job)
         except ConflictError as error:  # the lease was lost while it was about to start
@@ -254,10 +262,15 @@ class Controller:
         else:
             self.queue.finish(lease, State.FAILED, error.message)
 
-    def _refuse(self, job: Job, reason: str) -> None:
-        lease = self.queue.claim(job, self.executor.name)
-        if lease is not None:
-            self.queue.finish(lease, State.FAILED, reason)
+    def _refuse(self, jobs: Sequence[Job], reasons: Mapping[str, str]) -> None:
+        """Fail what no executor can hold; what another one can hold is left to it."""
+        others = self.queue.executors(ABSENT_SECONDS)
+        others.pop(self.executor.name, None)
+        left = elsewhere(jobs, others)
+        for job in jobs:
+            lease = None if job.id in left else self.queue.claim(job, self.executor.name)
+            if lease is not None:
+                self.queue.finish(lease, State.FAILED, reasons[job.id])
 
     def _forget(self, job_id: str) -> None:
         self._leases.pop(job_id, None)

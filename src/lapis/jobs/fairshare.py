@@ -8,15 +8,15 @@ ahead of it only if they do not delay that (EASY back-fill, Lifka 1995). docs/jo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from lapis.jobs.forecast import Wait, explain
-from lapis.jobs.job import Job, Node
+from lapis.jobs.job import Job, Node, Resources
 from lapis.jobs.policy import Policy
 from lapis.jobs.shares import Share
-from lapis.jobs.turn import Turn
+from lapis.jobs.turn import Turn, can_hold
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Schedule:
     starts: Mapping[str, Mapping[str, int]]
     firsts: frozenset[str]  # of the starts, those that overtake nobody of their project
     preemptions: Mapping[str, str]
-    refused: Mapping[str, str]  # what the nodes can never hold, and why
+    refused: Mapping[str, str]  # what these nodes can never hold, and why
     turn: Turn
 
     @cached_property
@@ -57,3 +57,21 @@ def schedule(
         refused=turn.refused,
         turn=turn,
     )
+
+
+def elsewhere(jobs: Iterable[Job], executors: Mapping[str, Sequence[Node] | None]) -> dict[str, str]:
+    """The jobs that one of these executors can hold when it is empty, by id, with its name.
+
+    One that has a queue of its own (None) is asked when its turn comes.
+    """
+    known: dict[tuple[Resources, int], str | None] = {}
+    found = {}
+    for job in jobs:
+        shape = job.spec.resources, job.spec.ranks
+        if shape not in known:
+            able = (name for name, nodes in executors.items() if nodes is None or can_hold(nodes, job.spec))
+            known[shape] = next(able, None)
+        name = known[shape]
+        if name is not None:
+            found[job.id] = name
+    return found

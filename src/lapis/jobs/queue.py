@@ -36,7 +36,7 @@ from lapis.tenants.tenant import DEFAULT
 from lapis.tenants.usage import UsageLedger, Work
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
-
+ABSENT_SECONDS = 86_400.0  # so long a silent executor may come back: what only it can hold waits for it
 
 # What an attempt has, and gives back when it ends.
 _FREE: dict[str, Any] = dict.fromkeys(
@@ -170,9 +170,9 @@ class JobQueue:
             if not connection.execute(executors.update().where(mine).values(**row)).rowcount:
                 connection.execute(executors.insert().values(name=name, **row))
 
-    def executors(self) -> dict[str, tuple[Node, ...] | None]:
-        """The executors whose controllers were heard of lately, with their nodes."""
-        since = self.clock() - max(self.lease_seconds, LEASE)
+    def executors(self, seconds: float = LEASE) -> dict[str, tuple[Node, ...] | None]:
+        """The executors whose controllers were heard of within so many seconds, with their nodes."""
+        since = self.clock() - max(self.lease_seconds, seconds)
         with self.db.connect() as connection:
             rows = connection.execute(sa.select(executors).where(executors.c.seen_at >= since)).all()
         return {row.name: None if row.nodes is None else _nodes(row.nodes) for row in rows}

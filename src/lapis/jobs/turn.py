@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from lapis.jobs.columns import Matrix, Running, Shape, Waiting, sums
-from lapis.jobs.job import Job, Node
+from lapis.jobs.job import Job, JobSpec, Node
 from lapis.jobs.policy import Policy
 from lapis.jobs.preemption import Victims
 from lapis.jobs.room import Placement, Releases, Room, fits, gather, places
@@ -337,6 +337,15 @@ class Turn:
         first, last = self.active.first[victim], self.active.first[victim + 1]
         self.releases.hasten(first, last, self.now + self.policy.grace)
         self.tenants[job.project_id].hold((-self.active.totals[victim]).tolist())
+
+
+def can_hold(nodes: Sequence[Node], spec: JobSpec) -> bool:
+    """Whether these nodes can hold a job when they are empty."""
+    each, there = spec.resources, [node.resources for node in nodes]
+    kinds: Counter[tuple[float, ...]] = Counter(
+        (float(has.cpus), float(has.gpus), float(has.memory)) for has in there
+    )
+    return _hold(kinds, (each.cpus, each.gpus, each.memory), spec.ranks)
 
 
 def _hold(kinds: Mapping[tuple[float, ...], int], each: Amounts, ranks: int) -> bool:
