@@ -20,6 +20,7 @@ from lapis.jobs.controller import Controller
 from lapis.jobs.executors.local import LocalExecutor
 from lapis.jobs.job import Resources, State
 from lapis.jobs.queue import JobQueue
+from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
 
 
@@ -92,6 +93,14 @@ def test_without_a_controller_that_is_the_reason(queue: JobQueue) -> None:
     facts("submit", "--", "true")
     assert "`lapis serve` has one" in facts("list")[0]["reason"]
     assert "`lapis serve` has one" in run("list")
+
+
+def test_the_limit_on_money_that_a_job_waits_for_is_named(queue: JobQueue) -> None:
+    Home.default().prices.write_text("compute = { cpu_hour = 1.0 }\n")
+    Tenants(queue.db).set_quota("default", Quota(spend_per_month=100), "os:ana")
+    job = facts("submit", "--time-limit", "2h", "--", "true")
+    assert "2 USD until its time limit, of its project's money" in facts("list")[0]["reason"]
+    assert "2 USD until its time limit" in facts("show", job["id"])["reason"]
 
 
 def test_a_project_s_jobs_and_weight(queue: JobQueue) -> None:

@@ -481,3 +481,30 @@ def test_what_an_executor_with_a_queue_of_its_own_may_hold_is_left_to_it(queue: 
     job = queue.submit(replace(SPEC, resources=Resources(1, 8)), "os:ana")
     Controller(queue, Still("local@web", Node("web", Resources(8, 0)))).tick()
     assert states(queue, job) == [State.QUEUED]
+
+
+def test_a_clock_that_was_set_back_keeps_no_orphan(queue: JobQueue, clock: Clock) -> None:
+    clock.now += 86_400.0
+    job = queue.submit(SPEC, "os:ana")
+    lease = queue.claim(job, "e")
+    assert lease is not None
+    queue.started(lease)
+    clock.now -= 2.0  # two hosts' clocks differ
+    assert queue.orphans("e") == []
+    clock.now -= 86_400.0
+    assert [orphan.id for orphan in queue.orphans("e")] == [job.id]
+    assert queue.take_over(queue.get(job.id)) is not None
+    assert queue.orphans("e") == []
+
+
+def test_in_an_archived_project_nothing_is_queued_or_started(queue: JobQueue) -> None:
+    closed = Tenants(queue.db).create_project("closed", "os:ana").id
+    job = queue.submit(SPEC, "os:ana", closed)
+    Tenants(queue.db).archive(closed, "os:ana")
+    with pytest.raises(ConflictError, match="is archived"):
+        queue.submit(SPEC, "os:ana", closed)
+    controller = Controller(queue, Still("e", Node("n", Resources(8, 8))))
+    controller.tick()
+    assert states(queue, job) == [State.QUEUED]
+    assert "its project is archived" in waits(queue)[job.id].reason
+    assert queue.cancel(job.id, "os:ana").state is State.CANCELLED

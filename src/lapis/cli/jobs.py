@@ -239,8 +239,12 @@ def _queue() -> JobQueue:
     from lapis.db import open_database
     from lapis.home import Home
     from lapis.jobs.queue import JobQueue
+    from lapis.tenants.prices import Prices
+    from lapis.tenants.usage import UsageLedger
 
-    return JobQueue(open_database(Home.default().database_url))
+    home = Home.default()
+    db = open_database(home.database_url)
+    return JobQueue(db, ledger=UsageLedger(db, prices=Prices(home.prices)))
 
 
 def _facts(job: Job, wait: Wait | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from lapis.console.view import PATH, View, duration, when
 from lapis.errors import NotFoundError
 from lapis.jobs.forecast import Wait
 from lapis.jobs.job import ENDED, Job, State
-from lapis.jobs.queue import JobQueue
 from lapis.jobs.waits import waits
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import Scope
@@ -53,7 +52,7 @@ async def show(view: View) -> None:
     ended = Table("Ended", QUEUE, "No job has ended yet.")
 
     async def look() -> None:
-        queue = JobQueue(view.services.db)
+        queue = view.services.queue
         found = await asyncio.to_thread(queue.list, project_id=view.only)
         why = await asyncio.to_thread(waits, queue)
         may = view.may(Scope.WORK_WRITE)
@@ -80,7 +79,7 @@ async def show_job(view: View, job_id: str) -> None:
         status.text = job.state
         status.classes(replace=f"tone {TONES[job.state]}")
         cancel.set_visibility(job.state not in ENDED and view.may(Scope.WORK_WRITE))
-        why = (await asyncio.to_thread(waits, JobQueue(view.services.db))).get(job_id)
+        why = (await asyncio.to_thread(waits, view.services.queue)).get(job_id)
         facts.fill(_facts(job, why))
         text = await asyncio.to_thread(log_tail, view.services.home.jobs, job)
         if text != log.text:
@@ -94,7 +93,7 @@ def visible_job(view: View, job_id: str) -> Job:
     """A job of the session's project, or any for an administrator. Raises NotFoundError, the same for both."""
     missing = NotFoundError(f"There is no job {job_id[:60]!r}.", hint=f"All jobs are at {PATH}/jobs.")
     try:
-        job = JobQueue(view.services.db).get(job_id)
+        job = view.services.queue.get(job_id)
     except NotFoundError as error:
         raise missing from error
     if view.only not in (None, job.project_id):
@@ -169,7 +168,7 @@ def _facts(job: Job, wait: Wait | None) -> dict[str, str]:
 def _ask_to_cancel(view: View, job_id: str) -> None:
     def work(identity: Identity) -> Job:
         visible_job(view, job_id)
-        return JobQueue(view.services.db).cancel(job_id, view.session.actor())
+        return view.services.queue.cancel(job_id, view.session.actor())
 
     confirm(
         "Cancel this job?",

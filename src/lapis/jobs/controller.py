@@ -192,8 +192,9 @@ class Controller:
         if not waiting:
             return
         active = [job for job in jobs if job.state in ACTIVE]
+        archived = self.queue.archived()
         budget = Budget(self.queue.ledger, active, self.queue.clock())
-        waiting, _ = affordable(waiting, budget)
+        waiting, _ = affordable([job for job in waiting if job.project_id not in archived], budget)
         if self.executor.nodes is None:
             for job in in_turn(waiting):
                 self._start(budget, job, {})
@@ -218,7 +219,7 @@ class Controller:
 
     def _note_nodes(self) -> None:
         now = self.queue.clock()
-        if now - self._noted_at >= SEEN_SECONDS:
+        if not 0 <= now - self._noted_at < SEEN_SECONDS:
             self.queue.note_executor(self.executor.name, self.executor.nodes)
             self._noted_at = now
 

@@ -32,7 +32,7 @@ from lapis.jobs.job import (
 from lapis.jobs.placement import assign
 from lapis.jobs.shares import add_use_in, note_first_in
 from lapis.tables.jobs import executors, jobs
-from lapis.tenants.tenant import DEFAULT
+from lapis.tenants.tenant import DEFAULT, archived_in
 from lapis.tenants.usage import UsageLedger, Work
 
 LEASE = 15.0  # seconds that a holder may be silent before another one may take its jobs over
@@ -75,12 +75,14 @@ class JobQueue:
         self.ledger = ledger or UsageLedger(db, clock)
 
     def submit(self, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
-        """Put a job at the end of the queue."""
+        """Put a job at the end of the queue. Raises ConflictError for an archived project."""
         with write(self.db) as connection:
             return self.submit_in(connection, spec, actor, project_id)
 
     def submit_in(self, connection: Connection, spec: JobSpec, actor: str, project_id: str = DEFAULT) -> Job:
-        """Put a job at the end of the queue in the caller's `db.write` transaction."""
+        """The same, in the caller's `db.write` transaction."""
+        if project_id in archived_in(connection, project_id):
+            raise ConflictError(f"The project {project_id} is archived: nothing is begun in it.")
         job_id = f"job_{secrets.token_hex(10)}"
         row = {"id": job_id, "project_id": project_id, "name": spec.name, "spec": canonical_json(spec)}
         row |= {"state": State.QUEUED, "reason": "", "created_by": actor}
@@ -103,6 +105,11 @@ class JobQueue:
             query = query.where(jobs.c.project_id == project_id)
         with self.db.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
+
+    def archived(self) -> frozenset[str]:
+        """The projects that are archived: what waits there is not started any more."""
+        with self.db.connect() as connection:
+            return archived_in(connection)
 
     def cancel(self, job_id: str, actor: str) -> Job:
         """End a waiting job now; have a running one stopped by its holder. Raises ConflictError if ended."""
@@ -179,18 +186,21 @@ class JobQueue:
 
     def orphans(self, executor: str) -> Sequence[Job]:
         """Jobs that this executor started and whose holder has been silent for longer than its lease."""
-        now = self.clock()
-        active = self.list(*ACTIVE)
-        return [job for job in active if job.executor == executor and (job.lease_until or 0.0) <= now]
+        return [job for job in self.list(*ACTIVE) if job.executor == executor and self._is_silent(job)]
 
     def take_over(self, job: Job) -> Lease | None:
         """Take an orphan's lease from its silent holder; None if it spoke again or another was faster."""
         with write(self.db) as connection:
             current = _get(connection, job.id, to_change=True)
-            silent = (current.lease_until or 0.0) <= self.clock()
-            if current.state not in ACTIVE or current.attempt != job.attempt or not silent:
+            if current.state not in ACTIVE or current.attempt != job.attempt or not self._is_silent(current):
                 return None
             return self._grant(connection, job.id)
+
+    def _is_silent(self, job: Job) -> bool:
+        """Whether a job's lease has run out, or ends later than one can: then the clock was set back since."""
+        now, until = self.clock(), job.lease_until or 0.0
+        # Twice as long: the clocks of two hosts differ a little.
+        return until <= now or until > now + 2 * max(self.lease_seconds, LEASE)
 
     def heartbeat(self, lease: Lease) -> Job:
         """Prolong a lease; returns the job as it is now. Raises ConflictError if the lease is lost."""

@@ -10,6 +10,7 @@ from lapis.jobs.queue import ABSENT_SECONDS, JobQueue
 from lapis.jobs.shares import shares
 
 NOBODY = "nothing starts jobs now: no controller has been heard of lately; `lapis serve` has one"
+ARCHIVED = "its project is archived: nothing is begun in it; `lapis jobs cancel` takes it out of the queue"
 ABSENT = "it waits for {}, which can hold it and has not been heard of lately"
 
 
@@ -22,8 +23,10 @@ def waits(queue: JobQueue) -> dict[str, Wait]:
         return {}
     found = {job.id: Wait(NOBODY) for job in waiting}
     all_active = [job for job in jobs if job.state in ACTIVE]
-    budget = Budget(queue.ledger, all_active, now)
-    waiting, held = affordable(waiting, budget)
+    archived, budget = queue.archived(), Budget(queue.ledger, all_active, now)
+    closed = {job.id: ARCHIVED for job in waiting if job.project_id in archived}
+    waiting, held = affordable([job for job in waiting if job.id not in closed], budget)
+    held |= closed
     by_id = {job.id: job for job in waiting}
     refused: dict[str, Wait] = {}
     starts: dict[str, Wait] = {}

@@ -197,6 +197,14 @@ def require_open_project(connection: Connection, project_id: str, organization_i
     return row
 
 
+def archived_in(connection: Connection, *project_ids: str) -> frozenset[str]:
+    """The archived projects: all of them, or those of the named ones."""
+    query = sa.select(projects.c.id).where(projects.c.archived_at.is_not(None))
+    if project_ids:
+        query = query.where(projects.c.id.in_(project_ids))
+    return frozenset(connection.execute(query).scalars())
+
+
 def project_of(row: Row[Any]) -> Project:
     """A row of `projects`."""
     return Project(row.id, row.organization_id, row.name, row.created_at, quota_of(row), row.archived_at)
