@@ -143,6 +143,8 @@ os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     (store.folder / "stray").write_text("of somebody else")
+    (store.folder / "default" / "folder").mkdir()
+    os.utime(store.folder / "default" / "folder", (0, 0))
     assert len(on_disk(store)) == 4
     assert [file.id for file in store.list("default")[0]] == [kept.id]
     times = [path.stat().st_mtime for path in store.folder.rglob("*") if path.is_file()]

@@ -252,7 +252,7 @@ class FileStore:
         for project in self.folder.iterdir() if self.folder.is_dir() else ():
             if not project.is_dir():
                 continue
-            old = [path for path in project.iterdir() if self._is_abandoned(path)]
+            old = [path for path in project.iterdir() if path.is_file() and self._is_abandoned(path)]
             known: set[str] = set()
             if old:
                 with self.db.connect() as connection:
