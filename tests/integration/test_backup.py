@@ -92,6 +92,15 @@ def state(home: Home) -> dict[str, Any]:
     return found
 
 
+def projects(home: Home) -> list[str]:
+    """The names of the projects, in a database whose audit log is whole."""
+    db = open_database(home.database_url)
+    AuditLog(db).verify()
+    names = [project.name for project in Tenants(db).projects()]
+    db.dispose()
+    return names
+
+
 def use(monkeypatch: pytest.MonkeyPatch, home: Home) -> None:
     """The command line works on this home."""
     monkeypatch.delenv("LAPIS_DATABASE_URL", raising=False)
@@ -118,6 +127,50 @@ def test_a_restored_home_is_the_one_that_was_backed_up(full: Home, empty: Home, 
     with db.connect() as connection:
         assert connection.execute(sa.text("SELECT count(*) FROM sessions")).scalar() == 0
     db.dispose()
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("place", ["state.db", "deep/er/state.db"])
+def test_a_database_of_any_name_in_the_home_is_kept_by_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    home = Home(tmp_path / "home")
+    database = home.root / place
+    monkeypatch.setenv("LAPIS_DATABASE_URL", f"sqlite:///{database}")
+    beside = database.with_name("beside")
+    db = open_database(home.database_url)
+    Tenants(db).create_project("one", "os:ana")
+    beside.write_text("one")
+    (home.root / "lapis.db").write_text("of another time")
+    assert database.with_name("state.db-wal").exists()
+    made = make_backup(home, tmp_path / "b.lapis")
+    names = {member.name for member in made.members if member.name.startswith("home/")}
+    assert names == {f"home/{beside.relative_to(home.root)}"}
+    Tenants(db).create_project("two", "os:ana")
+    db.dispose()
+    beside.write_text("two")
+    beside.with_name("later").write_text("two")
+    restore_backup(home, tmp_path / "b.lapis", force=True)
+    assert projects(home) == ["default", "one"]
+    assert beside.read_text() == "one"
+    assert not beside.with_name("later").exists()
+    elsewhere = Home(tmp_path / "elsewhere")
+    monkeypatch.setenv("LAPIS_DATABASE_URL", f"sqlite:///{elsewhere.root / place}")
+    restore_backup(elsewhere, tmp_path / "b.lapis")
+    assert projects(elsewhere) == ["default", "one"]
+    assert (elsewhere.root / beside.relative_to(home.root)).read_text() == "one"
+
+
+@pytest.mark.sqlite
+def test_a_copy_of_a_database_file_in_a_backup_does_not_replace_the_rows(
+    full: Home, empty: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (full.root / "state.db").write_text("a file among others here")
+    make_backup(full, tmp_path / "b.lapis")
+    before = projects(full)
+    monkeypatch.setenv("LAPIS_DATABASE_URL", f"sqlite:///{empty.root / 'state.db'}")
+    restore_backup(empty, tmp_path / "b.lapis")
+    assert projects(empty) == before
 
 
 def test_any_tar_program_lists_and_unpacks_it(full: Home, tmp_path: Path) -> None:

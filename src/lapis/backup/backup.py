@@ -97,9 +97,27 @@ def _link(home: Home, stage: Path, path: Path, left_out: tuple[str, ...]) -> Non
             shutil.copyfile(file, twin)
 
 
+def database_files(home: Home) -> tuple[Path, ...]:
+    """Where the home's SQLite database lies, and where one lies by default."""
+    url = sa.make_url(home.database_url)
+    named = url.database if url.get_backend_name() == "sqlite" else None
+    return (home.root / "lapis.db", *([Path(named)] if named else []))
+
+
+def is_database(path: Path, databases: tuple[Path, ...]) -> bool:
+    """Whether a file is a database, lies beside one as its log, or is one that a restore is making."""
+    for database in databases:
+        name = database.name
+        ours = path.name in {name, *(name + ending for ending in ("-wal", "-shm", "-journal"))}
+        ours = ours or path.name.startswith(f".{name}.restored")
+        if ours and path.parent.resolve() == database.parent.resolve():
+            return True
+    return False
+
+
 def _files(home: Home, path: Path, left_out: tuple[str, ...]) -> Iterator[Path]:
     """What belongs to the state: not the database's own files, locks, and what is only being written."""
-    skipped = {*OURS, *left_out}
+    skipped, databases = {*OURS, *left_out}, database_files(home)
     for folder, folders, names in os.walk(home.root, followlinks=True):
         here = Path(folder)
         top = here == home.root
@@ -107,9 +125,10 @@ def _files(home: Home, path: Path, left_out: tuple[str, ...]) -> Iterator[Path]:
             name for name in folders if not _unfinished(name) and not (top and name in skipped)
         )
         for name in sorted(names):
-            database = top and name.startswith("lapis.db")
-            if not (database or name.endswith(".lock") or _unfinished(name) or here / name == path):
-                yield here / name
+            file = here / name
+            passing = name.endswith(".lock") or _unfinished(name) or file == path
+            if not passing and not is_database(file, databases):
+                yield file
 
 
 def _unfinished(name: str) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import sqlalchemy as sa
 
 from lapis.audit import AuditLog, os_user
 from lapis.backup import archive, dump
 from lapis.backup.archive import HOME, TABLES, Manifest
-from lapis.backup.backup import OURS
+from lapis.backup.backup import OURS, database_files, is_database
 from lapis.db import SCHEMA, connect, migrate, upgrade, write
 from lapis.errors import ConflictError, InputError
 from lapis.hashing import digest_bytes
@@ -50,7 +50,7 @@ def restore_backup(home: Home, path: Path, force: bool = False, progress: Progre
         stage = home.root / STAGE
         if not unfinished:
             shutil.rmtree(stage, ignore_errors=True)
-            _unpack(path, manifest, stage, progress)
+            _unpack(home, path, manifest, stage, progress)
             sync_tree(stage)
             mark.write_text(begun)
             sync_folder(stage)
@@ -64,7 +64,7 @@ def restore_backup(home: Home, path: Path, force: bool = False, progress: Progre
 
 
 def _require_empty(home: Home) -> None:
-    there = [entry.name for entry in _entries(home)]
+    there = [entry.name for entry in _entries(home.root, database_files(home))]
     if there:
         raise ConflictError(
             f"{home.root} is not empty: it has {', '.join(sorted(there)[:5])}.",
@@ -86,21 +86,24 @@ def _require_empty(home: Home) -> None:
         )
 
 
-def _entries(home: Home) -> Iterator[Path]:
-    """What stands in the home, but for the database, locks, and what backup and restore themselves leave."""
-    for entry in home.root.iterdir():
-        database = entry.name.startswith(("lapis.db", ".lapis.db"))
-        if entry.name not in OURS and not entry.name.endswith(".lock") and not database:
-            yield entry
+def _entries(folder: Path, databases: tuple[Path, ...]) -> Iterator[Path]:
+    """What stands in a folder, but for the database, locks, and what backup and restore themselves leave."""
+    for entry in folder.iterdir():
+        if entry.name in OURS or entry.name.endswith(".lock") or is_database(entry, databases):
+            continue
+        yield entry
 
 
-def _unpack(path: Path, manifest: Manifest, stage: Path, progress: Progress) -> None:
+def _unpack(home: Home, path: Path, manifest: Manifest, stage: Path, progress: Progress) -> None:
     """Write the files of the home below the stage, checking each again."""
+    databases = database_files(home)
     (stage / HOME).mkdir(parents=True)
     with archive.contents(path, manifest) as members:
         for number, (member, info, source) in enumerate(members, 1):
             if not member.name.startswith(f"{HOME}/"):
                 continue
+            if is_database(home.root / member.name.removeprefix(f"{HOME}/"), databases):
+                continue  # a copy of a database's file, which would take the place of the rows
             target = stage / member.name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
@@ -156,14 +159,42 @@ def _move(home: Home, unpacked: Path, manifest: Manifest) -> None:
 
     What was left out of the backup stays as it is.
     """
-    new = {member.name.split("/")[1] for member in manifest.members if member.name.startswith(f"{HOME}/")}
-    for entry in list(_entries(home)):
-        if entry.name not in new and entry.name not in manifest.left_out:
+    kept = set(manifest.left_out)
+    for member in manifest.members:
+        path = PurePosixPath(member.name)
+        if path.is_relative_to(HOME):
+            kept |= {str(part.relative_to(HOME)) for part in (path, *path.parents[:-2])}
+    _replace(home, home.root, unpacked, kept)
+
+
+def _replace(home: Home, folder: Path, unpacked: Path, kept: set[str]) -> None:
+    """Put what was unpacked into the place of what stands in a folder, around a database that lies below it."""
+    databases = database_files(home)
+    for entry in list(_entries(folder, databases)):
+        if entry.relative_to(home.root).as_posix() in kept:
+            continue
+        if _holds_database(home, entry, databases):
+            _replace(home, entry, unpacked / entry.name, kept)
+        else:
             _remove(entry)
-    for entry in list(unpacked.iterdir()):
-        _remove(home.root / entry.name)
-        os.rename(entry, home.root / entry.name)
-    sync_folder(home.root)
+    for entry in list(unpacked.iterdir()) if unpacked.is_dir() else []:
+        place = folder / entry.name
+        if place.exists() and _holds_database(home, place, databases):
+            _replace(home, place, entry, kept)
+        else:
+            _remove(place)
+            os.rename(entry, place)
+    sync_folder(folder)
+
+
+def _holds_database(home: Home, folder: Path, databases: tuple[Path, ...]) -> bool:
+    """Whether a database lies somewhere below a folder of the home."""
+    place = home.root.resolve() / folder.relative_to(home.root)
+    return any(
+        database.exists()
+        and (database.absolute().is_relative_to(folder) or database.resolve().is_relative_to(place))
+        for database in databases
+    )
 
 
 def _remove(path: Path) -> None:
