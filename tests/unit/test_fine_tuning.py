@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from lapis.audit import AuditLog
 from lapis.db import open_database
 from lapis.errors import ConflictError, InputError, NotFoundError
 from lapis.gateway.attempt import Attempt, Made
+from lapis.gateway.fine_tuned import FineTunedModels
 from lapis.gateway.fine_tuning import Event, FineTuning, FineTuningJob, Request
 from lapis.gateway.fine_tuning_loop import FineTuningLoop, decide
 from lapis.gateway.hyperparameters import Hyperparameters, Kind, make_plan
@@ -154,6 +156,26 @@ def test_a_job_whose_work_failed_says_why(jobs: FineTuning) -> None:
     assert failed.finished_at is not None
     with pytest.raises(ConflictError, match="is failed: it cannot be cancelled"):
         jobs.cancel("default", job.id, "os:ana")
+
+
+def test_every_audit_entry_says_which_projects_job_it_is_about(jobs: FineTuning) -> None:
+    failed, left, done = created(jobs), created(jobs), created(jobs)
+    ended(jobs, failed, State.FAILED, 70)
+    FineTuningLoop(jobs).settle()
+    jobs.pause("default", left.id, "os:ana")
+    jobs.resume("default", left.id, "os:ana")
+    jobs.cancel("default", left.id, "os:ana")
+    begun(jobs, done).checked(examples=3, validation_examples=0)
+    training = begun(jobs, done)
+    training.tell(status="running", step=3)
+    training.succeed(Made("ft:x", "models/x", "d2"), result_files=[])
+    FineTunedModels(jobs.home, jobs.db).delete("default", "ft:x", "os:ana")
+    entries = [entry for entry in AuditLog(jobs.db).entries() if not entry.action.startswith("job.")]
+    assert {entry.action for entry in entries} == {
+        *(f"fine_tuning.{act}" for act in ("create", "fail", "pause", "resume", "cancel", "succeed")),
+        *("model.create", "model.delete"),
+    }
+    assert {entry.facts.get("project_id") for entry in entries} == {"default"}
 
 
 def test_jobs_are_found_by_their_metadata(jobs: FineTuning) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,9 +15,14 @@ from lapis.audit import AuditLog
 from lapis.cli import keys as keys_cli
 from lapis.cli import projects as projects_cli
 from lapis.cli import users as users_cli
-from lapis.db import open_database
+from lapis.db import open_database, write
 from lapis.errors import AuthError, ConflictError, IntegrityError, NotFoundError
 from lapis.gateway.admission import Admission
+from lapis.gateway.audit_events import Wanted, read_events
+from lapis.gateway.sessions import Sessions
+from lapis.jobs.job import JobSpec
+from lapis.jobs.queue import JobQueue
+from lapis.jobs.shares import set_weight
 from lapis.tenants.admin_keys import AdminKeys
 from lapis.tenants.invites import LIFETIME, Invites
 from lapis.tenants.keys import ApiKeys
@@ -199,6 +205,27 @@ def test_every_act_is_in_the_audit_log_and_says_whose_it_is(db: Engine) -> None:
             sa.text("SELECT project_id FROM audit_entries WHERE sequence > 2")
         ).scalars()
         assert set(rows) == {project.id}
+
+
+def test_what_is_done_in_another_organization_is_shown_to_it_alone(db: Engine) -> None:
+    other = Tenants(db).create_organization("acme", ANA).id
+    project = Tenants(db).create_project("secret", ANA, other)
+    queue, sessions = JobQueue(db), Sessions(db)
+    queue.cancel(queue.submit(JobSpec("train", ("true",)), ANA, project.id).id, ANA)
+    set_weight(db, project.id, 3.0, ANA, time.time())
+    bo = Users(db).add("bo@example.org", Role.OWNER, ANA, organization_id=other)
+    with write(db) as connection:
+        key, _ = ApiKeys(db).create_in(connection, "laptop", ANA, project.id)
+    for token in (sessions.open(key_id=key.id), sessions.open(user_id=bo.id)):
+        session = sessions.find(token)
+        assert session is not None
+        sessions.end(session)
+    shown, _ = read_events(db, other, Wanted(everything=True))
+    assert [event.type for event in shown][::-1] == [
+        "organization.updated", "project.created", "job.submit", "job.cancel", "share.set", "user.added",
+        "api_key.created", "login.succeeded", "login.succeeded", "logout.succeeded", "logout.succeeded",
+    ]  # fmt: skip
+    assert read_events(db, "default", Wanted(everything=True)) == ([], False)
 
 
 def test_an_entry_given_to_another_project_is_noticed(db: Engine) -> None:

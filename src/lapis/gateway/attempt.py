@@ -146,6 +146,7 @@ class Attempt:
         self._note(connection, job, events, status, progress)
         change(connection, job.id, finished_at=self.clock())
         facts = {"model": progress["fine_tuned_model"], "trained_tokens": progress.get("trained_tokens")}
+        facts |= {"project_id": job.project_id}
         self.audit.append_in(connection, "server", "fine_tuning.succeed", job.id, facts)
 
     def _register(self, connection: Connection, job: FineTuningJob, made: Made) -> None:
@@ -160,7 +161,7 @@ class Attempt:
             "licence": job.progress.get("licence", "unknown"),
         }
         connection.execute(fine_tuned_models.insert().values(**row))
-        facts = {"job": job.id, "digest": made.digest, "base": request.base}
+        facts = {"job": job.id, "digest": made.digest, "base": request.base, "project_id": job.project_id}
         self.audit.append_in(connection, "server", "model.create", made.name, facts)
 
     def _held(self, connection: Connection) -> FineTuningJob:
@@ -195,4 +196,5 @@ def fail_in(
     )
     progress = {**job.progress, "error": error}
     change(connection, job.id, status="failed", finished_at=now, progress=progress)
-    audit.append_in(connection, "server", "fine_tuning.fail", job.id, {"code": code, "message": message})
+    facts = {"code": code, "message": message, "project_id": job.project_id}
+    audit.append_in(connection, "server", "fine_tuning.fail", job.id, facts)

@@ -70,7 +70,8 @@ class FineTunedModels:
             lent = checkpoint_permissions
             connection.execute(lent.delete().where(lent.c.model == name))
             connection.execute(models.delete().where(models.c.name == name))
-            self.audit.append_in(connection, actor, "model.delete", name, {"digest": row.digest})
+            facts = {"digest": row.digest, "project_id": project_id}
+            self.audit.append_in(connection, actor, "model.delete", name, facts)
             same = sa.select(sa.func.count()).where(models.c.folder == row.folder)
             shared = connection.execute(same).scalar()
         if not shared:

@@ -143,6 +143,7 @@ class FineTuning:
             ]
             tell(connection, job.id, told, self.clock())
             facts = {"model": request.model, "training_file": request.training_file, "method": request.kind}
+            facts |= {"project_id": project_id}
             self.audit.append_in(connection, actor, "fine_tuning.create", job.id, facts)
             return work_in(connection, self.queue, self.home, job, "check", actor)
 
@@ -212,7 +213,7 @@ class FineTuning:
                 [Event(f"resumed:{job.left_job_id}", "The job has been resumed.")],
                 self.clock(),
             )
-            self.audit.append_in(connection, actor, "fine_tuning.resume", id, {})
+            self.audit.append_in(connection, actor, "fine_tuning.resume", id, {"project_id": project_id})
             return find(connection, id)
 
     def _keep_examples(self, project_id: str, id: str, request: Request) -> None:
@@ -237,9 +238,8 @@ class FineTuning:
         left = job.queue_job_id or job.left_job_id
         change(connection, job.id, status=status, queue_job_id=None, left_job_id=left, **times)
         tell(connection, job.id, [told], self.clock())
-        self.audit.append_in(
-            connection, actor, f"fine_tuning.{_VERBS[status]}", job.id, {"status": job.status}
-        )
+        facts = {"status": job.status, "project_id": job.project_id}
+        self.audit.append_in(connection, actor, f"fine_tuning.{_VERBS[status]}", job.id, facts)
 
     def _stop(self, job: FineTuningJob) -> FineTuningJob:
         """Have what works on a job stopped. If this process dies before that, `settle` sees to it."""

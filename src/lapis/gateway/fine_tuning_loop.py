@@ -122,7 +122,8 @@ class FineTuningLoop:
         elif settlement.act == "cancel":
             tell(connection, job.id, [Event("cancelled", f"The job has been {settlement.reason}.")], now)
             change(connection, job.id, status="cancelled", finished_at=now)
-            jobs.audit.append_in(connection, "server", "fine_tuning.cancel", job.id, {"status": job.status})
+            facts = {"status": job.status, "project_id": job.project_id}
+            jobs.audit.append_in(connection, "server", "fine_tuning.cancel", job.id, facts)
 
     def _forget(self, job: FineTuningJob) -> None:
         """Once what worked on it has ended, a job at rest is looked at no more."""

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from lapis.audit import AuditLog
 from lapis.db import write
 from lapis.errors import AuthError, NotFoundError
+from lapis.tables.people import users
 from lapis.tables.sessions import sessions, sign_ins
+from lapis.tables.tenants import api_keys
 
 IDLE_SECONDS = 2 * 3600.0  # without use
 LONGEST_SECONDS = 24 * 3600.0
@@ -80,7 +82,9 @@ class Sessions:
         with write(self.db) as connection:
             connection.execute(sessions.delete().where(over))
             connection.execute(sessions.insert().values(**asdict(made)))
-            self.audit.append_in(connection, made.actor, "session.open", made.id[:12])
+            self.audit.append_in(
+                connection, made.actor, "session.open", made.id[:12], _owners(connection, made)
+            )
         return token
 
     def find(self, token: str) -> SessionRow | None:
@@ -114,7 +118,17 @@ class Sessions:
         """Sign out: the session is over, on every server."""
         with write(self.db) as connection:
             if connection.execute(sessions.delete().where(sessions.c.id == session.id)).rowcount:
-                self.audit.append_in(connection, session.actor, "session.end", session.id[:12])
+                facts = _owners(connection, session)
+                self.audit.append_in(connection, session.actor, "session.end", session.id[:12], facts)
+
+
+def _owners(connection: Connection, session: SessionRow) -> dict[str, str]:
+    """Whose entry in the audit log a session's is: of the key's project, or of the user's organization."""
+    if session.key_id is not None:
+        query = sa.select(api_keys.c.project_id).where(api_keys.c.id == session.key_id)
+        return dict(connection.execute(query).mappings().first() or {})
+    query = sa.select(users.c.organization_id).where(users.c.id == session.user_id)
+    return dict(connection.execute(query).mappings().first() or {})
 
 
 class SignIns:

@@ -122,7 +122,8 @@ class JobQueue:
             else:
                 check_move(job_id, job.state, State.CANCELLED)
                 _set(connection, job_id, state=State.CANCELLED, reason=f"cancelled by {actor}", ended_at=now)
-            self.audit.append_in(connection, actor, "job.cancel", job_id, {"state": job.state})
+            facts = {"state": job.state, "project_id": job.project_id}
+            self.audit.append_in(connection, actor, "job.cancel", job_id, facts)
             return _get(connection, job_id)
 
     def claim(

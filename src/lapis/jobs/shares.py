@@ -74,7 +74,8 @@ def set_weight(db: Engine, project_id: str, weight: float, actor: str, now: floa
         _ensure(connection, project_id, now)
         mine = project_shares.c.project_id == project_id
         connection.execute(project_shares.update().where(mine).values(weight=weight))
-        AuditLog(db, lambda: now).append_in(connection, actor, "share.set", project_id, {"weight": weight})
+        facts = {"weight": weight, "project_id": project_id}
+        AuditLog(db, lambda: now).append_in(connection, actor, "share.set", project_id, facts)
 
 
 def note_first_in(connection: Connection, project_id: str, now: float) -> None:
