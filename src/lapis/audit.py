@@ -5,7 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ class AuditLog:
         `project_id` and `organization_id` among the facts say whose entry it is.
         """
         # On PostgreSQL the other writers wait here for the end of the chain.
-        head = connection.execute(sa.select(audit_head).with_for_update()).one()
+        heads = connection.execute(sa.select(audit_head).with_for_update()).all()
+        head = _end(heads, hint="Nothing was changed. Look at it with: lapis audit verify")
         sequence, at, known = head.sequence + 1, self.clock(), dict(facts or {})
         text = canonical_json(known)
         digest = _digest(sequence, at, actor, action, target, text, head.digest)
@@ -114,13 +116,20 @@ class AuditLog:
         expected, previous = 1, GENESIS
         missing = head not in (None, GENESIS)
         with snapshot(self.db) as connection:
-            end = connection.execute(sa.select(audit_head)).one_or_none()
-            for row in connection.execute(sa.select(audit_entries).order_by(audit_entries.c.sequence)):
-                _check(row, expected, previous)
-                expected, previous = row.sequence + 1, row.digest
-                missing = missing and row.digest != head
-        if end is None:
-            raise IntegrityError("The audit log is broken: the record of where it ends is missing.")
+            ends = connection.execute(sa.select(audit_head)).all()
+            try:
+                for row in connection.execute(sa.select(audit_entries).order_by(audit_entries.c.sequence)):
+                    _check(row, expected, previous)
+                    expected, previous = row.sequence + 1, row.digest
+                    missing = missing and row.digest != head
+            except sa.exc.OperationalError as error:
+                if "decode" not in str(error):
+                    raise
+                # SQLite gives out no text that is not UTF-8, and none that we wrote is not.
+                raise IntegrityError(f"The audit log is broken: entry {expected} was changed.") from error
+        end = _end(ends)
+        if not isinstance(end.sequence, int):
+            raise IntegrityError("The audit log is broken: the record of where it ends was changed.")
         if end.sequence >= expected:
             raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
         if (end.sequence, end.digest) != (expected - 1, previous):
@@ -149,6 +158,14 @@ def _digest(sequence: int, at: float, actor: str, action: str, target: str, fact
     return digest_json([sequence, at, actor, action, target, facts, previous])
 
 
+def _end(rows: Sequence[Row[Any]], hint: str = "") -> Row[Any]:
+    """The one row that says where the chain ends. Raises IntegrityError if it is missing, or not the only one."""
+    if len(rows) == 1:
+        return rows[0]
+    found = f"there {len(rows)} times" if rows else "missing"
+    raise IntegrityError(f"The audit log is broken: the record of where it ends is {found}.", hint=hint)
+
+
 def _owners(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that an entry is found by: they repeat its facts."""
     return {name: facts.get(name) for name in ("organization_id", "project_id")}
@@ -162,7 +179,9 @@ def _entry(row: Row[Any]) -> AuditEntry:
 def _check(row: Row[Any], expected: int, previous: str) -> None:
     if row.sequence != expected:
         raise IntegrityError(f"The audit log is broken: entry {expected} is missing.")
-    digest = _digest(row.sequence, row.at, row.actor, row.action, row.target, row.facts, row.previous)
+    digest = None
+    with suppress(TypeError, ValueError):  # values that no entry can have, such as bytes or an infinite time
+        digest = _digest(row.sequence, row.at, row.actor, row.action, row.target, row.facts, row.previous)
     found = {"organization_id": row.organization_id, "project_id": row.project_id}
     if row.previous != previous or row.digest != digest or found != _owners(json.loads(row.facts)):
         raise IntegrityError(

@@ -93,6 +93,34 @@ def test_the_first_broken_entry_is_named(log: AuditLog, db: Engine, statement: s
         log.verify()
 
 
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("UPDATE audit_entries SET actor = x'6f733a61' WHERE sequence = 3", "entry 3 .* was changed"),
+        ("UPDATE audit_entries SET actor = CAST(x'ff' AS TEXT) WHERE sequence = 3", "entry 3 was changed"),
+        ("UPDATE audit_entries SET at = 9e999 WHERE sequence = 3", "entry 3 .* was changed"),
+        ("UPDATE audit_entries SET at = 'then' WHERE sequence = 3", "entry 3 .* was changed"),
+        ("UPDATE audit_entries SET facts = '{' WHERE sequence = 3", "entry 3 .* was changed"),
+        ("INSERT INTO audit_head VALUES (2, 5, 'x')", "where it ends is there 2 times"),
+        ("UPDATE audit_head SET sequence = 'last'", "where it ends was changed"),
+    ],
+)
+def test_values_that_no_entry_can_have_are_named_too(
+    log: AuditLog, db: Engine, statement: str, named: str
+) -> None:
+    tamper(db, statement)
+    with pytest.raises(IntegrityError, match=named):
+        log.verify()
+
+
+def test_nothing_is_added_to_a_log_whose_end_is_unknown(log: AuditLog, db: Engine) -> None:
+    for statement in ("INSERT INTO audit_head VALUES (2, 5, 'x')", "DELETE FROM audit_head"):
+        tamper(db, statement)
+        with pytest.raises(IntegrityError, match="lapis audit verify"):
+            log.append("os:ana", "key.create", "key_6")
+
+
 def test_a_kept_head_shows_what_the_database_alone_cannot(log: AuditLog, db: Engine) -> None:
     head = log.verify().head
     assert log.verify(head).head == head
