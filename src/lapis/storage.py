@@ -21,6 +21,18 @@ from lapis.errors import ConflictError, InputError, StorageError, UnavailableErr
 # that a rank would hold are left out, for those of a lost node would stay held.
 HELD = "LAPIS_RUN_HELD"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are missing. Raises StorageError where it cannot be."""
+    try:
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"The folder {path} cannot be made: {error.strerror}.", hint="Name another place."
+        ) from error
 
 
 @contextmanager
@@ -29,7 +41,7 @@ def atomic_file(path: Path, *, name_later: bool = False) -> Iterator[IO[bytes]]:
 
     `name_later` leaves it to a later `sync_folder` to make its name durable; names become so in their order.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with storage_errors(path), temporary.open("wb") as file:
@@ -40,7 +52,8 @@ def atomic_file(path: Path, *, name_later: bool = False) -> Iterator[IO[bytes]]:
         if not name_later:
             sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with storage_errors(path):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, name_later: bool = False) -> None:
@@ -55,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     The first writer wins: content-addressed folders of one name hold the same bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with storage_errors(path):
@@ -75,7 +88,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
     """Hold a file lock that ends with the process, or raise ConflictError naming `what` is in use and by whom."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with storage_errors(path), path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +107,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk below `path` into StorageError; other errors pass."""
+    """Turn a full or read-only disk below `path`, or too long a name, into StorageError; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -104,7 +117,7 @@ def storage_errors(path: Path) -> Iterator[None]:
                 hint="What was complete is kept. Free some space (`lapis doctor` shows where things lie), then run "
                 "the same command again.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in UNWRITABLE:
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
         raise
 

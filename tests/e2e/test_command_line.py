@@ -37,6 +37,7 @@ def test_every_command_and_verb_has_help() -> None:
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
         (["runs", "show", "nothing"], 4, "no run 'nothing'"),
+        (["jobs", "submit", "--", "echo", "\udcff"], 2, "'\\udcff' cannot be used: it is not UTF-8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -55,6 +56,10 @@ def test_mistakes_are_named_with_the_next_step(arguments: list[str], status: int
         (["models", "show", "nothing"], 4, "nothing"),
         (["release", "approve", "nothing"], 4, "nothing"),
         (["serve", "--host", "0.0.0.0"], 2, "API key"),
+        (["backup", "/proc/nothing/b.lapis"], 9, "/proc/nothing cannot be made: No such file"),
+        (["backup", f"{__file__}/b.lapis"], 9, "cannot be made: File exists"),
+        (["audit", "export", "/proc/nothing/audit.jsonl"], 9, "/proc/nothing cannot be made"),
+        (["audit", "export", "a" * 300], 9, "File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -63,6 +68,17 @@ def test_mistakes_raise_what_the_process_says(arguments: list[str], status: int,
     with pytest.raises(LapisError, match=said) as caught:
         CliRunner().invoke(commands, arguments, catch_exceptions=False, standalone_mode=False)
     assert caught.value.exit_status == status
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--memory", "9" * 400), ("--time-limit", "40000d"), ("--gpus", "9" * 400), ("--ranks", "9" * 400)],
+    ids=lambda value: value[:20],
+)
+def test_a_number_that_nothing_can_have_is_refused(option: str, value: str) -> None:
+    done = CliRunner().invoke(commands, ["jobs", "submit", option, value, "--", "true"])
+    assert done.exit_code == 2, done.output
+    assert option in done.output
 
 
 def test_a_recipe_with_a_typo(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lapis.backup.archive import HOME, TABLES, Manifest, Writer
 from lapis.db import SCHEMA, open_database, snapshot
 from lapis.home import Home
 from lapis.log import Progress, silent
-from lapis.storage import atomic_file, lock, storage_errors
+from lapis.storage import atomic_file, lock, make_folder, storage_errors
 
 REMAKEABLE = ("data", "runs", "models")  # large, and can be prepared, trained or fetched again
 STAGE = ".backup"  # hard links below the home while a backup is made
@@ -37,7 +37,7 @@ def make_backup(
     made, StorageError.
     """
     path = path.absolute()
-    home.root.mkdir(parents=True, exist_ok=True)
+    make_folder(home.root)
     stage = home.root / STAGE
     with lock(home.root / "backup.lock", f"A backup of {home.root}"):
         db = open_database(home.database_url)
@@ -48,7 +48,7 @@ def make_backup(
             with atomic_file(path) as file, storage_errors(stage):
                 manifest = _write(home, db, Writer(file), stage, path, left_out, clock(), progress)
             facts = {"bytes": manifest.bytes, "left_out": list(left_out)}
-            AuditLog(db, clock).append(os_user(), "state.backup", path.name, facts)
+            AuditLog(db, clock).append(os_user(), "state.backup", name_of(path), facts)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
             db.dispose()
@@ -95,6 +95,11 @@ def _link(home: Home, stage: Path, path: Path, left_out: tuple[str, ...]) -> Non
             continue  # removed in this moment, with its row or before it
         except OSError:  # another disk, or one without hard links
             shutil.copyfile(file, twin)
+
+
+def name_of(path: Path) -> str:
+    """A file's name as text, also where its bytes are none."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def database_files(home: Home) -> tuple[Path, ...]:

@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from lapis.audit import AuditLog, os_user
 from lapis.backup import archive, dump
 from lapis.backup.archive import HOME, TABLES, Manifest
-from lapis.backup.backup import OURS, database_files, is_database
+from lapis.backup.backup import OURS, database_files, is_database, name_of
 from lapis.db import SCHEMA, connect, migrate, upgrade, write
 from lapis.errors import ConflictError, InputError
 from lapis.hashing import digest_bytes
 from lapis.home import Home
 from lapis.log import Progress, silent
-from lapis.storage import lock, storage_errors, sync_folder, sync_tree
+from lapis.storage import lock, make_folder, storage_errors, sync_folder, sync_tree
 
 STAGE = ".restore"
 MARK = ".restore/unfinished"  # while files are moved: the home is neither the old one nor the new one
@@ -40,7 +40,7 @@ def restore_backup(home: Home, path: Path, force: bool = False, progress: Progre
             f"The backup has schema {manifest.schema}; this Lapis knows up to {SCHEMA}.",
             hint="It was written by a newer Lapis: upgrade with `pip install --upgrade lapis`.",
         )
-    home.root.mkdir(parents=True, exist_ok=True)
+    make_folder(home.root)
     with lock(home.root / "restore.lock", f"A restore into {home.root}"), storage_errors(home.root):
         begun = digest_bytes(repr(manifest.members).encode())
         mark = home.root / MARK
@@ -58,7 +58,7 @@ def restore_backup(home: Home, path: Path, force: bool = False, progress: Progre
         _move(home, stage / HOME, manifest)
         shutil.rmtree(stage)
     db = connect(home.database_url)
-    AuditLog(db).append(os_user(), "state.restore", path.name, {"made_at": manifest.made_at})
+    AuditLog(db).append(os_user(), "state.restore", name_of(path), {"made_at": manifest.made_at})
     db.dispose()
     return manifest
 

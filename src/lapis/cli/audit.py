@@ -41,7 +41,9 @@ def verify(head: str | None, as_json: bool) -> None:
 
 
 @group.command(name="list")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="The last so many.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(1, 10**9), help="The last so many."
+)
 @click.option("--actor", default="", help="Only those whose actor contains this text.")
 @click.option("--action", default="", help="Only those whose action contains this text.")
 @click.option("--target", default="", help="Only those whose target contains this text.")

@@ -33,7 +33,7 @@ def command(file: Path, left_out: tuple[str, ...], as_json: bool) -> None:
     with progress("Backup", "files") as report:
         made = make_backup(Home.default(), file, tuple(sorted(set(left_out))), progress=report)
     facts = {
-        "file": str(file),
+        "file": click.format_filename(file),
         "bytes": made.bytes,
         "rows": sum(made.rows.values()),
         "files": len(made.members) - len(made.rows),
@@ -42,5 +42,5 @@ def command(file: Path, left_out: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    say(f"{file}: {facts['rows']:,} rows, {facts['files']:,} files, {made.bytes / 1e6:,.1f} MB.")
-    say(f"Put it back with: lapis restore {file}")
+    say(f"{facts['file']}: {facts['rows']:,} rows, {facts['files']:,} files, {made.bytes / 1e6:,.1f} MB.")
+    say(f"Put it back with: lapis restore {facts['file']}")

@@ -26,12 +26,13 @@ LOOK_SECONDS = 0.2  # between two looks at a log that is followed
 
 
 class Measure(click.ParamType):  # type: ignore[type-arg]
-    """A number with a unit, such as 16GiB or 90m."""
+    """A number with a unit, such as 16GiB or 90m, up to the most that makes sense."""
 
-    def __init__(self, name: str, pattern: str, units: dict[str, int]) -> None:
+    def __init__(self, name: str, pattern: str, units: dict[str, int], most: float) -> None:
         self.name = name
         self._pattern = re.compile(pattern, re.IGNORECASE)
         self._units = units
+        self._most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
@@ -39,11 +40,17 @@ class Measure(click.ParamType):  # type: ignore[type-arg]
         match = self._pattern.fullmatch(str(value).strip())
         if match is None:
             self.fail(f"{value!r} is no {self.name}.", param, ctx)
-        return float(match[1]) * self._units[match[2].lower()]
+        measure = float(match[1]) * self._units[match[2].lower()]
+        if measure > self._most:
+            self.fail(f"{str(value)[:40]!r} is more than there can be.", param, ctx)
+        return measure
 
 
-MEMORY = Measure("amount of memory (8GiB, 500M)", r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", UNITS)
-DURATION = Measure("duration (90s, 30m, 12h, 2d)", r"(\d+(?:\.\d+)?)([smhd])", SECONDS)
+MEMORY = Measure("amount of memory (8GiB, 500M)", r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", UNITS, 2.0**53)
+COUNT = click.IntRange(max=1_000_000)  # so that sums stay numbers
+DURATION = Measure(
+    "duration (90s, 30m, 12h, 2d)", r"(\d+(?:\.\d+)?)([smhd])", SECONDS, 36_500.0 * SECONDS["d"]
+)
 
 
 @click.group()
@@ -55,10 +62,10 @@ def group() -> None:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--name", help="What lists call it. [default: the command's first word]")
 @click.option("--project", default="default", show_default=True, help="Whose job it is.")
-@click.option("--cpus", type=float, default=1.0, show_default=True, help="Of each rank.")
-@click.option("--gpus", type=int, default=0, show_default=True, help="Of each rank.")
+@click.option("--cpus", type=click.FloatRange(max=1e6), default=1.0, show_default=True, help="Of each rank.")
+@click.option("--gpus", type=COUNT, default=0, show_default=True, help="Of each rank.")
 @click.option("--memory", type=MEMORY, help="Of each rank, such as 8GiB: counted, and enforced.")
-@click.option("--ranks", type=int, default=1, show_default=True, help="All of them start together.")
+@click.option("--ranks", type=COUNT, default=1, show_default=True, help="All of them start together.")
 @click.option(
     "--priority",
     type=click.Choice(["low", "normal", "high"]),
@@ -73,7 +80,7 @@ def group() -> None:
 )
 @click.option("--spread", is_flag=True, help="On a cluster, each rank has a node of its own.")
 @click.option(
-    "--retries", type=int, default=1, show_default=True, help="Starts anew if its process vanishes."
+    "--retries", type=COUNT, default=1, show_default=True, help="Starts anew if its process vanishes."
 )
 @json_option
 def submit(

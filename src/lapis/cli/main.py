@@ -9,7 +9,7 @@ import traceback
 
 import click
 
-from lapis.errors import LapisError, nearest
+from lapis.errors import InputError, LapisError, nearest
 
 # name: (module, one sentence for --help). The sentence stands here so that help imports no command.
 COMMANDS = {
@@ -99,11 +99,20 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last line of defence: a defect of ours, said without a traceback
         if debug:
             traceback.print_exc()
+        wrong = next((text for text in arguments if not _is_utf8(text)), None)
+        if isinstance(error, UnicodeEncodeError) and wrong is not None:
+            print(f"error: The argument {wrong[:200]!r} cannot be used: it is not UTF-8.", file=sys.stderr)
+            _leave(InputError.exit_status)
         print(f"error: a defect in Lapis: {type(error).__name__}: {error}", file=sys.stderr)
         print(
             "Nothing that was complete is lost. `lapis --debug …` shows where it happened.", file=sys.stderr
         )
         _leave(INTERNAL)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether an argument can be written as text: bytes of it that are not UTF-8 came as surrogates."""
+    return text == text.encode(errors="replace").decode()
 
 
 def _leave(status: int) -> None:
