@@ -34,13 +34,16 @@ def group() -> None:
 def add(email: str, role: str, name: str, projects: tuple[str, ...], as_json: bool) -> None:
     """Add the person with this EMAIL address."""
     from lapis.audit import os_user
-    from lapis.tenants.tenant import Role, Tenants
+    from lapis.db import write
+    from lapis.tenants.tenant import DEFAULT, Role, Tenants
 
     users = _users()
     places = [Tenants(users.db).project(project).id for project in projects]
-    made = users.add(email, Role(role), os_user(), name=name)
-    for place in places:
-        users.join(place, made.id, Role.MEMBER, os_user())
+    # In one transaction: a person who may not have one of the places is not added either.
+    with write(users.db) as connection:
+        made = users.add_in(connection, email, Role(role), os_user(), name=name, organization_id=DEFAULT)
+        for place in places:
+            users.join_in(connection, place, made.id, Role.MEMBER, os_user(), DEFAULT)
     if as_json:
         print_json(asdict(made))
     else:
