@@ -95,6 +95,8 @@ def test_an_archived_projects_keys_stop_at_once_and_nothing_new_is_begun_in_it(d
     refused(keys.verify, key[1], "archived")
     with pytest.raises(ConflictError, match="archived"):
         accounts.create("more", project.id, ANA)
+    with pytest.raises(ConflictError, match="archived"):
+        keys.create("more", ANA, project="old")
     first = tenants.project(project.id).archived_at
     assert tenants.archive("old", ANA).archived_at == first  # again: nothing changes
     with pytest.raises(ConflictError, match="default"):
@@ -250,6 +252,19 @@ def test_the_command_line_limits_projects_and_models(db: Engine) -> None:
     assert "tokens per day" not in run(projects_cli.group, ["limit", "default"]).output
     for wrong in (["--tokens-per-day", "-1"], ["--model", "tiny", "--storage-bytes", "1"]):
         assert run(projects_cli.group, ["limit", "default", *wrong]).exit_code != 0
+
+
+def test_a_person_is_added_with_all_places_or_not_at_all(db: Engine) -> None:
+    Tenants(db).create_project("search", ANA)
+    Tenants(db).create_project("old", ANA)
+    Tenants(db).archive("old", ANA)
+    run = CliRunner().invoke
+    places = ["bo@example.org", "--project", "search", "--project", "old"]
+    assert isinstance(run(users_cli.group, ["add", *places]).exception, ConflictError)
+    assert Users(db).list() == []
+    assert run(users_cli.group, ["add", *places[:3]]).exit_code == 0
+    [bo] = Users(db).list()
+    assert Users(db).member(Tenants(db).project("search").id, bo.id).role == Role.MEMBER
 
 
 def test_the_command_line_makes_the_first_administrator(database_url: str) -> None:

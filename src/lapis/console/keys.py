@@ -14,7 +14,7 @@ from lapis.console.view import View, when
 from lapis.db import write
 from lapis.errors import NotFoundError
 from lapis.tenants.keys import ApiKey, ApiKeys, Identity
-from lapis.tenants.tenant import Role, Scope, Tenants
+from lapis.tenants.tenant import Role, Scope, Tenants, require_open_project
 
 DAY = 86_400
 KEYS = (
@@ -86,11 +86,12 @@ def _role(key: ApiKey) -> Cell:
 
 
 async def _create(view: View) -> None:
-    projects = await asyncio.to_thread(Tenants(view.services.db).projects, view.identity.organization_id)
+    known = await asyncio.to_thread(Tenants(view.services.db).projects, view.identity.organization_id)
+    projects = [project for project in known if project.archived_at is None]
     with dialog("Create a key") as opened:
         name = Field("Name", placeholder="what it is for")
         project = Field(
-            "Project", "select", projects[0].id, options={item.id: item.name for item in projects}
+            "Project", "select", next((item.id for item in projects), ""), options={item.id: item.name for item in projects}
         )
         role = Field(
             "May do", "select", Role.MEMBER.value,
@@ -103,6 +104,7 @@ async def _create(view: View) -> None:
             expires_at = None if count is None else time.time() + count * DAY
             found = Tenants(view.services.db).project(str(project.value), identity.organization_id)
             with write(view.services.db) as connection:
+                require_open_project(connection, found.id, found.organization_id)
                 return ApiKeys(view.services.db).create_in(
                     connection,
                     name.text,

@@ -20,7 +20,7 @@ from lapis.tables.people import project_users, service_accounts, users
 from lapis.tables.tenants import api_keys, projects
 from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, policy_of
 from lapis.tenants.secret import MARK, LastUsed, Secret, matches, new_secret, prefix_of
-from lapis.tenants.tenant import DEFAULT, Role, Scope, Tenants
+from lapis.tenants.tenant import DEFAULT, Role, Scope, Tenants, require_open_project
 
 # A key with its project, and the place that its owner has there.
 _VERIFIED = (
@@ -136,12 +136,14 @@ class ApiKeys:
     ) -> tuple[ApiKey, str]:
         """Make a key of a project (by its name or id); returned with its text, which is kept nowhere.
 
-        Raises InputError for a name, scope or expiry that cannot be used, NotFoundError for the project.
+        Raises InputError for a name, scope or expiry that cannot be used, NotFoundError for the project,
+        ConflictError for an archived one.
         """
-        project_id = Tenants(self.db).project(project).id
+        found = Tenants(self.db).project(project)
         with write(self.db) as connection:
+            require_open_project(connection, found.id, found.organization_id)
             return self.create_in(
-                connection, name, actor, project_id, scopes=scopes, expires_at=expires_at, user_id=user_id
+                connection, name, actor, found.id, scopes=scopes, expires_at=expires_at, user_id=user_id
             )
 
     def create_in(
