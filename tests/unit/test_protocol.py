@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -47,6 +48,16 @@ def test_any_other_bytes_are_an_input_error(raw: bytes) -> None:
         read_json(raw)
     except InputError as error:
         assert error.message
+
+
+def test_one_field_of_very_many_given_twice_is_found_at_once() -> None:
+    names = [f"k{number}" for number in range(40_000)]
+    raw = "{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}"
+    started = time.monotonic()
+    with pytest.raises(InputError, match="twice") as caught:
+        read_json(raw.encode())
+    assert caught.value.param == names[-1]
+    assert time.monotonic() - started < 3
 
 
 def test_half_a_surrogate_pair_is_named_with_its_place() -> None:
