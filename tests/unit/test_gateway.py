@@ -143,6 +143,38 @@ def test_the_catalog_is_followed_and_what_left_it_is_ended(
     assert deployment.loaded is None
 
 
+def test_a_model_that_leaves_the_catalog_while_it_loads_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.gateway.router.FRESH", 0.0)
+    begun, may_end, waited = threading.Event(), threading.Event(), []
+
+    def build(item: Servable) -> FakeEngine:
+        begun.set()
+        waited.append(may_end.wait(2))
+        return FakeEngine(item.name)
+
+    catalog = [servable(tmp_path / "a", "a")]
+    router = Router(lambda: catalog, build)
+    deployment = router.find("a")
+
+    async def leave() -> None:
+        waiting = asyncio.create_task(deployment.engine())
+        await asyncio.to_thread(begun.wait, 10)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        catalog.clear()
+        assert router.models() == []
+        may_end.set()
+        while deployment.loading:
+            await asyncio.sleep(0.001)
+        assert waited == [True]
+        assert router.models() == []
+        assert deployment.loaded is None
+
+    asyncio.run(leave())
+
+
 def test_the_door_knows_keys_and_lets_in_the_local_user_only_where_none_is_needed(
     ledger: UsageLedger,
 ) -> None:

@@ -172,7 +172,7 @@ class Router:
     def _drop_retired(self) -> None:
         served = {item.digest for item in self._servables.values()}
         for digest, deployment in list(self._deployments.items()):
-            if digest not in served and deployment.active == 0:
+            if digest not in served and deployment.active == 0 and not deployment.loading:
                 deployment.close()
                 del self._deployments[digest]
 
