@@ -205,6 +205,8 @@ def test_without_keys_only_this_machine_by_its_own_name_is_answered(home: Home) 
             ("127.0.0.1:1", 200),
             ("evil.example", 403),
             ("10.0.0.1", 403),
+            ("[::1]:1", 200),
+            ("[::1", 400),
         ):
             answer = httpx.get(f"{server.url}/models", headers={"host": host})
             assert answer.status_code == status, host

@@ -21,6 +21,7 @@ from lapis.console import door
         ({"origin": "http://evil.example"}, True, False),
         ({"origin": "null"}, True, False),  # a sandboxed frame
         ({"origin": ""}, True, False),
+        ({"origin": "http://[::1"}, True, False),
         ({"sec-fetch-site": "same-origin"}, True, True),
         ({"sec-fetch-site": "same-site"}, True, False),  # a neighbour below the same domain
         ({"sec-fetch-site": "cross-site", "origin": "http://lapis.example:8000"}, True, False),

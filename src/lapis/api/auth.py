@@ -102,7 +102,11 @@ def permit(identity: Identity, scope: Scope) -> None:
 
 def is_local(connection: HTTPConnection) -> bool:
     """Whether a request names this machine as its host: a web page that points its own name at us does not."""
-    host = urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
+    try:
+        host = urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        # An address whose bracket is not closed.
+        return False
     return host == "localhost" or _is_loopback(host)
 
 

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,6 +58,11 @@ class Envelope:
             await _send(enveloped, 503, error_body("The server is ending.", 503, code="unavailable"), ENDING)
             self.counters.request("draining", 503, time.perf_counter() - started)
             return
+        if not _names_a_host(scope):
+            text = "The Host header is no host's name or address."
+            await _send(enveloped, 400, error_body(text, 400, code="bad_input"))
+            self.counters.request("other", 400, time.perf_counter() - started)
+            return
         self.counters.active += 1
         try:
             await self.app(scope, receive, enveloped)
@@ -82,6 +88,16 @@ async def _send(send: Send, status: int, error: dict[str, Any], headers: Headers
     kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*kind, *headers]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _names_a_host(scope: Scope) -> bool:
+    """Whether a request's URL, which has the Host header in it, can be read."""
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    try:
+        urlsplit(f"//{host.decode('latin-1')}")
+    except ValueError:
+        return False
+    return True
 
 
 def _route(scope: Scope) -> str:

@@ -60,13 +60,21 @@ def foreign(headers: Mapping[str, str], changes: bool, public_url: str = "") -> 
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     ours = {headers.get("host"), urlsplit(public_url).netloc or None} - {None}
-    if origin is not None and urlsplit(origin).netloc not in ours:
+    if origin is not None and _netloc(origin) not in ours:
         return "Requests from other sites are refused."
     if changes and site not in (None, "same-origin"):
         return "Requests from other sites are refused."
     if changes and site is None and origin is None:
         return "The request does not say which site it comes from: it has no Origin."
     return ""
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        # A bracket that is not closed: it is no site.
+        return ""
 
 
 def csrf_token(secret: str) -> str:
