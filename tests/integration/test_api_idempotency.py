@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -83,6 +85,26 @@ def test_a_file_sent_twice_by_the_client_is_one_file(server: RunningServer) -> N
                 file=("a.txt", b"y"), purpose="user_data", extra_headers={"Idempotency-Key": "f"}
             )
         assert len(client.files.list().data) == 1
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "IDLE_SECONDS", 0.3)
+    address = urlsplit(server.url)
+    head = b"POST /v1/uploads HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 10\r\nIdempotency-Key: k1\r\n\r\n"
+
+    def slow() -> bytes:
+        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+            connection.sendall(head)
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+
+    answer = slow()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in answer
+    assert begin(server, "k1").status_code == 200  # it did nothing: the key is free
+    assert slow().startswith(b"HTTP/1.1 408 ")  # nor is the body waited for that asks for an answer again
 
 
 def test_each_project_has_its_own_keys(server: RunningServer) -> None:

@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lapis.api.auth import administrate, identify
-from lapis.api.errors import error_body
+from lapis.api.errors import CODES, error_body
+from lapis.api.form import FORM_SECONDS, IDLE_SECONDS
 from lapis.errors import AuthError
 from lapis.gateway.idempotency import LEASE_SECONDS, Claim, Earlier, IdempotencyKeys
 from lapis.gateway.services import Services
@@ -44,6 +45,7 @@ LOST = (
     "use a new key."
 )
 SHOWN = "This was done already, and its answer, which holds a secret, is shown only once."
+SLOW = "The body came too slowly."
 BUSY = "A request with this Idempotency-Key is still under way, or has just failed: send it again."
 
 
@@ -77,7 +79,10 @@ class Idempotency:
     async def _repeat(
         self, project_id: str, key: str, earlier: Earlier, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        fingerprint = await _read_all(scope, receive)
+        try:
+            fingerprint = await _read_all(scope, receive)
+        except TimeoutError:
+            return await _refuse_slow(send)
         found: Earlier | None = earlier
         end = asyncio.get_running_loop().time() + WAIT_SECONDS
         while found is not None and found.state in ("reading", "working"):
@@ -111,8 +116,12 @@ class _Once:
         self._answer = bytearray()
 
     async def run(self, app: ASGIApp, receive: Receive, send: Send) -> None:
-        first = await self._note(await receive())  # a route that reads no body has one all the same
-        waiting = [first]
+        try:
+            first = await _part(receive)  # a route that reads no body has one all the same
+        except TimeoutError:
+            await asyncio.to_thread(self._keys.release, self._claim)
+            return await _refuse_slow(send)
+        waiting = [await self._note(first)]
 
         async def noted() -> Message:
             return waiting.pop() if waiting else await self._note(await receive())
@@ -223,11 +232,23 @@ def _key(scope: Scope) -> str | None:
 
 async def _read_all(scope: Scope, receive: Receive) -> str:
     body = _fingerprint(scope)
-    while True:
-        message = await receive()
-        body.update(message.get("body", b""))
-        if not message.get("more_body", False):
-            return body.digest()
+    async with asyncio.timeout(FORM_SECONDS):
+        while True:
+            message = await _part(receive)
+            body.update(message.get("body", b""))
+            if not message.get("more_body", False):
+                return body.digest()
+
+
+async def _part(receive: Receive) -> Message:
+    """The next part of a body. Raises TimeoutError if it does not come."""
+    async with asyncio.timeout(IDLE_SECONDS):
+        return await receive()
+
+
+async def _refuse_slow(send: Send) -> None:
+    body = json.dumps(error_body(SLOW, 408, code=CODES[408])).encode()
+    await _send(send, 408, body, [(b"connection", b"close")])
 
 
 async def _refuse(
