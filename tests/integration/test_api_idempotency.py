@@ -122,6 +122,27 @@ def test_each_project_has_its_own_keys(server: RunningServer) -> None:
     assert refused.status_code == 401
 
 
+def test_an_answer_is_not_repeated_to_who_may_not_ask(server: RunningServer) -> None:
+    services = server.services
+    services.admission.keys_required = True
+    keys = ApiKeys(services.db)
+    made = keys.create("worker", "test")[1]
+    other, reader = keys.create("other", "test")[1], keys.create("r", "test", scopes=["models.read"])[1]
+    body = {"bytes": 5, "filename": "secret.txt", "mime_type": "text/plain", "purpose": "user_data"}
+    answers = [
+        httpx.post(
+            f"{server.url}/uploads",
+            json=body,
+            headers={"Idempotency-Key": "same", "Authorization": f"Bearer {key}"},
+        )
+        for key in (made, other, reader)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 400]
+    assert answers[1].headers["idempotency-replayed"] == "true"
+    assert answers[2].json()["error"]["code"] == "idempotency_key_reused"
+    assert "secret.txt" not in answers[2].text
+
+
 def test_administrators_have_theirs_and_secrets_are_told_once(server: RunningServer) -> None:
     url = f"{server.url}/organization/projects"
     headers = {"Idempotency-Key": "p"}
@@ -151,6 +172,10 @@ def test_a_secret_is_not_kept_for_those_who_ask_again(
     assert again.status_code == 409
     assert "only once" in again.json()["error"]["message"]
     assert again.headers["x-should-retry"] == "false"
+    monkeypatch.undo()
+    monkeypatch.setattr(middleware, "MAX_ANSWER", 10)
+    assert begin(server, "k2").status_code == 200
+    assert "are not kept" in begin(server, "k2").json()["error"]["message"]
 
 
 def test_what_a_dead_server_left_is_told_apart(
@@ -164,7 +189,7 @@ def test_what_a_dead_server_left_is_told_apart(
     now = keys._clock()
     monkeypatch.setattr(keys, "_clock", lambda: now + LEASE_SECONDS)
     assert begin(server, "reading").status_code == 200  # nothing had been done
-    monkeypatch.setattr(middleware, "_fingerprint", lambda scope: Same())
+    monkeypatch.setattr(middleware, "_fingerprint", lambda scope, may: Same())
     lost = begin(server, "working")
     assert lost.status_code == 409
     assert "look whether it was done" in lost.json()["error"]["message"]

@@ -39,12 +39,16 @@ MAX_ANSWER = 1 << 20  # bytes that are kept
 WAIT_SECONDS = 60.0  # for a request that is under way with the same key
 LOOK_SECONDS = 0.05
 
-TWICE = "This Idempotency-Key was used for another request; use a new one for each thing that you make."
+TWICE = (
+    "This Idempotency-Key was used for another request, or by somebody who may do something else; use a new one for "
+    "each thing that you make."
+)
 LOST = (
     "The server ended while it answered the first request with this Idempotency-Key: look whether it was done, then "
     "use a new key."
 )
 SHOWN = "This was done already, and its answer, which holds a secret, is shown only once."
+LONG = f"This was done already; answers above {MAX_ANSWER:,} bytes are not kept: look at what was made."
 SLOW = "The body came too slowly."
 BUSY = "A request with this Idempotency-Key is still under way, or has just failed: send it again."
 
@@ -65,22 +69,29 @@ class Idempotency:
         if not 0 < len(sent) <= MAX_KEY or not sent.isascii() or not sent.isprintable():
             return await _refuse(send, 400, f"An Idempotency-Key has 1 to {MAX_KEY} printable characters.")
         try:
-            project_id, key = await _scoped(scope, sent)
+            project_id, key, may = await _scoped(scope, sent)
         except (AuthError, HTTPException):  # the route says so
             await self._app(scope, receive, send)
             return
         keys = self._services.idempotency
         claim = await asyncio.to_thread(keys.claim, project_id, key)
         if isinstance(claim, Claim):
-            await _Once(keys, claim, scope).run(self._app, receive, send)
+            await _Once(keys, claim, scope, may).run(self._app, receive, send)
         else:
-            await self._repeat(project_id, key, claim, scope, receive, send)
+            await self._repeat(project_id, key, claim, _fingerprint(scope, may), scope, receive, send)
 
     async def _repeat(
-        self, project_id: str, key: str, earlier: Earlier, scope: Scope, receive: Receive, send: Send
+        self,
+        project_id: str,
+        key: str,
+        earlier: Earlier,
+        body: _Raw,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         try:
-            fingerprint = await _read_all(scope, receive)
+            fingerprint = await _read_all(body, receive)
         except TimeoutError:
             return await _refuse_slow(send)
         found: Earlier | None = earlier
@@ -97,7 +108,7 @@ class Idempotency:
         elif found.state == "lost":
             await _refuse(send, 409, LOST, code="conflict")
         elif found.answer is None:
-            await _refuse(send, 409, SHOWN, code="conflict")
+            await _refuse(send, 409, SHOWN if _holds_secret(scope) else LONG, code="conflict")
         else:
             assert found.status is not None
             repeated = [(b"idempotency-replayed", b"true")]
@@ -107,11 +118,11 @@ class Idempotency:
 class _Once:
     """The request that does the work: its body is digested as the route reads it, its answer is kept."""
 
-    def __init__(self, keys: IdempotencyKeys, claim: Claim, scope: Scope) -> None:
+    def __init__(self, keys: IdempotencyKeys, claim: Claim, scope: Scope, may: str) -> None:
         self._keys = keys
         self._claim = claim
         self._scope = scope
-        self._body = _fingerprint(scope)
+        self._body = _fingerprint(scope, may)
         self._status = 0
         self._answer = bytearray()
 
@@ -157,16 +168,15 @@ class _Once:
         if not 200 <= self._status < 300:
             await asyncio.to_thread(self._keys.release, self._claim)
             return
-        secret = self._scope["path"].rstrip("/").rpartition("/")[2] in SECRETS
-        kept = None if secret or len(self._answer) > MAX_ANSWER else self._answer.decode()
+        kept = None if _holds_secret(self._scope) or len(self._answer) > MAX_ANSWER else self._answer.decode()
         await asyncio.to_thread(self._keys.done, self._claim, self._status, kept)
 
 
 class _Raw:
-    """What was asked for: method, path and the body's bytes."""
+    """What was asked for, and by whom: what the caller may do, method, path and the body's bytes."""
 
-    def __init__(self, scope: Scope) -> None:
-        self._hash = hashlib.sha256(f"{scope['method']} {scope['path']}\n".encode())
+    def __init__(self, scope: Scope, may: str) -> None:
+        self._hash = hashlib.sha256(f"{may} {scope['method']} {scope['path']}\n".encode())
 
     def update(self, data: bytes) -> None:
         self._hash.update(data)
@@ -178,8 +188,8 @@ class _Raw:
 class _OfForm(_Raw):
     """Of a form the parts, without the boundary between them, which is another one each time."""
 
-    def __init__(self, scope: Scope, boundary: bytes) -> None:
-        super().__init__(scope)
+    def __init__(self, scope: Scope, may: str, boundary: bytes) -> None:
+        super().__init__(scope, may)
         mark: Callable[[bytes], Callable[[], None]] = lambda name: lambda: self._hash.update(b"\0" + name)  # noqa: E731
         data = lambda data, start, end: self._hash.update(data[start:end])  # noqa: E731
         self._broken = False
@@ -198,25 +208,31 @@ class _OfForm(_Raw):
                 self._broken = True
 
 
-def _fingerprint(scope: Scope) -> _Raw:
+def _fingerprint(scope: Scope, may: str) -> _Raw:
     kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
     media, options = parse_options_header(kind.decode("latin-1"))
     boundary = options.get(b"boundary")
     if media == b"multipart/form-data" and boundary and len(boundary) <= 256:
-        return _OfForm(scope, boundary)
-    return _Raw(scope)
+        return _OfForm(scope, may, boundary)
+    return _Raw(scope, may)
 
 
-async def _scoped(scope: Scope, key: str) -> tuple[str, str]:
-    """The project that a key belongs to, and the key there. Raises AuthError, HTTPException for an unknown caller.
+async def _scoped(scope: Scope, key: str) -> tuple[str, str, str]:
+    """The project that a key belongs to, the key there, and what the caller may do: an answer is repeated to none who
+    may do something else. Raises AuthError, HTTPException for an unknown caller.
 
     An administrator's keys are their organization's: kept with the first project, marked by what no key has in it.
     """
     request = Request(scope)
     if scope["path"].startswith("/v1/organization/"):
         administrator = await asyncio.to_thread(administrate, request)
-        return DEFAULT, f"§{administrator.organization_id}§{key}"
-    return (await identify(request)).project_id, key
+        return DEFAULT, f"§{administrator.organization_id}§{key}", administrator.role
+    identity = await identify(request)
+    return identity.project_id, key, ",".join(sorted(identity.scopes))
+
+
+def _holds_secret(scope: Scope) -> bool:
+    return scope["path"].rstrip("/").rpartition("/")[2] in SECRETS
 
 
 def _key(scope: Scope) -> str | None:
@@ -230,8 +246,7 @@ def _key(scope: Scope) -> str | None:
     return None
 
 
-async def _read_all(scope: Scope, receive: Receive) -> str:
-    body = _fingerprint(scope)
+async def _read_all(body: _Raw, receive: Receive) -> str:
     async with asyncio.timeout(FORM_SECONDS):
         while True:
             message = await _part(receive)
