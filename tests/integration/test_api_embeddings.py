@@ -62,12 +62,17 @@ def test_more_texts_than_the_queue_holds_are_read(client: openai.OpenAI) -> None
     )
 
 
-def test_dimensions_are_the_models(client: openai.OpenAI) -> None:
+def test_dimensions_are_the_models(client: openai.OpenAI, server: RunningServer) -> None:
     size = len(client.embeddings.create(model="tiny", input="x").data[0].embedding)
     assert len(client.embeddings.create(model="tiny", input="x", dimensions=size).data[0].embedding) == size
+    ledger = UsageLedger(server.services.db)
+    server.services.meter.flush()
+    before = ledger.balance().used
     with pytest.raises(openai.BadRequestError, match=str(size)) as caught:
         client.embeddings.create(model="tiny", input="x", dimensions=size + 1)
     assert caught.value.param == "dimensions"
+    server.services.meter.flush()
+    assert ledger.balance().used == before  # what is refused is not paid for
 
 
 @pytest.mark.parametrize(

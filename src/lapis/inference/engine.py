@@ -64,6 +64,10 @@ class Engine(Protocol):
     def bit_exact(self) -> bool:
         """Whether logits are those of training, bit for bit, whatever else is in the batch."""
 
+    @property
+    def vector_width(self) -> int | None:
+        """How many numbers an embedding has; None for an engine that makes none."""
+
     def submit(self, request: Request) -> Stream:
         """Queue a request.
 
@@ -143,6 +147,7 @@ class LocalEngine(EngineLoop):
         self.chat = loaded.chat
         self.add_bos = loaded.add_bos
         self.bos_id = loaded.bos_id
+        self.vector_width = loaded.config.width
         self.bit_exact = runner.bit_exact and weights == stored
         self.kernels = runner.kernels
         self._read_adapter = runner.read_adapter

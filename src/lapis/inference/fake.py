@@ -35,6 +35,8 @@ WORDS = TEXT.split()
 OUTSIDE = '}],:"0123456789abcdefghijklmnopqrstuvwxyz.-{[\n '
 INSIDE = '"' + OUTSIDE
 
+VECTOR_WIDTH = 8  # numbers of an embedding
+
 
 def babble(prompt: str, seed: int) -> str:
     """One to three sentences of plain words that depend on nothing but prompt and seed."""
@@ -141,6 +143,7 @@ class FakeEngine(EngineLoop):
 
     bit_exact = True
     add_bos = True
+    vector_width = VECTOR_WIDTH
 
     def __init__(
         self,
@@ -176,8 +179,8 @@ class FakeAdapter:
 
 
 def _embedding(ids: Sequence[int]) -> tuple[float, ...]:
-    """Eight numbers of length 1 that depend on nothing but the ids."""
-    digest = hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=8).digest()
+    """Numbers of length 1 that depend on nothing but the ids."""
+    digest = hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=VECTOR_WIDTH).digest()
     numbers = [byte - 127.5 for byte in digest]
     length = math.hypot(*numbers)
     return tuple(number / length for number in numbers)

@@ -48,6 +48,7 @@ class VllmEngine:
     """A model folder served by vLLM. Raises UnavailableError where vLLM is not installed or does not start."""
 
     bit_exact = False
+    vector_width = None
 
     def __init__(
         self,

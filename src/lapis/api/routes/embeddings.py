@@ -35,22 +35,28 @@ async def create_embeddings(request: Request, services: ServicesOf, caller: User
 
 async def _answer(services: Services, caller: Identity, body: EmbeddingRequest) -> Response:
     deployment = services.router.find(body.model, caller)
-    texts = await asyncio.to_thread(_ids, await deployment.engine(), body)
+    engine = await deployment.engine()
+    _check_dimensions(engine, body)
+    texts = await asyncio.to_thread(_ids, engine, body)
     vectors, usage, limits = await embed(
         new_id("embd"), caller, body.model, texts, body.pooling or "mean",
         deployment, services.meter, services.counters,
     )  # fmt: skip
-    size = len(vectors[0])
-    if body.dimensions not in (None, size):
-        raise InputError(
-            f"dimensions = {body.dimensions}: the vectors of this model have {size}, which cannot be changed.",
-            param="dimensions",
-        )
     write = _base64 if body.encoding_format == "base64" else list
     data = [Embedding(index=index, embedding=write(vector)) for index, vector in enumerate(vectors)]
     used = EmbeddingUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.total_tokens)
     answer = EmbeddingList(data=data, model=body.model, usage=used)
     return Response(answer.model_dump_json(), headers=limit_headers(limits), media_type="application/json")
+
+
+def _check_dimensions(engine: Engine, body: EmbeddingRequest) -> None:
+    """Before anything is computed and paid for. An engine that makes no embeddings says so itself."""
+    size = engine.vector_width
+    if size is not None and body.dimensions not in (None, size):
+        raise InputError(
+            f"dimensions = {body.dimensions}: the vectors of this model have {size}, which cannot be changed.",
+            param="dimensions",
+        )
 
 
 def _ids(engine: Engine, body: EmbeddingRequest) -> list[tuple[int, ...]]:
