@@ -284,6 +284,43 @@ def test_a_run_that_makes_no_sense_is_refused_before_it_is_queued(shared: OpenAI
     assert shared.evals.runs.list(eval_id).data == []
 
 
+DEEP = "[" * 250 + "]" * 250
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ('"\\ud800"', "line 1: .* half of a surrogate pair"),
+        ("NaN", "line 1: .* NaN"),
+        (DEEP, "line 1: .* nested deeper than 200"),
+        ('1, "x": 2', "line 1: The field 'x' is given twice"),
+    ],
+)
+def test_a_row_that_no_answer_could_show_is_refused(shared: OpenAI, value: str, told: str) -> None:
+    config = {"type": "custom", "item_schema": {"type": "object"}}
+    made = shared.evals.create(data_source_config=config, testing_criteria=[PROGRAM])  # type: ignore[arg-type,list-item]
+    file = upload(shared, f'{{"item": {{"x": {value}}}}}'.encode())
+    source: dict[str, Any] = {"type": "jsonl", "source": {"type": "file_id", "id": file}}
+    with pytest.raises(BadRequestError, match=told):
+        shared.evals.runs.create(made.id, data_source=source)  # type: ignore[arg-type]
+
+
+def test_the_deepest_sources_are_shown(shared: OpenAI) -> None:
+    config = {"type": "custom", "item_schema": {"type": "object"}}
+    made = shared.evals.create(data_source_config=config, testing_criteria=[EQUAL])  # type: ignore[arg-type,list-item]
+    fits: list[Any] = json.loads("[" * 195 + "]" * 195)
+    source = {"type": "jsonl", "source": content([{"x": fits}])}
+    run = ran(shared, made.id, source)
+    assert shared.evals.runs.list(made.id).data[0].id == run.id
+    shown = shared.evals.runs.output_items.list(run.id, eval_id=made.id).data
+    assert shown[0].datasource_item == {"x": fits}
+    with pytest.raises(BadRequestError, match="nested deeper"):
+        shared.evals.runs.create(
+            made.id,
+            data_source={"type": "jsonl", "source": content([{"x": [[fits]]}])},  # type: ignore[arg-type]
+        )
+
+
 def test_a_run_is_canceled_by_both_paths_and_deleted(home: Home) -> None:
     with fake_server(home, reply=lambda prompt, seed: "word " * 2000, seconds_per_token=0.02) as server:
         client = strict(server.url)

@@ -203,7 +203,7 @@ def test_rows_come_from_files_of_json_lines(home: Home, db: Engine) -> None:
     ]  # fmt: skip
     assert count_rows(good, files, "default", ItemSchema({"required": ["a"]})) == 2
     for lines, told in (
-        (b'{"item": {}}\n{', "line 2 is not JSON"),
+        (b'{"item": {}}\n{', "line 2: The row is not JSON"),
         (b'{"a": 1}', "line 1: a row is"),
         (b'{"item": {}, "smaple": {}}', "unknown field 'smaple'"),
         (b'{"item": {}, "sample": "x"}', "no object"),

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapis.api.body import parse, read_json
+from lapis.api.body import parse
 from lapis.api.logprobs import TextLogprobsWriter, chat_logprobs
 from lapis.api.protocol.chat import ChatChunkChoice, ChatRequest, Delta
 from lapis.api.protocol.completions import CompletionRequest
 from lapis.errors import InputError
+from lapis.gateway.strict_json import read_json
 from lapis.inference.request import TokenLogprob
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

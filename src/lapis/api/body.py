@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -15,10 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lapis.errors import InputError, nearest
+from lapis.gateway.strict_json import read_json
 
 BODY_LIMIT = 8 * 1024 * 1024  # bytes; a prompt of a million tokens fits
 BODY_SECONDS = 60.0  # from the end of the headers
-MAX_DEPTH = 700  # levels of nested objects and arrays; what walks them by recursion has room for more
 CLOSE = {"connection": "close"}  # the rest of a body that is too large is not read
 DROPPED = ("$defs", "discriminator")  # of a schema whose parts are in their places: both only name parts
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,6 +65,8 @@ async def read_body(request: Request) -> bytes:
 
 def parse(raw: bytes, schema: type[Model]) -> Model:
     """JSON bytes as `schema`. Raises InputError with the field's name in `param`."""
+    if not raw.strip():
+        raise InputError("The body is empty; it must be a JSON object.")
     values = read_json(raw)
     if not isinstance(values, dict):
         raise InputError(f"The body must be a JSON object, not {_kind(values)}.")
@@ -74,75 +74,6 @@ def parse(raw: bytes, schema: type[Model]) -> Model:
         return schema.model_validate(values)
     except ValidationError as error:
         raise _explain(error, schema) from error
-
-
-def read_json(raw: bytes) -> Any:
-    """Any JSON value. Raises InputError for broken JSON, NaN, infinity, doubled keys and lone surrogates."""
-    if not raw.strip():
-        raise InputError("The body is empty; it must be a JSON object.")
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, parse_constant=_constant, parse_float=_number, object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise InputError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from error
-    except RecursionError as error:
-        raise InputError("The body is nested too deep.") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise InputError(f"The body has a number that cannot be read: {error}.") from error
-    if _depth(value) > MAX_DEPTH:
-        raise InputError(f"The body is nested deeper than {MAX_DEPTH} levels.")
-    if "\\ud" in text or "\\uD" in text:
-        _refuse_surrogates(value, "")
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise InputError(f"The body has {name}, which JSON does not know.")
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise InputError(f"The number {text[:40]} is too large.")
-    return number
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        times = Counter(name for name, _ in pairs)
-        double = next(name for name, count in times.items() if count > 1)
-        raise InputError(f"The field {double!r} is given twice.", param=double)
-    return values
-
-
-def _refuse_surrogates(value: Any, where: str) -> None:
-    if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            field = where or "the body"
-            raise InputError(
-                f"{field} has half of a surrogate pair, which is no character.", param=where or None
-            )
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_surrogates(name, where)
-            _refuse_surrogates(item, f"{where}.{name}" if where else name)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_surrogates(item, f"{where}[{index}]")
-
-
-def _depth(value: Any) -> int:
-    """Levels of nesting, counted without recursion."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def _inlined(schema: Any, named: dict[str, Any]) -> Any:

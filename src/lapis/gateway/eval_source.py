@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lapis.errors import InputError
 from lapis.gateway.files import FileStore
 from lapis.gateway.item_schema import ItemSchema
+from lapis.gateway.strict_json import depth, read_json
 
 LARGEST = 100_000  # rows of a run
 LINE = 8 << 20  # bytes
+DEPTH = (
+    200  # levels of a source or a row: with what is around it in an answer below 255, where pydantic gives up
+)
+MARK = b"\xef\xbb\xbf"  # with which some programs begin a file
 KEYS = {"item", "sample"}
 
 
@@ -39,9 +43,11 @@ def data_rows(source: Mapping[str, Any], files: FileStore, project_id: str) -> I
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where} is not JSON: {error}.", param="data_source") from error
+                value = read_json(line.removeprefix(MARK) if number == 1 else line, "The row")
+            except InputError as error:
+                raise InputError(f"{where}: {error.message}", param="data_source") from error
+            if depth(value) > DEPTH:
+                raise InputError(f"{where}: a row is nested deeper than {DEPTH} levels.", param="data_source")
             yield _row(value, where)
 
 

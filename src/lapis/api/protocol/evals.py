@@ -15,7 +15,9 @@ from lapis.errors import InputError
 from lapis.evaluate.graders.grader import Message, Single, TextSimilarity
 from lapis.evaluate.graders.template import read_path
 from lapis.gateway.eval_runs import EvalRun, OutputItem
+from lapis.gateway.eval_source import DEPTH
 from lapis.gateway.evals import Eval
+from lapis.gateway.strict_json import depth
 
 CRITERIA = 50
 KEPT = "This server keeps no chats to evaluate: send the rows yourself (file_content or file_id)."
@@ -27,6 +29,12 @@ def _refuse_kept(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind in ("logs", "stored_completions", "responses"):
         raise InputError(f"{kind!r} is not offered. {KEPT}", param="type")
+    return value
+
+
+def _refuse_deep(value: Any) -> Any:
+    if depth(value) > DEPTH:
+        raise InputError(f"data_source is nested deeper than {DEPTH} levels.", param="data_source")
     return value
 
 
@@ -164,7 +172,10 @@ class ResponsesSource(_Sampled):
 class EvalRunRequest(Body):
     """A new run."""
 
-    data_source: Annotated[JsonlSource | CompletionsSource | ResponsesSource, Field(discriminator="type")]
+    data_source: Annotated[
+        Annotated[JsonlSource | CompletionsSource | ResponsesSource, Field(discriminator="type")],
+        BeforeValidator(_refuse_deep),
+    ]
     name: Name | None = None
     metadata: Metadata = Field(default_factory=dict)
 
