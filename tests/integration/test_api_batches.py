@@ -17,6 +17,7 @@ import pytest
 from openai.types import Batch
 
 from lapis.db import open_database
+from lapis.gateway import batch_runner
 from lapis.gateway import batches as store
 from lapis.home import Home
 from lapis.server import RunningServer
@@ -212,6 +213,28 @@ def test_the_minutes_limits_are_for_live_requests_and_the_days_are_waited_for(ho
         assert counts.failed == 0
         client.batches.cancel(batch.id)
         assert finished(client, batch).error_file_id is None
+
+
+def test_batches_that_wait_for_a_limit_stop_no_other_project_and_can_be_cancelled(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "BATCHES", 2)
+    with fake_server(home) as server:
+        services = server.services
+        tenants = Tenants(services.db)
+        keys = [ApiKeys(services.db).create("k", "test", project=tenants.create_project(name, "test").id)[1]
+                for name in ("spent", "other")]  # fmt: skip
+        tenants.set_quota("spent", Quota(requests_per_day=1), "test")
+        with connect(server.url, keys[0]) as spent, connect(server.url, keys[1]) as other:
+            waiting = [begin(spent, [chat("a"), chat("b")]) for _ in range(3)]
+            until(lambda: sum(completed(spent, batch) for batch in waiting) == 1)
+            assert finished(other, begin(other, [chat("a")])).status == "completed"
+            assert {spent.batches.retrieve(batch.id).status for batch in waiting} <= {
+                "validating",
+                "in_progress",
+            }
+            spent.batches.cancel(waiting[0].id)
+            assert finished(spent, waiting[0]).status == "cancelled"
 
 
 def test_what_is_not_run_within_a_day_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ import httpx
 import pytest
 from openai import APIStatusError, BadRequestError, ConflictError, NotFoundError, OpenAI
 
+from lapis.gateway import eval_runner
 from lapis.home import Home
 from lapis.server import RunningServer
 from lapis.tenants.keys import ApiKeys
+from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
 from tests.integration.test_api_limits import until
 from tests.integration.test_serve import serving
@@ -282,6 +284,25 @@ def test_a_run_that_makes_no_sense_is_refused_before_it_is_queued(shared: OpenAI
     file = upload(shared, b'{"item": {"a": 1, "b": 2, "sum": "3"}}\n{"item": 3}\n')
     refused(BadRequestError, "line 2", completions(source={"type": "file_id", "id": file}))
     assert shared.evals.runs.list(eval_id).data == []
+
+
+def test_runs_that_wait_for_a_limit_stop_no_other_project(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_runner, "PATIENCE_SECONDS", 0.2)
+    with fake_server(home, reply=reply) as server:
+        tenants = Tenants(server.services.db)
+        keys = [ApiKeys(server.services.db).create("k", "test", project=tenants.create_project(name, "test").id)[1]
+                for name in ("spent", "other")]  # fmt: skip
+        tenants.set_quota("spent", Quota(requests_per_day=2), "test")
+        spent, other = (strict(server.url, key) for key in keys)
+        theirs = make(spent, EQUAL)
+        runs = [spent.evals.runs.create(theirs, data_source=completions()).id for _ in range(3)]  # type: ignore[arg-type]
+        assert ran(other, make(other, EQUAL), completions()).result_counts.passed == 5
+        waiting = [spent.evals.runs.retrieve(run, eval_id=theirs) for run in runs]
+        assert {run.status for run in waiting} <= {"queued", "in_progress"}
+        assert sum(run.result_counts.errored for run in waiting) == 0
+        assert spent.evals.runs.cancel(runs[0], eval_id=theirs).status == "canceled"
 
 
 DEEP = "[" * 250 + "]" * 250

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
+from openai import APITimeoutError, BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
 
+from lapis.gateway import graders
 from lapis.home import Home
 from lapis.server import RunningServer
 from lapis.tenants.keys import ApiKeys
-from lapis.tenants.tenant import Scope
+from lapis.tenants.quota import Quota
+from lapis.tenants.tenant import Scope, Tenants
+from tests.integration.test_api_limits import until
 from tests.served import fake_server
 
 CHECK: dict[str, Any] = {
@@ -120,3 +124,30 @@ def test_a_key_needs_the_scope_of_work(client: OpenAI, server: RunningServer) ->
     _, secret = keys.create("chat", "test", scopes=[Scope.MODELS_USE])
     with pytest.raises(PermissionDeniedError, match=r"work\.write"):
         client.with_options(api_key=secret).fine_tuning.alpha.graders.run(grader=CHECK, model_sample="")  # type: ignore[arg-type]
+
+
+def test_clients_that_hang_up_leave_no_thread_waiting_and_stop_no_other_project(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graders, "A_PROJECT", 2)
+    monkeypatch.setattr(graders, "THREADS", 3)
+    with fake_server(home, reply=lambda prompt, seed: VERDICT) as server:
+        tenants = Tenants(server.services.db)
+        keys = [ApiKeys(server.services.db).create("k", "test", project=tenants.create_project(name, "test").id)[1]
+                for name in ("spent", "other")]  # fmt: skip
+        tenants.set_quota("spent", Quota(requests_per_day=1), "test")
+        spent, other = (OpenAI(base_url=server.url, api_key=key, max_retries=0) for key in keys)
+        asked: Any = {"grader": SCORE, "model_sample": "Paris", "item": {"answer": "Paris"}}
+        assert spent.fine_tuning.alpha.graders.run(**asked).reward == 7.5
+
+        def leave(_: int) -> None:
+            with pytest.raises(APITimeoutError):
+                spent.with_options(timeout=1).fine_tuning.alpha.graders.run(**asked)
+
+        with ThreadPoolExecutor(6) as pool:
+            gone = [pool.submit(leave, number) for number in range(6)]
+            until(lambda: server.services.counters.active == 6)
+            assert other.fine_tuning.alpha.graders.run(**{**asked, "grader": CHECK}).reward == 1
+            for one in gone:
+                one.result()
+        until(lambda: server.services.counters.active == 0)

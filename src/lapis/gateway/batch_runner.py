@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from lapis.errors import AuthError, LapisError, NotFoundError
 from lapis.gateway.batch_input import Line, LineError, body_of, read_input
 from lapis.gateway.batches import LEASE_SECONDS, Batch, LineResult
-from lapis.gateway.inside import Answer
+from lapis.gateway.inside import LOOK_AGAIN_SECONDS, Answer
 from lapis.gateway.on_behalf import restored
 from lapis.log import logger
 from lapis.tenants.keys import Identity
@@ -32,6 +32,9 @@ WAITING = 2  # requests in an engine's queue at which no more lines are begun
 LOOK_SECONDS = 0.5  # between two looks for batches
 AGAIN_SECONDS = 30.0  # until a batch that failed by our own fault is tried again
 TICK_SECONDS = 0.05  # between two looks for room, and two writes of finished lines
+PATIENCE_SECONDS = (
+    5.0  # that a batch of which nothing runs keeps its place while it waits; it leaves it to others then
+)
 TRIES = 3  # of a line that the server fails
 BUSY = (408, 409, 429, 503)  # a later try makes sense, unless the answer says not
 EXPIRED = LineError("batch_expired", "The batch's time was over before this request was run.")
@@ -91,6 +94,9 @@ class _BatchRun:
         self._tries: Counter[int] = Counter()
         self._width = FIRST
         self._hold_until = 0.0  # loop time before which nothing more is begun
+        self._pause = (
+            0.0  # seconds after which it goes on, here or in another server, once this run has ended
+        )
         self._renewed = 0.0
         self._looked = 0.0
         self._identity: Identity | None = None
@@ -104,13 +110,16 @@ class _BatchRun:
             logger.warning("batch %s stopped here: %s", batch.id, error)
             await asyncio.sleep(LEASE_SECONDS)
         finally:
-            self._store.release(batch, self._token)  # short, and must happen though we are cancelled
+            self._store.release(
+                batch, self._token, self._pause
+            )  # short, and must happen though we are cancelled
 
     async def _run(self) -> None:
         outcome = "completed"
         if self._batch.status in ("validating", "in_progress"):
             outcome = await self._run_file()
-        if self._batch.status == "in_progress" and not self._services.draining:
+        ended = not self._services.draining and not self._pause
+        if self._batch.status == "in_progress" and ended:
             self._batch = await asyncio.to_thread(self._store.finalize, self._batch, self._token, outcome)
         if self._batch.status == "cancelling":
             await self._finish("cancelled")
@@ -152,6 +161,10 @@ class _BatchRun:
                 if self._identity is None:
                     return await self._give_up(ENDED, [*waiting, *running.values()], "failed")
                 if self._services.draining and not running:
+                    break
+                wait = self._hold_until - asyncio.get_running_loop().time()
+                if wait > PATIENCE_SECONDS and not running:
+                    self._pause = wait
                     break
                 self._begin(file, waiting, running)
                 if running:
@@ -276,7 +289,6 @@ def _usage(body: dict[str, Any]) -> Usage:
 
 
 def _retry_after(answer: Answer) -> float:
-    """Seconds until a try makes sense; a long wait is looked at again after a minute: limits may be raised."""
-    milliseconds = answer.headers.get("retry-after-ms")
-    seconds = float(milliseconds) / 1000 if milliseconds else float(answer.headers.get("retry-after", 1.0))
-    return min(max(seconds, TICK_SECONDS), 60.0)
+    """Seconds until a try makes sense."""
+    seconds = 1.0 if answer.retry_after is None else answer.retry_after
+    return min(max(seconds, TICK_SECONDS), LOOK_AGAIN_SECONDS)

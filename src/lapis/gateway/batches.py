@@ -124,7 +124,11 @@ class BatchStore:
                 raise ConflictError(f"The batch {id} is {found.status}.", param="batch_id")
             if found.status != "cancelling":
                 facts = {**found.facts, "cancelling_at": self._files.clock()}
-                row = {"status": "cancelling", "facts": json.dumps(facts)}
+                row: dict[str, Any] = {"status": "cancelling", "facts": json.dumps(facts)}
+                # One that waits for a limit, run by nobody, has not to wait for its end.
+                row["lease_until"] = sa.case(
+                    (_columns.lease_token.is_(None), 0.0), else_=_columns.lease_until
+                )
                 connection.execute(batches.update().where(_columns.id == id).values(**row))
             return _find(connection, project_id, id)
 
@@ -151,11 +155,13 @@ class BatchStore:
         with write(self._db) as connection:
             return self._update(connection, batch, token)
 
-    def release(self, batch: Batch, token: str) -> None:
-        """Let another server have it at once."""
+    def release(self, batch: Batch, token: str, seconds: float = 0.0) -> None:
+        """Let another server have it, at once or after so many seconds; one that was cancelled meanwhile at once."""
         mine = batches.update().where(_columns.id == batch.id, _columns.lease_token == token)
+        until = self._files.clock() + seconds if seconds else 0.0
+        free = sa.case((_columns.status == "cancelling", 0.0), else_=until)
         with write(self._db) as connection:
-            connection.execute(mine.values(lease_token=None, lease_until=0.0))
+            connection.execute(mine.values(lease_token=None, lease_until=free))
 
     def begin(self, batch: Batch, token: str, total: int, model: str | None) -> Batch:
         """The input is right: its lines run from now on, unless somebody cancelled meanwhile."""

@@ -16,14 +16,24 @@ from lapis.gateway.eval_source import DataRow, data_rows
 from lapis.gateway.evals import EvalStore
 from lapis.gateway.files import FileStore
 from lapis.gateway.graders import Graders
-from lapis.gateway.inside import Post, post_patiently
+from lapis.gateway.inside import LOOK_AGAIN_SECONDS, Post, post_patiently
 from lapis.gateway.on_behalf import restored
 from lapis.log import logger
 from lapis.tenants.keys import ApiKeys, Identity
 
 ITEMS = 8  # of a run at a time
 IDLE_SECONDS = 0.5  # between two looks for a run
+PATIENCE_SECONDS = (
+    20.0  # that an item waits for a limit or a busy server; then the run leaves its place to others
+)
 WATCH_SECONDS = 0.5  # between two looks whether a run was canceled
+
+
+class _PausedError(Exception):
+    """A run waits for a limit; it goes on after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
 
 class EvalRunner:
@@ -63,6 +73,8 @@ class EvalRunner:
     async def _end(self, run: EvalRun, working: asyncio.Task[None]) -> None:
         try:
             working.result()
+        except _PausedError as paused:
+            await asyncio.to_thread(self._runs.release, run, paused.seconds)
         except ConflictError:
             return  # canceled, deleted or taken over
         except (AuthError, NotFoundError, InputError) as error:
@@ -96,24 +108,30 @@ class EvalRunner:
         return await asyncio.to_thread(restored, json.loads(run.identity), self._keys)
 
     async def _execute(self, run: EvalRun) -> None:
-        """All items that are not recorded yet. Raises ConflictError where the run is no longer ours."""
+        """All items that are not recorded yet. Raises ConflictError where the run is no longer ours, _PausedError where
+        it must wait for long: what was begun is recorded before."""
         identity = await self._identity(run)
         made_of = await asyncio.to_thread(self._evals.get, run.project_id, run.eval_id)
         done = await asyncio.to_thread(self._runs.recorded, run)
         rows = enumerate(data_rows(run.data_source["source"], self._files, run.project_id))
         wanted = ((number, row) for number, row in rows if number not in done)
         criteria = made_of.graders()
+        paused: list[_PausedError] = []
         with PythonSandbox() as sandbox:
             reading = asyncio.Lock()
 
             async def several() -> None:
-                while True:
+                while not paused:
                     async with reading:  # a thread at a time: the file is read line by line
                         found = await asyncio.to_thread(next, wanted, None)
                     if found is None:
                         return
                     number, row = found
-                    answer = await self._sample(run, identity, row)
+                    try:
+                        answer = await self._sample(run, identity, row)
+                    except _PausedError as error:
+                        paused.append(error)
+                        return
                     graded = await self._grade(identity, criteria, row, answer, sandbox)
                     result = _result(number, row, answer, criteria, graded)
                     await asyncio.to_thread(self._runs.record, run, result)
@@ -124,6 +142,8 @@ class EvalRunner:
                         group.create_task(several())
             except* LapisError as failed:
                 raise failed.exceptions[0] from None
+        if paused:
+            raise paused[0]
 
     async def _sample(self, run: EvalRun, identity: Identity, row: DataRow) -> Sampled:
         """The answer to an item: the one that it brings along, or what the run's model says."""
@@ -134,7 +154,10 @@ class EvalRunner:
             asked = asking(source, row.item)
         except InputError as error:
             return unanswered(None, model, error.code, error.message)
-        answer = await post_patiently(self._post, identity, asked.path, json.dumps(asked.body).encode())
+        body = json.dumps(asked.body).encode()
+        answer = await post_patiently(self._post, identity, asked.path, body, PATIENCE_SECONDS)
+        if answer.busy:
+            raise _PausedError(min(answer.retry_after or 1.0, LOOK_AGAIN_SECONDS))
         if answer.failure is not None:
             return unanswered(asked, model, str(answer.status), answer.failure)
         return sampled(asked, answer.json())

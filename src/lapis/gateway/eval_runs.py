@@ -266,10 +266,11 @@ class EvalRuns:
                 connection.execute(eval_runs.update().where(_leased(run)).values(lease_until=until)).rowcount
             )
 
-    def release(self, run: EvalRun) -> None:
-        """Give a lease back: any server may go on with the run at once."""
+    def release(self, run: EvalRun, seconds: float = 0.0) -> None:
+        """Give a lease back: any server may go on with the run, at once or after so many seconds."""
+        until = self.clock() + seconds if seconds else None
         with write(self.db, lock=f"evalrun:{run.id}") as connection:
-            connection.execute(eval_runs.update().where(_leased(run)).values(lease=None, lease_until=None))
+            connection.execute(eval_runs.update().where(_leased(run)).values(lease=None, lease_until=until))
 
     def recorded(self, run: EvalRun) -> set[int]:
         """The numbers of the items that are done."""

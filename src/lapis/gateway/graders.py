@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,8 @@ from lapis.gateway.inside import Post, post_patiently
 from lapis.gateway.router import Router
 from lapis.tenants.keys import Identity
 
-THREADS = 32  # most of them wait for a model
+THREADS = 64  # most of them wait for a model
+A_PROJECT = 16  # of them that one project takes at a time: whose limit is spent does not stop the others
 PATIENCE = 600.0  # seconds for which a model that grades may be busy
 CHAT = "/v1/chat/completions"
 
@@ -30,6 +32,7 @@ class Graders:
         self._post = post
         self._router = router
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grader")
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(A_PROJECT))
 
     async def grade(
         self,
@@ -45,7 +48,8 @@ class Graders:
         ask = _Asking(self._post, identity, loop)
         means = Means(ask, sandbox)
         try:
-            return await loop.run_in_executor(self._threads, grade, grader, text, item, means, sample)
+            async with self._turns[identity.project_id]:
+                return await loop.run_in_executor(self._threads, grade, grader, text, item, means, sample)
         finally:
             ask.end()
 
@@ -53,7 +57,8 @@ class Graders:
         """Raise NotFoundError for a model that the caller cannot use, InputError for a program that cannot run."""
         for model in sorted(models_of(grader)):
             self._router.find(model, identity)
-        await asyncio.get_running_loop().run_in_executor(self._threads, check, grader, sandbox)
+        async with self._turns[identity.project_id]:
+            await asyncio.get_running_loop().run_in_executor(self._threads, check, grader, sandbox)
 
     def close(self) -> None:
         """End the threads; what they still wait for has been cancelled by the event loop."""

@@ -12,6 +12,7 @@ from typing import Any
 from lapis.tenants.keys import Identity
 
 BUSY = (429, 503)
+LOOK_AGAIN_SECONDS = 60.0  # a long wait is looked at again after so long: limits may be raised
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds
 
 
@@ -37,6 +38,19 @@ class Answer:
         except (ValueError, KeyError, TypeError):
             return f"The API answered with status {self.status}."
 
+    @property
+    def busy(self) -> bool:
+        """Whether a limit or a busy server refused it: asking again later makes sense."""
+        return self.status in BUSY and self.headers.get("x-should-retry") != "false"
+
+    @property
+    def retry_after(self) -> float | None:
+        """The seconds after which it says that asking again makes sense, if it says so."""
+        milliseconds, seconds = self.headers.get("retry-after-ms"), self.headers.get("retry-after")
+        if milliseconds is not None:
+            return float(milliseconds) / 1000
+        return None if seconds is None else float(seconds)
+
 
 # POST a JSON body to a path (`/v1/…`) in somebody's name. `Identity.background` makes it yield to live traffic.
 # Cancelling it is what hanging up is for a client.
@@ -59,9 +73,9 @@ async def post_patiently(
     until, pause = loop.time() + seconds, FIRST_PAUSE
     while True:
         answer = await post(identity, path, body)
-        final = answer.status not in BUSY or answer.headers.get("x-should-retry") == "false"
-        if final or loop.time() >= until:
+        if not answer.busy or loop.time() >= until:
             return answer
-        told = float(answer.headers.get("retry-after-ms", 0)) / 1000
-        await asyncio.sleep(min(max(pause, told), LONGEST_PAUSE, max(0.0, until - loop.time())))
+        await asyncio.sleep(
+            min(max(pause, answer.retry_after or 0.0), LONGEST_PAUSE, max(0.0, until - loop.time()))
+        )
         pause *= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from lapis.api.auth import ServicesOf, Worker
 from lapis.api.body import json_body, json_schema
@@ -16,6 +16,7 @@ from lapis.api.protocol.graders import (
     grader_object,
     grader_run_response,
 )
+from lapis.api.streaming import while_connected
 from lapis.evaluate.graders.python_grader import PythonSandbox
 
 router = APIRouter(prefix="/v1/fine_tuning/alpha/graders")
@@ -24,10 +25,11 @@ Validate = Annotated[GraderValidateRequest, Depends(json_body(GraderValidateRequ
 
 
 @router.post("/run", openapi_extra=json_schema(GraderRunRequest))
-async def run_grader(services: ServicesOf, caller: Worker, body: Run) -> GraderRunResponse:
-    """What a sample is worth. What goes wrong while it is graded stands in the answer."""
+async def run_grader(request: Request, services: ServicesOf, caller: Worker, body: Run) -> GraderRunResponse:
+    """What a sample is worth. What goes wrong while it is graded stands in the answer; hanging up ends it."""
     with PythonSandbox() as sandbox:
-        grading = await services.graders.grade(caller, body.grader, body.model_sample, body.item, sandbox)
+        work = services.graders.grade(caller, body.grader, body.model_sample, body.item, sandbox)
+        grading = await while_connected(request.receive, work)
     return grader_run_response(grading)
 
 
