@@ -41,6 +41,7 @@ def test_requests_are_found_again_by_their_place(tmp_path: Path) -> None:
         ("{", "invalid_json_line", None),
         ("[1]", "invalid_json_line", None),
         ("[" * 5000, "invalid_json_line", None),
+        (line().replace('"m"', '"m", "model": "n"'), "invalid_json_line", "model"),
         ("{}", "missing_required_parameter", "custom_id"),
         (line(""), "invalid_custom_id", "custom_id"),
         (line(7), "invalid_custom_id", "custom_id"),

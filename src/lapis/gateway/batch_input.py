@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
+from lapis.errors import InputError
+from lapis.gateway.strict_json import fields_once
+
 MAX_LINES = 50_000
 MAX_BYTES = 200_000_000  # of the file
 MAX_LINE = 8 << 20  # bytes: what a request of its own may have
@@ -102,11 +105,13 @@ def _request(raw: bytes, endpoint: str) -> tuple[dict[str, Any] | None, tuple[st
     if len(raw) > MAX_LINE:
         return None, ("line_too_long", f"A line has at most {MAX_LINE:,} bytes.", None)
     try:
-        wanted = json.loads(raw)
+        wanted = json.loads(raw, object_pairs_hook=fields_once)
+    except InputError as error:
+        return None, ("invalid_json_line", error.message, error.param)
     except (ValueError, RecursionError):
         return None, ("invalid_json_line", "The line is not JSON.", None)
-    error = _wrong(wanted, endpoint)
-    return (None, error) if error is not None else (wanted, None)
+    wrong = _wrong(wanted, endpoint)
+    return (None, wrong) if wrong is not None else (wanted, None)
 
 
 def _wrong(wanted: Any, endpoint: str) -> tuple[str, str, str | None] | None:
