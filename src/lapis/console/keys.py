@@ -91,7 +91,10 @@ async def _create(view: View) -> None:
     with dialog("Create a key") as opened:
         name = Field("Name", placeholder="what it is for")
         project = Field(
-            "Project", "select", next((item.id for item in projects), ""), options={item.id: item.name for item in projects}
+            "Project",
+            "select",
+            next((item.id for item in projects), ""),
+            options={item.id: item.name for item in projects},
         )
         role = Field(
             "May do", "select", Role.MEMBER.value,

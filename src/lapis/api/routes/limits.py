@@ -31,7 +31,7 @@ from lapis.gateway.services import Services
 from lapis.tenants.admin_keys import Administrator
 from lapis.tenants.keys import Identity
 from lapis.tenants.limits import Limits
-from lapis.tenants.policy import EVERY_MODEL, ModelPolicy
+from lapis.tenants.policy import EVERY_MODEL, ModelPolicy, family
 from lapis.tenants.prices import Prices
 from lapis.tenants.quota import CENT, Quota
 from lapis.tenants.tenant import Role, Tenants
@@ -164,7 +164,7 @@ async def _rates(services: Services, caller: Administrator, project_id: str) -> 
     policy = await asyncio.to_thread(limits.policy, project_id, organization)
     viewer = Identity(organization, project_id, None, Role.READER.scopes, models=policy)
     served = services.router.models(viewer)
-    return {**{servable.name: Quota() for servable, _ in served}, **known}
+    return {**{family(servable.name): Quota() for servable, _ in served}, **known}
 
 
 def _set_project_spend(services: Services, caller: Administrator, project_id: str, cents: int | None) -> None:
