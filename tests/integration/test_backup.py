@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -171,6 +172,45 @@ def test_a_copy_of_a_database_file_in_a_backup_does_not_replace_the_rows(
     monkeypatch.setenv("LAPIS_DATABASE_URL", f"sqlite:///{empty.root / 'state.db'}")
     restore_backup(empty, tmp_path / "b.lapis")
     assert projects(empty) == before
+
+
+def test_a_file_that_is_cut_while_it_is_read_does_not_end_the_backup(
+    full: Home, empty: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = full.root / "runs/r1/part.bin"
+    cut.write_bytes(b"x" * 1_000_000)
+    original = archive.Writer._add
+
+    def slow(self: archive.Writer, info: tarfile.TarInfo, source: Any) -> None:
+        if info.name.endswith("runs/r1/part.bin"):
+            os.truncate(cut, 3)  # after its size was written
+        original(self, info, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive.Writer, "_add", slow)
+        make_backup(full, tmp_path / "b.lapis")
+    assert "part.bin was cut" in caplog.text
+    restore_backup(empty, tmp_path / "b.lapis")
+    kept = (empty.root / "runs/r1/part.bin").read_bytes()
+    assert kept == b"xxx" + bytes(999_997)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_on_a_disk_without_links_files_are_copied_but_for_those_that_go(
+    full: Home, empty: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    victim = full.root / "models/tiny/part.bin"
+
+    def link(source: Path, target: Path, **_: Any) -> None:
+        if gone and source == victim:
+            victim.unlink()
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    make_backup(full, tmp_path / "b.lapis")
+    restore_backup(empty, tmp_path / "b.lapis")
+    assert (empty.root / "data/d1/part.bin").read_bytes() == b"data/d1" * 1000
+    assert (empty.root / "models/tiny/part.bin").exists() is not gone
 
 
 def test_any_tar_program_lists_and_unpacks_it(full: Home, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lapis.errors import ConflictError, InputError, IntegrityError
+from lapis.log import logger
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -63,13 +64,21 @@ class Writer:
         self.members: list[Member] = []
 
     def add_file(self, name: str, path: Path) -> None:
-        """A file of the home: as many bytes as it has now, whoever appends to it meanwhile."""
+        """A file of the home: as many bytes as it has now, whoever appends to it meanwhile.
+
+        Where somebody cuts it meanwhile, zeros stand for what is gone.
+        """
         with path.open("rb") as source:
             info = self._tar.gettarinfo(arcname=name, fileobj=source)
             info.type, info.linkname = tarfile.REGTYPE, ""  # a hard link on disk is a file here
             info.uid = info.gid = 0
             info.uname = info.gname = ""
-            self._add(info, source)
+            whole = _Whole(source, info.size)
+            self._add(info, whole)
+            if whole.missing:
+                logger.warning(
+                    "%s was cut while it was read: %d zeros stand for the rest.", name, whole.missing
+                )
 
     def add_lines(self, name: str, lines: Iterable[bytes]) -> int:
         """A table, line by line; how many lines."""
@@ -119,6 +128,22 @@ class _Hashing:
         self.digest.update(data)
         written: int = self._file.write(data)
         return written
+
+
+class _Whole:
+    """A file that has as many bytes as it had at first: zeros for those that are gone."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._left = size
+        self.missing = 0
+
+    def read(self, size: int) -> bytes:
+        wanted = min(size, self._left)
+        data = self._file.read(wanted)
+        self._left -= wanted
+        self.missing += wanted - len(data)
+        return data.ljust(wanted, b"\0")
 
 
 def verify(path: Path) -> Manifest:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -94,7 +95,8 @@ def _link(home: Home, stage: Path, path: Path, left_out: tuple[str, ...]) -> Non
         except FileNotFoundError:
             continue  # removed in this moment, with its row or before it
         except OSError:  # another disk, or one without hard links
-            shutil.copyfile(file, twin)
+            with suppress(FileNotFoundError):  # as above
+                shutil.copyfile(file, twin)
 
 
 def name_of(path: Path) -> str:
