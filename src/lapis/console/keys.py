@@ -90,12 +90,8 @@ async def _create(view: View) -> None:
     projects = [project for project in known if project.archived_at is None]
     with dialog("Create a key") as opened:
         name = Field("Name", placeholder="what it is for")
-        project = Field(
-            "Project",
-            "select",
-            next((item.id for item in projects), ""),
-            options={item.id: item.name for item in projects},
-        )
+        names = {item.id: item.name for item in projects}
+        project = Field("Project", "select", next(iter(names), ""), options=names)
         role = Field(
             "May do", "select", Role.MEMBER.value,
             options={role.value: f"{role.value}: {', '.join(sorted(role.scopes))}" for role in Role},

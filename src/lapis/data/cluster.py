@@ -34,9 +34,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Neither Daft nor Ray sends anything home, here and on the nodes."""
-PIECES_A_CORE = (
-    4  # of a table: each starts a process, so few; more than one, so that no core waits long for others
-)
+# Of a table: each starts a process, so few; more than one, so that no core waits long for others.
+PIECES_A_CORE = 4
 TRIES = 5  # in a row without any result
 SETTLE_SECONDS = 3.0  # until Ray knows which machines are left
 CONNECT_SECONDS = 10.0

@@ -196,9 +196,8 @@ class HeldoutConfig(Section):
 
 
 Weights = dict[str, Limit]
-LEAST_SHARE = (
-    1e-4  # of a source with a weight: windows are drawn in blocks that hold each source at least once
-)
+# Of a source with a weight: windows are drawn in blocks that hold each source at least once.
+LEAST_SHARE = 1e-4
 
 
 class MixtureSegment(Section):

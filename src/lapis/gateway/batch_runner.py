@@ -32,9 +32,8 @@ WAITING = 2  # requests in an engine's queue at which no more lines are begun
 LOOK_SECONDS = 0.5  # between two looks for batches
 AGAIN_SECONDS = 30.0  # until a batch that failed by our own fault is tried again
 TICK_SECONDS = 0.05  # between two looks for room, and two writes of finished lines
-PATIENCE_SECONDS = (
-    5.0  # that a batch of which nothing runs keeps its place while it waits; it leaves it to others then
-)
+# For so long a batch of which nothing runs keeps its place while it waits; it leaves it to others then.
+PATIENCE_SECONDS = 5.0
 TRIES = 3  # of a line that the server fails
 BUSY = (408, 409, 429, 503)  # a later try makes sense, unless the answer says not
 EXPIRED = LineError("batch_expired", "The batch's time was over before this request was run.")

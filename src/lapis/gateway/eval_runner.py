@@ -23,9 +23,8 @@ from lapis.tenants.keys import ApiKeys, Identity
 
 ITEMS = 8  # of a run at a time
 IDLE_SECONDS = 0.5  # between two looks for a run
-PATIENCE_SECONDS = (
-    20.0  # that an item waits for a limit or a busy server; then the run leaves its place to others
-)
+# For so long an item waits for a limit or a busy server; then the run leaves its place to others.
+PATIENCE_SECONDS = 20.0
 WATCH_SECONDS = 0.5  # between two looks whether a run was canceled
 
 

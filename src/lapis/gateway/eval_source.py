@@ -12,9 +12,8 @@ from lapis.gateway.strict_json import depth, read_json
 
 LARGEST = 100_000  # rows of a run
 LINE = 8 << 20  # bytes
-DEPTH = (
-    200  # levels of a source or a row: with what is around it in an answer below 255, where pydantic gives up
-)
+# Levels of a source or a row: with what is around it in an answer below 255, where pydantic gives up.
+DEPTH = 200
 MARK = b"\xef\xbb\xbf"  # with which some programs begin a file
 KEYS = {"item", "sample"}
 

@@ -28,9 +28,8 @@ from lapis.tables.uploads import upload_parts, uploads
 from lapis.tenants.keys import Identity
 
 BLOCK = 1 << 20  # bytes read at a time
-ABANDONED_SECONDS = (
-    7200.0  # nobody has written to it for so long: its writer is dead (an upload takes an hour at most)
-)
+# Nobody has written to it for so long: its writer is dead (an upload takes an hour at most).
+ABANDONED_SECONDS = 7200.0
 TIDY_SECONDS = 600.0  # what has expired is not seen any more; its bytes go a little later
 MAX_NAME = 255  # characters of a file's name
 JSON_LINES = ("batch", "fine-tune")  # purposes whose files have one JSON object a line

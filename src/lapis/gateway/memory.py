@@ -9,9 +9,8 @@ from pathlib import Path
 
 from lapis.release.registry import Servable
 
-SHARE = (
-    0.6  # of the machine's memory, unless told otherwise; the rest is for what is computed, and for others
-)
+# Of the machine's memory, unless told otherwise; the rest is for what is computed, and for others.
+SHARE = 0.6
 GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 

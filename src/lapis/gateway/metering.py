@@ -19,9 +19,8 @@ from lapis.tenants.quota import LimitState
 from lapis.tenants.usage import LIFETIME, NOTHING, Operation, Reservation, Usage, UsageLedger
 
 FOLD_AFTER = 250  # writes of the loop's own: some 1,500 pages of SQLite's log
-TIDY_SECONDS = (
-    60.0  # between two looks for what dead processes had reserved, and for what is still to be written
-)
+# Between two looks for what dead processes had reserved, and for what is still to be written.
+TIDY_SECONDS = 60.0
 SETTLE_AFTER = 0.002  # seconds, in which the loop sends the answer first
 
 
