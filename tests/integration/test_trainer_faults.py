@@ -128,6 +128,19 @@ def test_a_machine_that_miscomputes_once_changes_nothing(home: Home, texts: Path
     assert_same(run, train(recipe, Faulty(recipe, dataset), begin(home, recipe, "sound")))
 
 
+def test_a_fault_that_was_survived_is_no_proof_and_neither_is_one_after_a_resume(
+    home: Home, texts: Path, dataset: Dataset
+) -> None:
+    recipe = tiny_recipe(texts, steps=8, bad_step="skip", checkpoint={"steps": 4})
+    run = begin(home, recipe)
+    stopped(recipe, Faulty(recipe, dataset, bad=(4,)), run, 6)
+    (newest,) = run.checkpoints.glob("step-00000006*")
+    shutil.rmtree(newest)  # so that it goes on from step 4, and meets what followed there
+    train(recipe, Faulty(recipe, dataset, bad=(1,)), run)
+    assert [event["action"] for event in run.events.read("bad_step")] == ["replay taken"] * 2
+    assert_same(run, train(recipe, Faulty(recipe, dataset), begin(home, recipe, "sound")))
+
+
 def test_skipping_ends_when_every_step_is_bad(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts, steps=30, bad_step="skip")
     with pytest.raises(TrainingError, match="Step 7 "):

@@ -174,12 +174,12 @@ class Trainer:
         batch = self._batch()
         with self.spent.on("step"):
             numbers = self._gradients(batch)
-            self._prove(numbers.loss)
             why = bad_step.complaint(numbers, self.good, self.section.outlier)
         if why is None:
             self.skipped = 0
         else:
             numbers = self._replay(batch, numbers, why)
+        self._prove(numbers.loss)
         if not self.skipped:
             self.heartbeat.works()
             scale = self.plan.scale(self.step)
@@ -356,7 +356,11 @@ class Trainer:
         slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
         slow, _ = self.world.agree(slow, 0.0)
         if reason == "stopped" and not slow:  # the next step's loss, so that the resume can be proved
-            self._prove(self._gradients(self._batch()).loss)
+            numbers = self._gradients(self._batch())
+            if (
+                bad_step.complaint(numbers, self.good, self.section.outlier) is None
+            ):  # a resume replays a bad one
+                self._prove(numbers.loss)
             self.replica.drop_gradients()
         self._write_end(reason)
         if reason == "stopped":
