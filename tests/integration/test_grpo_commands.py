@@ -222,7 +222,7 @@ def test_a_reward_that_raises_costs_no_step(place: Path, home: Home) -> None:
     assert re.search(
         r"share failed for .*prompts\.jsonl:\d: KeyError: 'wanted' \(.*rewards\.py:\d+\)", message
     )
-    assert "Nothing is lost" in message
+    assert "goes on from the last checkpoint" in message
     made = Run.find(home, "last")
     assert made.status() == "stopped"
     assert load(last_checkpoint(made)).state["step"] == 3
@@ -232,6 +232,19 @@ def test_a_reward_that_raises_costs_no_step(place: Path, home: Home) -> None:
     assert [event["step"] for event in made.events.read("resume")] == [3]
     run("train", str(path), "--set", "name=unbroken")
     assert_same(made, Run.find(home, "unbroken"))
+
+
+def test_a_reward_that_fails_for_a_held_out_prompt_costs_no_step(place: Path, home: Home) -> None:
+    """At the checkpoint of step 4 the answers are measured before it is saved."""
+    path = recipe(place)
+    (place / "rewards.py").write_text(REWARDS + FAILING.replace("30", str(2 + 4 * 8 + 1)))
+    refused(InputError, "train", str(path), "--set", "checkpoint.steps=4")
+    made = Run.find(home, "last")
+    assert made.status() == "stopped"
+    assert load(last_checkpoint(made)).state["step"] == 4
+    (place / "rewards.py").write_text(REWARDS)
+    run("train", str(path), "--set", "checkpoint.steps=4")
+    assert [event["step"] for event in made.events.read("heldout")] == [0, 6]
 
 
 def test_a_reward_that_cannot_be_had_is_refused_before_anything_starts(place: Path, home: Home) -> None:

@@ -25,7 +25,7 @@ from lapis.train.recipe import GrpoSection
 
 Grade = Callable[[Any, str, dict[str, Any]], Any]
 SHOWN = 200  # characters of an answer in an error
-MENDED = "Nothing is lost: mend it and run the same command, which goes on from the last checkpoint."
+MENDED = "Mend it and run the same command, which goes on from the last checkpoint."
 
 
 @dataclass(frozen=True)

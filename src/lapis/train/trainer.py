@@ -118,10 +118,9 @@ class Trainer:
             self._begin()
             self._steps(progress, stop)
             with self.heartbeat.busy():
-                self.checkpoints.finish(
-                    self._snapshot(self._measure() if self.plan.done(self.step) else None)
-                )
-            self._end("finished" if self.plan.done(self.step) else "stopped")
+                done = self.plan.done(self.step)
+                self.checkpoints.finish(self._measured() if done else self._snapshot())
+            self._end("finished" if done else "stopped")
 
     def _steps(self, progress: Progress, stop: threading.Event) -> None:
         recorded, last = -math.inf, time.monotonic()
@@ -143,8 +142,23 @@ class Trainer:
             self.checkpoints.poll()
             if self.checkpoints.due(self.step) and not self.plan.done(self.step):
                 with self.heartbeat.busy():
-                    self.checkpoints.begin(self._snapshot(self._measure()))
+                    self.checkpoints.begin(self._measured())
                 last = time.monotonic()  # saving is not training time
+
+    def _measured(self) -> Snapshot:
+        """The present state with its score. A measurement that fails costs no step: a reward can."""
+        try:
+            score = self._measure()
+        except LapisError:
+            self._keep_steps()
+            raise
+        return self._snapshot(score)
+
+    def _keep_steps(self) -> None:
+        """Save all steps before an error goes on. Of several ranks the others may not meet it, and would wait."""
+        if self.world.size == 1:
+            self.checkpoints.finish(self._snapshot())
+            self._write_end("stopped")
 
     def _snapshot(self, score: float | None = None) -> Snapshot:
         """The present state, as a checkpoint keeps it; its score is the loss on held-out text, if that was measured."""
@@ -201,9 +215,7 @@ class Trainer:
             with self.spent.on("data"):
                 batch = self.objective.step(self.step, *self.replica.share)
         except LapisError:
-            if self.world.size == 1:  # of several ranks the others go on, and would wait
-                self.checkpoints.finish(self._snapshot())
-                self._write_end("stopped")
+            self._keep_steps()
             raise
         self.spent.move(batch.worked_s, "data", "step")
         self.heartbeat.waits(time.monotonic() - begun)
