@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from lapis.model.manifest import Source
 from lapis.model.weights import read_model, write_model
 from lapis.train.export import exported_run
 from lapis.train.goodput import account
+from lapis.train.objective import Measure
 from lapis.train.pretrain import Pretraining
 from lapis.train.recipe import Recipe
 from lapis.train.run import Run
@@ -145,6 +147,21 @@ def test_skipping_ends_when_every_step_is_bad(home: Home, texts: Path, dataset: 
     recipe = tiny_recipe(texts, steps=30, bad_step="skip")
     with pytest.raises(TrainingError, match="Step 7 "):
         train(recipe, Faulty(recipe, dataset, bad=tuple(range(2, 99))), begin(home, recipe))
+
+
+def test_figures_that_are_not_finite_are_told_as_nothing(home: Home, texts: Path, dataset: Dataset) -> None:
+    class Odd(Pretraining):
+        def metrics(self) -> Mapping[str, float]:
+            return {"margin": math.nan, "accuracy": 0.5}
+
+        def heldout(self, measure: Measure) -> Mapping[str, float]:
+            return {"margin": -math.inf}
+
+    recipe = tiny_recipe(texts, steps=2, checkpoint={"best": 1})
+    run = train(recipe, Odd(recipe.train, dataset), begin(home, recipe))
+    assert run.status() == "finished"
+    assert {(event["margin"], event["accuracy"]) for event in run.events.read("step")} == {(None, 0.5)}
+    assert [event["margin"] for event in run.events.read("heldout")] == [None, None]
 
 
 def test_everything_is_in_the_checkpoint(home: Home, texts: Path, dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import FrameType
@@ -346,7 +346,7 @@ class Trainer:
         with self.spent.on("heldout"):
             measured = self.objective.heldout(self.replica.measure)
         if measured:
-            self.run.events.write("heldout", step=self.step, **measured)
+            self.run.events.write("heldout", step=self.step, **_plain(measured))
         loss = measured.get("loss", math.nan)
         return loss if math.isfinite(loss) else None
 
@@ -415,8 +415,7 @@ class Trainer:
             tokens_per_s=round(speed, 1),
             mfu=round(mfu, 4),
             memory=peak_memory(self.model.ops.device),
-            grad_norm=norm if math.isfinite(norm) else None,
-            **self.objective.metrics(),
+            **_plain({"grad_norm": norm, **self.objective.metrics()}),
             seconds=round(self.trained_s, 3),
             spent=self.spent.facts(),
         )
@@ -440,6 +439,11 @@ class Trainer:
             return (self.plan.steps - self.step) * self.tokens / self.step / speed
         assert self.section.minutes is not None, "a run without minutes has its steps planned from the start"
         return max(0.0, self.section.minutes * 60 - self.trained_s)
+
+
+def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as JSON has them: None for one that is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 @contextmanager
