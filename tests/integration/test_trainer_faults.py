@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from lapis import config
+from lapis.checkpoint.folder import listing
 from lapis.checkpoint.manifest import FORMAT
 from lapis.checkpoint.sharded import latest, load
 from lapis.cli.main import lapis
@@ -109,6 +111,28 @@ def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_move(
         unharmed.loop(lambda *_, **__: None, After(unharmed, 4))  # type: ignore[arg-type]
     for name, tensor in trainer.replica.groups()["optimizer"].items():
         assert torch.equal(tensor, saved(good)["optimizer"][name])
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_weights_that_are_not_finite_are_never_saved(
+    home: Home, texts: Path, dataset: Dataset, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They spoil no checkpoint that is good, not the last one either, and the error says which one there is."""
+    monkeypatch.setattr("lapis.train.trainer.RECORD_EVERY_S", 0.0)
+    recipe = tiny_recipe(texts, steps=6, checkpoint={"steps": 3, "keep": 1})
+    run = begin(home, recipe)
+    trainer = Trainer(recipe, Pretraining(recipe.train, dataset), run)
+
+    def spoil(*_: object) -> None:
+        if trainer.step == step:
+            trainer.replica.groups()["optimizer"]["master.embed"][7, 5] = math.nan  # type: ignore[index]
+
+    with pytest.raises(TrainingError, match=f"not finite after step {step}; .*not saved") as caught:
+        trainer.loop(spoil, threading.Event())
+    kept = "There is no checkpoint yet." if step == 3 else "Its checkpoint of step 3 is good."
+    assert kept in str(caught.value)
+    assert run.status() == "failed"
+    assert [checkpoint.step for checkpoint in listing(run.checkpoints)[0]] == ([] if step == 3 else [3])
 
 
 def test_a_bad_step_can_be_skipped(home: Home, texts: Path, dataset: Dataset) -> None:

@@ -44,6 +44,7 @@ class Checkpoints:
         self.ranks = Ranks.own()  # to decide together, while the saver's thread talks over its own group
         self.last: int | None = None  # the step of this process's last checkpoint, begun or committed
         self._committed: int | None = None
+        self._good: int | None = None  # the step of the last one that can be gone on from
         self._begun, self._stall = time.monotonic(), 0.0
 
     def __enter__(self) -> Self:
@@ -69,6 +70,7 @@ class Checkpoints:
                 f"No checkpoint of the run {self.run.id} is whole: {next(iter(skipped.values())).message}",
                 hint=f"To begin this run anew, remove {self.run.checkpoints}",
             )
+        self._good = found.step if found else None
         return found
 
     def due(self, step: int) -> bool:
@@ -109,6 +111,15 @@ class Checkpoints:
         self.last = snapshot.step
         self._tell(checkpoint, time.monotonic() - begun)
 
+    def kept(self) -> str:
+        """Which checkpoint a run that fails leaves, as a sentence; waits for the one in progress."""
+        self._settle()
+        return (
+            "There is no checkpoint yet."
+            if self._good is None
+            else f"Its checkpoint of step {self._good:,} is good."
+        )
+
     def _save(self, snapshot: Snapshot) -> Checkpoint:
         return save(
             self.run.checkpoints,
@@ -132,7 +143,7 @@ class Checkpoints:
             self._tell(checkpoint, self._stall + time.monotonic() - begun)
 
     def _tell(self, checkpoint: Checkpoint, stall: float) -> None:
-        self._committed = checkpoint.step
+        self._committed = self._good = checkpoint.step
         if self.ranks.first:
             self.run.events.write(
                 "checkpoint",

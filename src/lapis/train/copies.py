@@ -68,6 +68,10 @@ class Copies:
         """The first rank's copy."""
         return self.model if self.world.is_main else None
 
+    def finite(self) -> bool:
+        """Whether the weights of every copy are."""
+        return self.world.all(self.own.finite())
+
     def groups(self) -> Groups:
         """What a checkpoint keeps: the first rank saves it, all read it."""
         return {

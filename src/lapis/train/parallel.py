@@ -34,7 +34,7 @@ from lapis.train.placement import Placement, local_config, placements
 from lapis.train.recipe import TrainSection
 from lapis.train.recompute import recompute_layers
 from lapis.train.reference import Reference
-from lapis.train.replica import Groups
+from lapis.train.replica import Groups, all_finite
 from lapis.train.sharded_optimizer import ShardedOptimizer, inside, local, outside
 from lapis.train.stages import Stages
 from lapis.train.world import World
@@ -193,6 +193,10 @@ class Parallel:
             if copy is not None:
                 copy.get_parameter(name).copy_(total)
         return copy
+
+    def finite(self) -> bool:
+        """Whether the shards of all ranks are."""
+        return self.world.all(bool(all_finite(self.optimizer.master.values())))
 
     def groups(self) -> Groups:
         """The weights in the model's type, the optimizer's state and the average: this rank's pieces of each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -58,6 +58,9 @@ class Replica(Protocol):
 
     def whole(self) -> Decoder | None:
         """The whole model as it is now, to be read, on the first rank alone; all ranks ask together."""
+
+    def finite(self) -> bool:
+        """Whether all weights are, on all ranks, which ask together; a pass over the weights, so not for every step."""
 
     def groups(self) -> Groups:
         """What a checkpoint keeps of it: the groups model and optimizer, and ema if an average is kept."""
@@ -135,6 +138,10 @@ class Alone:
         """The model itself."""
         return self.model
 
+    def finite(self) -> bool:
+        """Whether the master weights are."""
+        return bool(all_finite([self.flat.master]))
+
     def groups(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The trained weights, the optimizer's state and the average, as views."""
         trained = [item for item in self.model.named_parameters() if item[1].requires_grad]
@@ -145,3 +152,9 @@ class Alone:
     def resumed(self, updates: int) -> None:
         """Continue from what was read into `groups`; the trained weights follow from the master weights."""
         self.optimizer.resumed(updates)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether no element of some tensors is a NaN or an infinity, as one boolean; nothing of their size is made."""
+    ends = [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor)]
+    return torch.stack(ends).isfinite().all() if ends else torch.tensor(True)

@@ -119,6 +119,7 @@ class Trainer:
             self._steps(progress, stop)
             with self.heartbeat.busy():
                 done = self.plan.done(self.step)
+                self._check_weights()
                 self.checkpoints.finish(self._measured() if done else self._snapshot())
             self._end("finished" if done else "stopped")
 
@@ -142,6 +143,7 @@ class Trainer:
             self.checkpoints.poll()
             if self.checkpoints.due(self.step) and not self.plan.done(self.step):
                 with self.heartbeat.busy():
+                    self._check_weights()
                     self.checkpoints.begin(self._measured())
                 last = time.monotonic()  # saving is not training time
 
@@ -157,8 +159,20 @@ class Trainer:
     def _keep_steps(self) -> None:
         """Save all steps before an error goes on. Of several ranks the others may not meet it, and would wait."""
         if self.world.size == 1:
+            self._check_weights()
             self.checkpoints.finish(self._snapshot())
             self._write_end("stopped")
+
+    def _check_weights(self) -> None:
+        """Raise TrainingError if the weights are not finite: they are not saved, nothing could go on from them."""
+        if self.replica.finite():
+            return
+        kept = self.checkpoints.kept()
+        self._write_end("failed")
+        raise TrainingError(
+            f"The weights of the run {self.run.id} are not finite after step {self.step}; they were not saved.",
+            hint=f"{kept} Train with a lower rate: --set train.lr=… --set train.embed_lr=…",
+        )
 
     def _snapshot(self, score: float | None = None) -> Snapshot:
         """The present state, as a checkpoint keeps it; its score is the loss on held-out text, if that was measured."""
@@ -264,6 +278,7 @@ class Trainer:
         return again
 
     def _fail(self, first: Numbers, again: Numbers, why: str, fault: bad_step.Fault) -> None:
+        kept = self.checkpoints.kept()
         self._write_end("failed")
         told = {
             "data": "done again it gives the same bits, so it comes from data or weights",
@@ -272,7 +287,7 @@ class Trainer:
         raise TrainingError(
             f"Step {self.step} of the run {self.run.id} is bad ({why}): loss {first.loss}, gradient {first.norm}; "
             f"{told[fault]}.",
-            hint="The last checkpoint is good; the event bad_step names the samples. Train with a lower rate "
+            hint=f"{kept} The event bad_step names the samples. Train with a lower rate "
             "(--set train.lr=… --set train.embed_lr=…), or past such steps: --set train.bad_step=skip",
         )
 

@@ -97,6 +97,10 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def all(self, true: bool) -> bool:
+        """Whether something holds on every rank."""
+        return not bool(self.max(torch.tensor(float(not true), device=self.device)))
+
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
         """Whether any rank is to stop, and the first rank's clock: clocks differ, what follows from them must not."""
         if self.size == 1:
