@@ -9,12 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from lapis.home import Home
 from lapis.train import health
 from lapis.train.health import newborn, observe
 from lapis.train.heartbeat import SIZE, Beat, Heartbeat, Phase, decode, encode
 from lapis.train.launch import environment, threads_per_rank
 from lapis.train.recipe import SupervisorSection
-from lapis.train.supervisor import Action, End, Facts, Renew, Report, Signal, Start, State, begin, decide
+from lapis.train.run import Run
+from lapis.train.supervisor import (
+    Action,
+    End,
+    Facts,
+    Renew,
+    Report,
+    Signal,
+    Start,
+    State,
+    begin,
+    decide,
+    given_up,
+)
 
 SECTION = SupervisorSection(hang_seconds=10, start_seconds=100, restarts=2)
 KILL, TERM = Signal(signal.SIGKILL), Signal(signal.SIGTERM)
@@ -78,6 +92,17 @@ def test_attempts_without_a_new_checkpoint_count_and_progress_forgives() -> None
     assert state.end == End("gave_up", 10, "3 attempts in a row brought no new checkpoint")
 
 
+def test_checkpoints_after_a_fallback_are_progress() -> None:
+    """The one of step 20 was damaged: the ranks went on from step 10, and lose a rank after each new one."""
+    (state, _), now = begin(3, 0, 0.0, checkpoint=20), 0.0
+    for checkpoint in (12, 14, 16, 18, 19):
+        state, _ = decide(state, facts(now + 1, -9, None, None, checkpoint=checkpoint), SECTION)
+        state, actions = decide(state, facts(now + 2, -9, -9, -9, checkpoint=checkpoint), SECTION)
+        assert isinstance(actions[0], Report)
+        assert (actions[0].facts["step"], actions[0].facts["without_progress"]) == (checkpoint, 1)
+        now += 2
+
+
 def test_numbers_that_fail_again_at_the_same_place_are_not_tried_a_third_time() -> None:
     state, _ = decide(started(), facts(1, None, None, None, step=5), SECTION)
     state, _ = decide(state, facts(2, 10, 10, 10, step=5), SECTION)
@@ -85,6 +110,27 @@ def test_numbers_that_fail_again_at_the_same_place_are_not_tried_a_third_time() 
     assert state.phase == "running"
     state, _ = decide(state, facts(4, 10, 10, 10), SECTION)
     assert state.end == End("gave_up", 10, "it failed the same way twice")
+
+
+def test_a_run_that_its_ranks_called_failed_is_not_said_to_go_on(tmp_path: Path) -> None:
+    class Gone:
+        def log(self, rank: int) -> Path:
+            return tmp_path / f"rank-{rank}.log"
+
+    run, end = (
+        Run.create(Home(tmp_path), "r", "", "0" * 64),
+        End("gave_up", 10, "it failed the same way twice"),
+    )
+    (run.checkpoints / f"step-{4:08}-0123456789ab").mkdir(parents=True)
+    run.events.write("start")
+    run.events.write("rank_lost", rank=0)
+    run.events.write("gave_up", causes=[])
+    told = str(given_up(run, Gone(), end))  # type: ignore[arg-type]
+    assert "step 4 is kept: the same command goes on from it" in told
+    run.events.write("end", reason="failed")
+    told = str(given_up(run, Gone(), end))  # type: ignore[arg-type]
+    assert "goes on" not in told
+    assert "the same command begins a new run" in told
 
 
 def test_the_group_finishes_only_when_all_have() -> None:

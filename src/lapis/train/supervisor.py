@@ -196,9 +196,10 @@ def _watch_beats(state: State, facts: Facts, section: SupervisorSection) -> Step
 
 def _lose(state: State, facts: Facts, cause: Cause, section: SupervisorSection) -> Step:
     """An attempt is over: kill what is left of it, and make up the mind about the next one."""
-    progress = facts.checkpoint > state.checkpoint
+    # After a fallback the new checkpoints are of earlier steps than the damaged one, which they replace.
+    progress = facts.checkpoint not in (-1, state.checkpoint)
     causes = (cause,) if progress else (*state.causes, cause)
-    checkpoint = max(facts.checkpoint, state.checkpoint)
+    checkpoint = facts.checkpoint if progress else state.checkpoint
     reason = _hopeless(causes, section)
     end = End("gave_up", _status(cause), reason) if reason else None
     slots = state.slots
@@ -338,7 +339,7 @@ def train_ranks(
         if end.outcome == "stopped":
             raise KeyboardInterrupt
         if end.outcome == "gave_up":
-            raise _given_up(run, ranks, end)
+            raise given_up(run, ranks, end)
 
 
 def newest_step(checkpoints: Path) -> int:
@@ -347,7 +348,8 @@ def newest_step(checkpoints: Path) -> int:
     return max((name.step for path in paths if (name := parse_name(path.name))), default=-1)
 
 
-def _given_up(run: Run, group: Ranks, end: End) -> TrainingError:
+def given_up(run: Run, group: Ranks, end: End) -> TrainingError:
+    """The error for a run that was given up: the causes, what the rank to blame said last, and what to do now."""
     causes = run.events.read("gave_up")[-1]["causes"]
     told = "".join(f"\n  {cause}" for cause in causes)
     blamed = run.events.read("rank_lost")[-1]["rank"]
@@ -355,6 +357,8 @@ def _given_up(run: Run, group: Ranks, end: End) -> TrainingError:
     told += f"\nThe last words of rank {blamed}: {words}" if words else ""
     step = newest_step(run.checkpoints)
     kept = f"The checkpoint of step {step:,} is kept: the same command goes on from it. " if step >= 0 else ""
+    if run.status() == "failed":  # the ranks said so, after a bad step
+        kept = "It stays failed: the same command begins a new run. "
     error = TrainingError(
         f"The run {run.id} was given up: {end.reason}.{told}",
         hint=f"{kept}All that the ranks said: {run.folder}/ranks/rank-*.log",
