@@ -17,13 +17,18 @@ from click.testing import CliRunner
 from lapis import config
 from lapis.cli.runs import group as runs_group
 from lapis.cli.train import command as train_command
+from lapis.data.shards import Dataset
 from lapis.db import open_database
 from lapis.home import Home
 from lapis.jobs.controller import Controller
 from lapis.jobs.executors.local import LocalExecutor
 from lapis.jobs.job import ENDED, JobSpec, Resources, State
 from lapis.jobs.queue import JobQueue
-from lapis.train.run import Run
+from lapis.train.pretrain import Pretraining
+from lapis.train.rank import program
+from lapis.train.recipe import Recipe
+from lapis.train.run import RECIPE, Run
+from lapis.train.trainer import find_or_create
 
 from .conftest import tiny_recipe
 from .test_supervisor import alive
@@ -61,6 +66,15 @@ def test_a_supervised_run_is_the_same_run(recipe: Path, home: Home) -> None:
 
 
 @pytest.mark.long
+def test_the_ranks_take_what_may_change_on_the_way(texts: Path, dataset: Dataset, home: Home) -> None:
+    begun, now = (tiny_recipe(texts, pipeline=name) for name in ("1f1b", "gpipe"))
+    objective = Pretraining(begun.train, dataset)
+    run = find_or_create(home, begun, config.to_toml(begun), objective)
+    assert find_or_create(home, now, config.to_toml(now), objective).id == run.id
+    _, _, _, *sets = program(home, run, objective, now.train).arguments
+    assert config.load(run.folder / RECIPE, Recipe, sets).train == now.train
+
+
 def test_as_a_job_it_restarts_and_ends_with_all_its_processes(
     recipe: Path, home: Home, tmp_path: Path
 ) -> None:

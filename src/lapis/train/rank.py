@@ -19,9 +19,13 @@ from lapis.train.trainer import train
 
 
 def program(home: Home, run: Run, objective: Objective, section: TrainSection) -> Program:
-    """The program of a run's ranks; mesh and samples may be others than when the run began."""
+    """The program of a run's ranks; mesh, pipeline and samples may be others than when the run began."""
     samples = config.toml_value(section.samples.model_dump(mode="json"))
-    sets = (f"train.mesh={section.mesh}", f"train.samples={samples}")
+    sets = (
+        f"train.mesh={section.mesh}",
+        f"train.pipeline={section.pipeline}",
+        f"train.samples={samples}",
+    )
     return Program(__name__, (str(home.root), run.id, str(objective.facts().get("dataset", "")), *sets))
 
 
