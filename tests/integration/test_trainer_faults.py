@@ -290,6 +290,34 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(
         config.parse({**values, "model": {"from": "small", "width": 64}}, Recipe)
 
 
+def test_adapters_on_text_do_not_go_on_beside_other_weights(home: Home, texts: Path) -> None:
+    def base(seed: int) -> None:
+        shape = small_models.config(vocab_size=320)
+        state = small_models.random_state(shape, seed=seed)
+        shutil.rmtree(home.models / "small", ignore_errors=True)
+        write_model(home.models / "small", shape, state, small_models.tokenizer(), source=Source("run", "t"))
+
+    base(0)
+    values = tiny_recipe(texts, steps=4, optimizer="adamw", checkpoint={"steps": 2}).model_dump(
+        mode="json", exclude_none=True, by_alias=True
+    )
+    recipe = config.parse({**values, "model": {"from": "small"}, "lora": {"rank": 4}}, Recipe)
+    recipe = with_own_tokenizer(recipe, home)
+    objective = Pretraining(recipe.train, prepare(recipe.data, recipe.tokenizer, home, workers=1))
+    run = begin(home, recipe)
+    stopped(recipe, objective, run, 3)
+    base(1)
+    for _ in range(2):
+        with pytest.raises(ConflictError, match="started from other weights than small has now"):
+            train(recipe, objective, run)
+    with pytest.raises(ConflictError, match="other weights"), exported_run(home, run.id):
+        pass
+    base(0)
+    assert train(recipe, objective, run).status() == "finished"
+    with exported_run(home, run.id) as exported:
+        assert exported.lineage["step"] == 4
+
+
 def test_data_that_do_not_fit_the_model_are_refused_before_there_is_a_run(
     home: Home, texts: Path, tmp_path: Path
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lapis import config
 from lapis.data.prompts import Prompts, prepare_prompts
 from lapis.data.recipe import ExamplesConfig
 from lapis.data.samples import Encoder, Samples, prepare_samples, template_of
-from lapis.errors import ConfigError, InputError
+from lapis.errors import ConfigError, ConflictError, InputError
 from lapis.home import Home
 from lapis.inference.engine import LocalEngine
-from lapis.log import Progress, silent
+from lapis.log import Progress, logger, silent
 from lapis.model import layout
 from lapis.model.store import ModelStore, StoredModel, open_folder
 from lapis.model.weights import read_chat_template, read_tokenizer
@@ -22,6 +23,7 @@ from lapis.train.objective import Objective
 from lapis.train.preference import Preferences
 from lapis.train.recipe import Recipe
 from lapis.train.reward import reward_of
+from lapis.train.run import RECIPE, Run
 from lapis.train.sft import Supervised
 
 
@@ -118,6 +120,24 @@ def fine_tuning(recipe: Recipe, home: Home, progress: Progress = silent) -> Obje
     if preferences:
         return Preferences(section, recipe.dpo, samples, base.tokenizer, facts)
     return Supervised(section, samples, base.tokenizer, facts)
+
+
+def check_base(run: Run, now: str) -> None:
+    """Raise ConflictError if a run started from other weights than its base has now, by their digests.
+
+    A run of an older Lapis may not have noted its base's digest: then there is a warning.
+    """
+    started = run.events.read("start")
+    if not started:
+        return
+    source, said = config.load(run.folder / RECIPE, Recipe).model.source, started[-1].get("base_digest")
+    if said is None:
+        logger.warning("the run %s did not note which weights %s had when it started", run.id, source)
+    elif said != now:
+        raise ConflictError(
+            f"The run {run.id} started from other weights than {source} has now: {said[:12]}, not {now[:12]}.",
+            hint=f"Give {source} its old weights again; or train on the new ones as a run of its own: --set name=…",
+        )
 
 
 def model_folder(source: str, home: Home) -> Path:

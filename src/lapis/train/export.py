@@ -23,7 +23,7 @@ from lapis.model.config import ModelConfig
 from lapis.model.manifest import Source
 from lapis.model.weights import DTYPES, read_model, write_model
 from lapis.tokenizer.bpe import Tokenizer
-from lapis.train.base import Base, model_folder
+from lapis.train.base import Base, check_base, model_folder
 from lapis.train.lora import Lora, attach, merged
 from lapis.train.recipe import Recipe
 from lapis.train.run import RECIPE, Run
@@ -139,12 +139,7 @@ def base_of(run: Run) -> Base:
     source = _recipe(run).model.source
     assert source is not None, "only runs that start from a model are asked"
     base = Base.open(source, model_folder(source, Home(run.folder.parent.parent)))
-    said = _start(run).get("base_digest", base.stored.digest)
-    if said != base.stored.digest:
-        raise ConflictError(
-            f"The run {run.id} started from other weights than {source} has now: {said[:12]}, not "
-            f"{base.stored.digest[:12]}."
-        )
+    check_base(run, base.stored.digest)
     return base
 
 

@@ -24,8 +24,10 @@ from lapis.home import Home
 from lapis.kernels.memory import keep_freed_memory
 from lapis.log import Progress, logger, silent
 from lapis.model.config import ModelConfig
+from lapis.model.store import open_folder
 from lapis.train import bad_step, goodput, proof, schedule
 from lapis.train.bad_step import Numbers
+from lapis.train.base import check_base, model_folder
 from lapis.train.checkpoints import Checkpoints, Snapshot
 from lapis.train.compiled import compile_layers
 from lapis.train.heartbeat import Heartbeat
@@ -308,10 +310,11 @@ class Trainer:
             )
 
     def _begin(self) -> None:
-        events, now = self.run.events.read(), goodput.clock()
+        events, now, base = self.run.events.read(), goodput.clock(), self._base_facts()
         facts: dict[str, Any] = {
             "parameters": self.config.parameters,
             **self.objective.facts(),
+            **base,
             "recipe_digest": self.recipe.digest(),
             "kernels": self.model.ops.name,
             "bit_exact": self.model.ops.bit_exact,
@@ -327,6 +330,16 @@ class Trainer:
             self.proofs = proof.expected(events, self.step)
         if self.step == 0:
             self._measure()
+
+    def _base_facts(self) -> dict[str, str]:
+        """Which weights the run started from. Raises ConflictError if adapters would go on beside others."""
+        source = self.recipe.model.source
+        if source is None:
+            return {}
+        digest = open_folder(source, model_folder(source, Home(self.run.folder.parent.parent))).digest
+        if self.recipe.lora is not None:
+            check_base(self.run, digest)
+        return {"base_digest": digest}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = load(checkpoint, {}).state
