@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from lapis.errors import StorageError
 from lapis.storage import storage_errors
 
 logger = logging.getLogger("lapis")
@@ -32,6 +33,18 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._warned = False  # that an event could not be noted
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append an event that its writer can do without: while none can be written, a first warning says so."""
+        try:
+            self.write(event, **facts)
+        except StorageError as error:
+            if not self._warned:
+                logger.warning("what happens is not written down: %s", error.message)
+            self._warned = True
+        else:
+            self._warned = False
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event as one line, after a line that a killed writer left torn too. Raises StorageError."""

@@ -128,6 +128,30 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints_of_that_whil
     assert run.status() == "finished"
 
 
+def test_a_disk_without_room_for_an_event_does_not_end_the_run(
+    home: Home, texts: Path, dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny_recipe(texts, steps=18, checkpoint={"steps": 4, "keep": 9, "asynchronous": False})
+    run = Run.create(home, "full", config.to_toml(recipe), "0" * 64)
+    trainer = Trainer(recipe, Pretraining(recipe.train, dataset), run)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def disk(*_: object, **__: object) -> None:
+        size = {6: run.events.path.stat().st_size + 20, 14: soft}.get(trainer.step)
+        if size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    try:
+        trainer.loop(disk, threading.Event())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("what happens is not written down: No space left") == 1
+    assert caplog.text.count("was not saved") == 2
+    assert [event["step"] for event in run.events.read("step")] == [*range(1, 7), *range(15, 19)]
+    assert [event["step"] for event in run.events.read("checkpoint")] == [4, 16, 18]
+    assert run.status() == "finished"
+
+
 def test_a_disk_that_is_full_at_the_end_costs_no_step(home: Home, texts: Path, dataset: Dataset) -> None:
     """The last checkpoint has to succeed: without it the run is not finished, and goes on once there is room."""
     recipe = tiny_recipe(texts, steps=10, checkpoint={"steps": 4, "keep": 9, "asynchronous": False})

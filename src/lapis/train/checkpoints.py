@@ -145,7 +145,7 @@ class Checkpoints:
     def _tell(self, checkpoint: Checkpoint, stall: float) -> None:
         self._committed = self._good = checkpoint.step
         if self.ranks.first:
-            self.run.events.write(
+            self.run.events.note(
                 "checkpoint",
                 step=checkpoint.step,
                 folder=checkpoint.folder.name,
@@ -158,4 +158,4 @@ class Checkpoints:
     def _tell_failure(self, step: int | None, error: StorageError | IntegrityError) -> None:
         logger.warning("the checkpoint of step %s was not saved: %s", step, error.message)
         if self.ranks.first:
-            self.run.events.write("checkpoint_failed", step=step, why=error.message)
+            self.run.events.note("checkpoint_failed", step=step, why=error.message)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from lapis.train.samples import sample_prompts
 from lapis.train.segments import check_segments, follow, mixture_of, segments_before
 from lapis.train.signs import give_signs
 from lapis.train.start import first_replica
+from lapis.train.stopping import stop_signals
 from lapis.train.world import World, is_first, lost_peers, started
 
 RECORD_EVERY_S = 0.25  # a step event at most this often, so that short steps do not fill the disk
@@ -74,7 +73,7 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
         return run
     keep_freed_memory()
     first = is_first()
-    with run.hold() if first else nullcontext(), _stop_signals() as stop:
+    with run.hold() if first else nullcontext(), stop_signals() as stop:
         if not first:
             run, progress = run.watched(), silent
         with lost_peers():
@@ -264,7 +263,7 @@ class Trainer:
         samples = self.checkpoints.ranks.gather(
             batch.samples
         )  # every rank calls the step bad, for all add up
-        self.run.events.write(
+        self.run.events.note(
             "bad_step",
             step=self.step,
             why=why,
@@ -305,7 +304,7 @@ class Trainer:
             )
         saved = self.checkpoints.last
         if saved is not None and self.step < saved + proof.STEPS:
-            self.run.events.write(
+            self.run.events.note(
                 proof.EVENT, checkpoint=saved, step=self.step, loss=loss.hex(), setup=self.setup
             )
 
@@ -374,7 +373,7 @@ class Trainer:
         with self.spent.on("heldout"):
             measured = self.objective.heldout(self.replica.measure)
         if measured:
-            self.run.events.write("heldout", step=self.step, **_plain(measured))
+            self.run.events.note("heldout", step=self.step, **_plain(measured))
         loss = measured.get("loss", math.nan)
         return loss if math.isfinite(loss) else None
 
@@ -388,9 +387,9 @@ class Trainer:
                     written += [] if whole is None else self.prompts.continued(whole)
                 except (LapisError, MemoryError, torch.OutOfMemoryError) as error:
                     logger.warning("step %s: the model was not sampled: %s", self.step, error)
-                    self.run.events.write("samples_failed", step=self.step, why=str(error))
+                    self.run.events.note("samples_failed", step=self.step, why=str(error))
         if written:
-            self.run.events.write("samples", step=self.step, samples=[one.facts() for one in written])
+            self.run.events.note("samples", step=self.step, samples=[one.facts() for one in written])
 
     def _end(self, reason: str) -> None:
         slow = not self.recent or self.recent[-1][0] >= PROOF_WITHIN_S
@@ -425,7 +424,7 @@ class Trainer:
         ):
             return
         self.plan = schedule.close(self.plan, self.step, self.trained_s, section.minutes)
-        self.run.events.write("plan", **asdict(self.plan))
+        self.run.events.note("plan", **asdict(self.plan))
 
     def _record(self, norm: float, progress: Progress) -> None:
         speed = self._speed()
@@ -434,7 +433,7 @@ class Trainer:
         )  # frozen weights have no gradient: one product in three
         mfu = speed * share * self.config.flops_per_token(self.section.sequence) / self.peak
         lr = self.section.lr * self.plan.scale(self.step - 1)
-        self.run.events.write(
+        self.run.events.note(
             "step",
             step=self.step,
             loss=self.loss,
@@ -472,24 +471,3 @@ class Trainer:
 def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
     """Figures as JSON has them: None for one that is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event, so that the step in progress ends whole; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
