@@ -385,6 +385,7 @@ def test_two_ranks_answer_their_own_prompts_and_learn_what_one_learns(
     for many, single in ((many, single) for many in two for single in one if many["step"] == single["step"]):
         assert many["ratio_off"] == 0.0 or not exact
         assert many["reward"] == pytest.approx(single["reward"])
+        assert many["tokens"] == single["tokens"]
         assert many["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
 
 

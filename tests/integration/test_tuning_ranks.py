@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lapis.train.mesh import Mesh
-from tests.tuning_worker import CASES, Case, in_one_process
+from tests.tuning_worker import CASES, Case, in_one_process, objective
 
 from .test_parallel_run import launch
 
@@ -61,6 +61,15 @@ def check(folder: Path, case: Case) -> None:
 @pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
 def test_two_ranks_tune_like_one_process(tuned: Path, case: Case) -> None:
     check(tuned, case)
+
+
+@pytest.mark.parametrize("case", [SHORT[0], SHORT[2]], ids=lambda case: case.objective)
+def test_a_step_has_as_many_tokens_on_any_number_of_ranks(case: Case) -> None:
+    goal = objective(case)
+    for step in range(6):
+        batch = goal.step(step, 0, 1)
+        assert batch.tokens == sum(len(micro.ids_T) for micro in batch.micros)
+        assert [goal.step(step, rank, 2).tokens for rank in range(2)] == [batch.tokens] * 2
 
 
 @pytest.mark.long

@@ -118,12 +118,15 @@ class GroupRelative:
         begun = time.monotonic()
         graded = self.graded(step, rank, ranks)
         seconds = time.monotonic() - begun
-        self._told, self._noted = averaged(told(graded, group), ranks), []
+        micros = tuple(joined(graded[start : start + micro]) for start in range(0, len(graded), micro))
+        own = sum(len(one.ids_T) for one in micros)
+        figures = averaged({**told(graded, group), "tokens": own}, ranks)
+        tokens = round(figures.pop("tokens") * ranks)
+        self._told, self._noted = figures, []
         if not self.prompts.heldout:
             self._read = [(one.answer, one.reward) for one in graded[::group]][:TOLD]
-        micros = tuple(joined(graded[start : start + micro]) for start in range(0, len(graded), micro))
         samples = self._chosen(step)[rank::ranks]
-        return StepBatch(micros, float(section.batch * group), samples, seconds)
+        return StepBatch(micros, float(section.batch * group), samples, tokens, seconds)
 
     def prompts_of(self, step: int) -> list[Asked]:
         """The prompts of a step."""

@@ -41,6 +41,7 @@ class StepBatch(NamedTuple):
     micros: tuple[TokenBatch, ...]  # each is one forward and backward pass
     weight: float  # sum of the weights of all tokens of the step: of all micro-batches of all ranks
     samples: tuple[int, ...]  # what names this rank's samples, so that a bad step can be looked into
+    tokens: int  # of the step, on all ranks together
     worked_s: float = 0.0  # seconds of making it that were work of the model: answers that it gave
 
 

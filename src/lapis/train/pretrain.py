@@ -85,7 +85,8 @@ class Pretraining:
         )
         for number, tokens in enumerate(micros):
             self._check(tokens, samples[number * micro :])
-        return StepBatch(micros, float(section.batch * section.sequence), samples)
+        whole = section.batch * section.sequence
+        return StepBatch(micros, float(whole), samples, whole)
 
     def _check(self, tokens: TokenBatch, samples: Sequence[int]) -> None:
         (beyond,) = np.nonzero(np.maximum(tokens.ids_T, tokens.targets_T) >= self.vocabulary)

@@ -121,9 +121,10 @@ def share_of_step(
     shares = [
         tuple(packed_batches([samples[n] for n in chosen[other::ranks]], longest)) for other in range(ranks)
     ]
+    tokens = sum(len(micro.ids_T) for share in shares for micro in share)
     most = max(map(len, shares))
     micros = shares[rank] + (shares[rank][0].nothing(),) * (most - len(shares[rank]))
-    return StepBatch(micros, float(sum(weigh(samples[n]) for n in chosen)), chosen[rank::ranks])
+    return StepBatch(micros, float(sum(weigh(samples[n]) for n in chosen)), chosen[rank::ranks], tokens)
 
 
 def facts_of(samples: Samples) -> dict[str, Any]:

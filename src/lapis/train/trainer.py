@@ -220,7 +220,7 @@ class Trainer:
             if self.section.outlier is not None:
                 self.good.append(numbers)
         self.step += 1
-        self.tokens += sum(len(micro.ids_T) for micro in batch.micros) * self.world.data_ranks
+        self.tokens += batch.tokens
         return numbers.norm
 
     def _batch(self) -> StepBatch:
