@@ -23,9 +23,9 @@ from lapis.hashing import digest_json
 
 
 class Section(BaseModel):
-    """A table of a recipe: frozen, no unknown keys, no silent conversion between types."""
+    """A table of a recipe: frozen, no unknown keys, no silent conversion between types, no infinite number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def digest(self) -> str:
         """The digest of all resolved values, defaults included."""

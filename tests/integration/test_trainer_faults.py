@@ -167,6 +167,19 @@ def test_a_fault_that_was_survived_is_no_proof_and_neither_is_one_after_a_resume
     assert_same(run, train(recipe, Faulty(recipe, dataset), begin(home, recipe, "sound")))
 
 
+def test_a_run_of_skipped_steps_alone_ends_with_words(
+    home: Home, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(config.to_toml(tiny_recipe(texts, steps=2, bad_step="skip")))
+    monkeypatch.setattr(Pretraining, "loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    told = CliRunner().invoke(lapis, ["train", str(path), "--workers", "1"], catch_exceptions=False)
+    assert told.exit_code == 0
+    assert "step 2, no loss, for every step was skipped" in told.output
+    shown = CliRunner().invoke(lapis, ["runs", "show", "last"], catch_exceptions=False)
+    assert shown.exit_code == 0
+
+
 def test_skipping_ends_when_every_step_is_bad(home: Home, texts: Path, dataset: Dataset) -> None:
     recipe = tiny_recipe(texts, steps=30, bad_step="skip")
     with pytest.raises(TrainingError, match="Step 7 "):

@@ -55,6 +55,12 @@ def test_a_run_is_found_by_id_prefix_and_last(home: Home) -> None:
     assert Run.open(home, second.id).id == second.id
 
 
+def test_a_folder_that_was_emptied_is_no_run(home: Home) -> None:
+    run = Run.create(home, "laptop", "", DIGEST)
+    (home.runs / "x-20260101-000000-abcd").mkdir()
+    assert [one.id for one in Run.list(home)] == [run.id]
+
+
 def test_an_unknown_run_names_the_nearest_and_the_next_command(home: Home) -> None:
     run = Run.create(home, "laptop", "", DIGEST)
     with pytest.raises(NotFoundError, match=f"Did you mean '{run.id}'") as caught:

@@ -161,7 +161,8 @@ def _train(
 
 
 def _say_summary(run_id: str, summary: RunSummary, evaluable: bool) -> None:
-    say(f"{run_id}: step {summary.step:,}, loss {summary.loss:.4f}, {summary.seconds:,.0f} s of training")
+    loss = "no loss, for every step was skipped" if summary.loss is None else f"loss {summary.loss:.4f}"
+    say(f"{run_id}: step {summary.step:,}, {loss}, {summary.seconds:,.0f} s of training")
     release = f"lapis release create NAME --run {run_id}"
     if evaluable:
         say(f"Next: lapis evaluate {run_id}   lapis runs plot {run_id}   {release}")

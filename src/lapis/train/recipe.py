@@ -22,8 +22,10 @@ MOST_PROMPTS = 8  # whose continuations are told
 VOCAB_STEP = 64  # rows; the rest of the last step belongs to no token and is never chosen
 
 Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]  # what a rate is multiplied with stays an fp32 number
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Memory = Annotated[float, Field(ge=0, lt=1)]  # of a moment that forgets
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class ModelSection(Section):
@@ -99,7 +101,7 @@ class TrainSection(Section):
     """Windows, examples, pairs or prompts in one optimizer step, on all ranks together."""
     micro_batch: Positive | None = None
     """Windows in one forward pass of a rank: fewer take less memory. By default all of its share."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the first weights and the order of the data."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the hidden matrices; embeddings and norms always use AdamW."""
@@ -107,7 +109,7 @@ class TrainSection(Section):
     """Peak learning rate of the hidden matrices; with "adamw" 0.0006 by default."""
     embed_lr: Rate = 0.03
     """Peak learning rate of embeddings, head and norms; with "adamw" that of the matrices by default."""
-    betas: tuple[Fraction, Fraction] = (0.8, 0.95)
+    betas: tuple[Memory, Memory] = (0.8, 0.95)
     """Decay of AdamW's two moments; with "adamw" 0.9 and 0.95 by default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of all matrices, embeddings included; norms and biases never decay."""

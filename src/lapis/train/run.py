@@ -119,6 +119,7 @@ class Run:
         if not home.runs.is_dir():
             return []
         runs = [Run(path) for path in home.runs.iterdir() if IDENTIFIER.fullmatch(path.name)]
+        runs = [run for run in runs if run.events.path.is_file()]  # not a folder that somebody has emptied
         return sorted(runs, key=lambda run: (run.created, run.id))
 
     @property
