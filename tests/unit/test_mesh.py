@@ -153,3 +153,13 @@ def test_the_command_shows_the_layout_of_a_cluster_and_starts_nothing(tmp_path: 
             catch_exceptions=False,
             standalone_mode=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(("--memory", "8"), "--dry-run"), (("--spares", "1"), "--ranks")]
+)
+def test_an_option_that_would_do_nothing_is_refused(options: tuple[str, ...], said: str) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "laptop.toml"
+    done = CliRunner().invoke(train_command, [str(recipe), *options])
+    assert done.exit_code == 2
+    assert said in done.output

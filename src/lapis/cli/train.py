@@ -73,6 +73,10 @@ def command(
     from lapis.home import Home
     from lapis.train.recipe import Recipe
 
+    if memory is not None and not dry_run:
+        raise click.UsageError("--memory is checked with --dry-run alone: it limits no training.")
+    if spares and ranks is None:
+        raise click.UsageError("--spares are devices beyond --ranks: say how many ranks.")
     home = Home.default()
     # Before torch is imported: what is wrong with the recipe is told at once.
     resolved = config.load(recipe, Recipe, sets)
