@@ -334,3 +334,21 @@ def _files_no_larger_than(size: int) -> Iterator[Any]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_who_reads_beside_a_training_gets_the_newest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking and reading, a newer checkpoint is committed and the one that was found is removed."""
+    save(tmp_path, 1, some_groups(), {}, Retention(1))
+    left = [2, 3]
+
+    def meanwhile(checkpoint: Checkpoint) -> None:
+        if left:
+            save(tmp_path, left.pop(0), some_groups(), {}, Retention(1))
+        verify(checkpoint)
+
+    monkeypatch.setattr("lapis.checkpoint.folder.verify", meanwhile)
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.step == 3

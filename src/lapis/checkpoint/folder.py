@@ -69,7 +69,8 @@ def listing(folder: Path) -> tuple[list[Checkpoint], list[IntegrityError]]:
         try:
             good.append(read(path))
         except IntegrityError as error:
-            bad.append(error)
+            if path.is_dir():  # else the training removed it meanwhile
+                bad.append(error)
     return good, bad
 
 
@@ -86,6 +87,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, IntegrityError]]:
             checkpoint = read(path)
             verify(checkpoint)
         except IntegrityError as error:
+            if not path.is_dir():  # the training removed it meanwhile, so there is a newer one
+                return newest(folder)
             logger.warning("checkpoint %s is skipped: %s", path.name, error.message)
             skipped[path.name] = error
             continue
@@ -116,11 +119,14 @@ def check_regions(checkpoint: Checkpoint, regions: Sequence[Region], *, from_dis
 
 def check_names(checkpoint: Checkpoint) -> None:
     """Raise IntegrityError if a file is missing, has another size, or is not in the manifest."""
-    found = {path.name: path for path in checkpoint.folder.iterdir() if path.name != MANIFEST}
+    try:
+        found = {path.name: path.stat() for path in checkpoint.folder.iterdir() if path.name != MANIFEST}
+    except FileNotFoundError as error:
+        raise _unreadable(checkpoint.folder, MANIFEST, error) from error
     for name, entry in checkpoint.manifest.files.items():
         if name not in found:
             raise IntegrityError(f"{checkpoint.folder.name}/{name} is missing.", hint=HINT)
-        size = found[name].stat().st_size
+        size = found[name].st_size
         if size != entry.bytes:
             raise IntegrityError(
                 f"{checkpoint.folder.name}/{name} has {size:,} bytes instead of {entry.bytes:,}.", hint=HINT
@@ -217,4 +223,12 @@ def _committed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = [(name.step, path) for path in folder.iterdir() if (name := parse_name(path.name))]
-    return [path for _, path in sorted(paths, key=lambda item: (item[0], item[1].stat().st_mtime_ns))]
+    return [path for _, path in sorted(paths, key=lambda item: (item[0], _written(item[1])))]
+
+
+def _written(path: Path) -> int:
+    """When a folder was written; one that the training has removed meanwhile stands first among equals."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
