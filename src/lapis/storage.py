@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,39 +21,39 @@ from lapis.errors import ConflictError, InputError, StorageError, UnavailableErr
 # that a rank would hold are left out, for those of a lost node would stay held.
 HELD = "LAPIS_RUN_HELD"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+# Where a file is made, these too say that its place is no good. Later they may be of what its writer reads.
+NO_PLACE = REFUSED | {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, as far as they are missing. Raises StorageError where it cannot be."""
-    try:
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The folder {path} cannot be made: {error.strerror}.", hint="Name another place."
-        ) from error
+    with storage_errors(path, NO_PLACE):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def atomic_file(path: Path, *, name_later: bool = False) -> Iterator[IO[bytes]]:
-    """Write a file beside its place, flush it to disk, then rename it into place. Raises StorageError if full.
+    """Write a file beside its place, flush it to disk, then rename it into place.
 
-    `name_later` leaves it to a later `sync_folder` to make its name durable; names become so in their order.
+    Raises StorageError if the disk is full or the place cannot be written. `name_later` leaves it to a later
+    `sync_folder` to make its name durable; names become so in their order.
     """
-    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    with storage_errors(path, NO_PLACE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = temporary.open("wb")
     try:
-        with storage_errors(path), temporary.open("wb") as file:
+        with storage_errors(path), opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with storage_errors(path, NO_PLACE):
+            os.replace(temporary, path)
         if not name_later:
             sync_folder(path.parent)
     finally:
-        with storage_errors(path):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, name_later: bool = False) -> None:
@@ -68,11 +68,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     The first writer wins: content-addressed folders of one name hold the same bytes.
     """
-    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    with storage_errors(path, NO_PLACE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     try:
         with storage_errors(path):
-            temporary.mkdir()
             yield temporary
             sync_tree(temporary)
         try:
@@ -88,26 +89,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
     """Hold a file lock that ends with the process, or raise ConflictError naming `what` is in use and by whom."""
-    make_folder(path.parent)
-    with storage_errors(path), path.open("a+") as file:
+    with storage_errors(path, NO_PLACE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("ab+", buffering=0)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().decode(errors="replace").strip() or "unknown"
             raise ConflictError(
                 f"{what} is in use by process {holder}.",
                 hint="Wait until it ends, or use another home: LAPIS_HOME=/some/folder",
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with storage_errors(path):  # not around what the caller does: its errors are of other files
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk below `path`, or too long a name, into StorageError; other errors pass."""
+def storage_errors(path: Path, refused: Collection[int] = REFUSED) -> Iterator[None]:
+    """Turn a full or read-only disk below `path` into StorageError, and the error numbers `refused`; others pass."""
     try:
         yield
     except OSError as error:
@@ -117,8 +120,9 @@ def storage_errors(path: Path) -> Iterator[None]:
                 hint="What was complete is kept. Free some space (`lapis doctor` shows where things lie), then run "
                 "the same command again.",
             ) from error
-        if error.errno in UNWRITABLE:
-            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+        if error.errno in refused:
+            cause = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
+            raise StorageError(f"{path} cannot be written: {cause}.") from error
         raise
 
 
