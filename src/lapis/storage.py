@@ -121,7 +121,7 @@ def storage_errors(path: Path, refused: Collection[int] = REFUSED) -> Iterator[N
                 "the same command again.",
             ) from error
         if error.errno in refused:
-            cause = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
+            cause = "Not a directory" if error.errno == errno.EEXIST else error.strerror
             raise StorageError(f"{path} cannot be written: {cause}.") from error
         raise
 

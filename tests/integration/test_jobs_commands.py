@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lapis.errors import LapisError
 from lapis.home import Home
 from lapis.jobs.controller import Controller
 from lapis.jobs.executors.local import LocalExecutor
-from lapis.jobs.job import Resources, State
+from lapis.jobs.job import JobSpec, Resources, State
 from lapis.jobs.queue import JobQueue
 from lapis.tenants.quota import Quota
 from lapis.tenants.tenant import Tenants
@@ -71,6 +72,28 @@ def test_a_job_is_submitted_followed_and_shown(queue: JobQueue, controller: Cont
     assert "succeeded" in shown and "/bin/sh -c 'echo one; sleep 0.3; echo two'" in shown
     assert submitted["id"] not in run("list")
     assert submitted["id"] in run("list", "--all")
+
+
+def test_a_command_starts_where_it_was_submitted_and_finds_lapis(
+    queue: JobQueue, controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text("steps = 1\n")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    cat = facts("submit", "--", "/bin/sh", "-c", "cat recipe.toml; pwd; command -v lapis")["id"]
+    lapis_at = Path(sys.executable).with_name("lapis")
+    assert run("log", "--follow", cat) == f"steps = 1\n{tmp_path}\n{lapis_at}\n"
+    assert sorted(path.name for path in Home.default().jobs.joinpath(cat, "1").iterdir()) == [
+        "exit", "log", "pid",
+    ]  # fmt: skip
+
+
+def test_a_job_that_failed_names_its_log(queue: JobQueue, controller: Controller) -> None:
+    job = queue.submit(JobSpec("true", ("true",), folder="/no/such/folder"), "os:ana")
+    until(queue, job.id, State.FAILED)
+    assert "/no/such/folder" in run("log", job.id)
+    reason = f"exit status 126; see lapis jobs log {job.id}"
+    assert reason in run("show", job.id) and reason in run("list", "--all")
 
 
 def test_who_waits_is_told_why_and_when(queue: JobQueue, controller: Controller) -> None:

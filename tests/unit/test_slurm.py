@@ -119,13 +119,14 @@ def test_a_job_asks_slurm_for_what_it_needs() -> None:
     assert not packed & {"--no-kill", "--nodes=3"}
 
 
-def test_a_shell_reads_the_settings_as_they_were_meant(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [None, "/srv/a 'b'"])
+def test_a_shell_reads_the_settings_as_they_were_meant(tmp_path: Path, folder: str | None) -> None:
     argv = ("printf", "%s\n", "a 'b' $c `d`", "", "*", "é\nf")
-    job = replace(JOB, spec=replace(SPEC, argv=argv))
+    job = replace(JOB, spec=replace(SPEC, argv=argv, folder=folder))
     (tmp_path / "settings").write_text(settings(job, {"A": "x 'y' $z\nlast"}))
-    script = '. ./settings; "$@"; printf "%s" "$A"'
+    script = '. ./settings; echo "$1"; shift; "$@"; printf "%s" "$A"'
     done = subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "a 'b' $c `d`\n\n*\né\nf\nx 'y' $z\nlast"
+    assert done.stdout == f"{folder or '.'}\na 'b' $c `d`\n\n*\né\nf\nx 'y' $z\nlast"
 
 
 def test_what_an_executor_with_its_own_queue_says_is_settled() -> None:

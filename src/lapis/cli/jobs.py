@@ -98,7 +98,10 @@ def submit(
     retries: int,
     as_json: bool,
 ) -> None:
-    """Queue a COMMAND: `lapis jobs submit --cpus 4 -- lapis train RECIPE.toml`."""
+    """Queue a COMMAND: `lapis jobs submit --cpus 4 -- lapis train RECIPE.toml`.
+
+    It starts in the folder in which this is called.
+    """
     from lapis.audit import os_user
     from lapis.jobs.job import JobSpec, Priority, Resources
     from lapis.tenants.tenant import Tenants
@@ -106,7 +109,7 @@ def submit(
     queue = _queue()
     spec = JobSpec(
         name or Path(command[0]).name, command, Resources(cpus, gpus, int(memory or 0)), {}, retries, ranks,
-        Priority(priority), time_limit, preemptible, spread,
+        Priority(priority), time_limit, preemptible, spread, str(Path.cwd()),
     )  # fmt: skip
     job = queue.submit(spec, os_user(), Tenants(queue.db).project(project).id)
     if as_json:
@@ -166,6 +169,7 @@ def show(job_id: str, as_json: bool) -> None:
         return
     facts |= {name: _when(facts[name]) for name in facts if name.endswith(("_at", "_start"))}
     facts |= {"asks_for": str(job.spec.total), "command": shlex.join(job.spec.argv)}
+    facts["reason"] = _with_log(job, facts["reason"])
     width = max(map(len, facts))
     for name, value in facts.items():
         if value not in (None, "", [], False, "-"):
@@ -260,7 +264,7 @@ def _facts(job: Job, wait: Wait | None) -> dict[str, Any]:
         "id": job.id, "name": spec.name, "project_id": job.project_id, "state": job.state,
         "reason": wait.reason if wait else job.reason, "last_reason": job.reason if wait else "",
         "likely_start": wait.likely_start if wait else None,
-        "argv": list(spec.argv), "cpus": spec.resources.cpus, "gpus": spec.resources.gpus,
+        "argv": list(spec.argv), "folder": spec.folder, "cpus": spec.resources.cpus, "gpus": spec.resources.gpus,
         "memory": spec.resources.memory, "ranks": spec.ranks, "priority": spec.priority,
         "time_limit": spec.time_limit, "preemptible": spec.preemptible, "spread": spec.spread,
         "attempt": job.attempt, "losses": job.losses, "executor": job.executor,
@@ -273,11 +277,16 @@ def _facts(job: Job, wait: Wait | None) -> dict[str, Any]:
 
 def _reason(job: Job, wait: Wait | None, now: float) -> str:
     if wait is None:
-        stops = f"is to stop for {job.preempt_for}" if job.preempt_for else job.reason
+        stops = f"is to stop for {job.preempt_for}" if job.preempt_for else _with_log(job, job.reason)
         return "is being cancelled" if job.cancel_at is not None and job.ended_at is None else stops
     if wait.likely_start is None:
         return wait.reason
     return f"{wait.reason}; likely in {_in(wait.likely_start - now)}"
+
+
+def _with_log(job: Job, reason: str) -> str:
+    """The reason of a job, and where to look further if what it started has failed."""
+    return f"{reason}; see lapis jobs log {job.id}" if job.state == "failed" and job.attempt else reason
 
 
 def _in(seconds: float) -> str:

@@ -107,7 +107,8 @@ class JobSpec:
     `retries` is how often it is started anew after it was lost (not after it failed). `time_limit` is in
     seconds, of each attempt. A `preemptible` job may be stopped for another one: it gets SIGTERM, has time to
     write a checkpoint, and is started again later with the same argv. `spread`: on a cluster each rank has a node of
-    its own, and the job outlives the loss of one (`lapis train --nodes`).
+    its own, and the job outlives the loss of one (`lapis train --nodes`). The command starts in `folder`, by default in
+    that of the attempt, where its log is.
 
     Raises InputError for what no process can have.
     """
@@ -122,11 +123,12 @@ class JobSpec:
     time_limit: float | None = None
     preemptible: bool = False
     spread: bool = False
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if not self.argv or not self.argv[0]:
             raise InputError(f"The job {self.name!r} has no command.", param="argv")
-        if any("\0" in text for text in (*self.argv, *self.env.values())):
+        if any("\0" in text for text in (*self.argv, *self.env.values(), self.folder or "")):
             raise InputError(f"The job {self.name!r} has a zero byte in its command.", param="argv")
         for name in self.env:
             if not VARIABLE.fullmatch(name):

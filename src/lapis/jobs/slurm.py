@@ -100,9 +100,9 @@ def submission(job: Job, section: SlurmSection, folder: Path) -> list[str]:
 
 
 def settings(job: Job, environment: Mapping[str, str]) -> str:
-    """The shell text that gives a script the job's environment and, as its arguments, the job's argv."""
+    """The shell text that gives a script the job's environment and, as its arguments, its folder and its argv."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return "\n".join([*lines, f"set -- {shlex.join(job.spec.argv)}"]) + "\n"
+    return "\n".join([*lines, f"set -- {shlex.join([job.spec.folder or '.', *job.spec.argv])}"]) + "\n"
 
 
 def refuses_for_the_moment(text: str) -> bool:

@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +44,7 @@ shift 3
 echo "$$ $(cut -d' ' -f22 /proc/$$/stat)" > "pid.$$" && ln "pid.$$" pid || exit 125
 rm -f "pid.$$"
 trap : TERM INT HUP
-"$@"
+( cd "$1" || exit 126; shift; exec "$@" )
 echo "$?" > exit.part && mv exit.part exit
 kill -s KILL 0
 """
@@ -125,10 +126,11 @@ class LocalExecutor:
             remove_group(self.groups / _group(job))
 
     def _environment(self, job: Job) -> dict[str, str]:
-        """A job sees its own GPUs only, and is told how many threads its CPUs are good for."""
+        """A job sees its own GPUs only, is told how many threads its CPUs are good for, and finds `lapis`."""
         threads = {"OMP_NUM_THREADS": str(max(1, int(job.spec.resources.cpus)))}
         gpus = ",".join(self.gpus[number] for place in job.places for number in place.gpus)
-        return {**os.environ, **threads, **job.spec.env, "CUDA_VISIBLE_DEVICES": gpus, MARK: _mark(job)}
+        mine = {**os.environ, "PATH": search_path(), **threads, **job.spec.env}
+        return {**mine, "CUDA_VISIBLE_DEVICES": gpus, MARK: _mark(job)}
 
     def _limit(self, job: Job) -> MemoryLimit:
         memory = job.spec.total.memory
@@ -144,13 +146,18 @@ class LocalExecutor:
                 os.killpg(leader, number)
 
 
+def search_path() -> str:
+    """The PATH of a job: the server's, behind the folder of its Python, where `lapis` is."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
 def _spawn(job: Job, folder: Path, environment: dict[str, str], limit: MemoryLimit) -> int:
     limits = [str(limit.group or ""), str(limit.kilobytes or "")]
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         return os.posix_spawn(
             SHELL,
-            [SHELL, "-c", WRAPPER, SHELL, str(folder), *limits, *job.spec.argv],
+            [SHELL, "-c", WRAPPER, SHELL, str(folder), *limits, job.spec.folder or ".", *job.spec.argv],
             environment,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -19,7 +19,7 @@ from pathlib import Path
 from lapis.errors import ConflictError, NotFoundError, UnavailableError
 from lapis.jobs.cluster import SlurmSection
 from lapis.jobs.executor import Status
-from lapis.jobs.executors.local import MARK
+from lapis.jobs.executors.local import MARK, search_path
 from lapis.jobs.job import Job, Node
 from lapis.jobs.slurm import (
     FENCED,
@@ -81,7 +81,7 @@ end_all() {
 }
 ( while sleep 1; do [ ! -e fenced ] || { end_all; : > gone; kill -s KILL "$$"; exit; }; done ) > /dev/null 2>&1 &
 guard=$!
-"$@" &
+( cd "$1" || exit 126; shift; exec "$@" ) &
 child=$!
 trap 'kill -s TERM "$child" 2>/dev/null' TERM INT HUP
 wait "$child"
@@ -129,6 +129,7 @@ class SlurmExecutor:
                 f"Attempt {job.attempt} of {job.id} was started or fenced by another controller."
             )
         environment = {name: os.environ[name] for name in (*PASSED, *OWN) if name in os.environ}
+        environment["PATH"] = search_path()
         threads = {"OMP_NUM_THREADS": str(max(1, int(job.spec.resources.cpus)))}
         told = {**environment, **threads, **job.spec.env, MARK: f"{job.id}/{job.attempt}"}
         with storage_errors(folder):
