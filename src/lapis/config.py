@@ -33,6 +33,11 @@ class Section(BaseModel):
 
 
 Recipe = TypeVar("Recipe", bound=Section)
+WORDS = {
+    "tuple_type": "should be a list",
+    "model_type": "should be a table",
+    "dict_type": "should be a table",
+}
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")  # TOML's: all others stand in quotes
 
 
@@ -102,7 +107,7 @@ def _texts(schema: type[Section]) -> dict[str, str]:
             if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name):
                 match below:
                     case ast.Expr(ast.Constant(str(text))):
-                        found[setting.target.id] = inspect.cleandoc(text)
+                        found[setting.target.id] = " ".join(text.split())
     return found
 
 
@@ -167,8 +172,13 @@ def _explain(error: ValidationError, schema: type[Section], where: str) -> str:
             lines.append(f"{where}: unknown key {key!r}. {nearest(str(item['loc'][-1]), known)}".rstrip())
         elif item["type"] == "missing":
             lines.append(f"{where}: the key {key!r} is required and missing.")
+        elif item["type"] == "value_error":
+            # A rule of the recipe's own, of a key, a table or the whole: it names what it is about.
+            rule = str(item["ctx"]["error"]).rstrip(".")
+            lines.append(f"{where}: {key}: {rule}." if key else f"{where}: {rule}.")
         else:
-            lines.append(f"{where}: {key} = {item['input']!r}: {item['msg']}.")
+            said = WORDS.get(item["type"], item["msg"]).rstrip(".")
+            lines.append(f"{where}: {key} = {item['input']!r}: {said}.")
     return "\n".join(lines)
 
 

@@ -69,6 +69,25 @@ def test_a_wrong_recipe_names_key_value_and_nearest_key(tmp_path: Path, text: st
     assert caught.value.exit_status == 2
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("train.minutes=1", "train: give exactly one of train.steps and train.minutes."),
+        (
+            "train.sequence=100000",
+            "train.sequence = 100000 is longer than the model's context of 512 tokens.",
+        ),
+        ("train.samples.prompts=import", "train.samples.prompts = 'import': should be a list."),
+        ("train.mesh=foo", "train.mesh: mesh: unknown axis 'foo'. Known: cp, dp, ep, fsdp, pp, tp."),
+        ("train=5", "train = 5: should be a table."),
+    ],
+)
+def test_a_wrong_recipe_is_told_in_the_recipe_s_words(tmp_path: Path, wrong: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MINIMAL, wrong)
+    assert caught.value.message == f"{tmp_path}/recipe.toml: {said}"
+
+
 @pytest.mark.parametrize("wrong", ["train.lr", "=3", "train.sequnce=3", "train.steps.more=3"])
 def test_a_wrong_override_is_refused(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(ConfigError):
@@ -82,7 +101,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 def test_every_setting_has_a_sentence() -> None:
     fields = list(config.fields(Recipe))
-    assert not [field.key for field in fields if not field.text.endswith(".")]
+    assert not [field.key for field in fields if not field.text.endswith(".") or "\n" in field.text]
     assert {"train.lr", "data.sources[].path", "model.name"} <= {field.key for field in fields}
 
 

@@ -50,7 +50,7 @@ class Mesh:
             name, _, number = (part.strip() for part in item.partition("="))
             if name not in AXES:
                 raise ConfigError(
-                    f"mesh: unknown axis {name!r}", hint=nearest(name, AXES), param="train.mesh"
+                    f"mesh: unknown axis {name!r}.", hint=nearest(name, AXES), param="train.mesh"
                 )
             if name in found:
                 raise ConfigError(f"mesh: the axis {name} is named twice.", hint=FORM, param="train.mesh")
