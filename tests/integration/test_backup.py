@@ -447,6 +447,17 @@ def test_a_killed_restore_is_finished_by_the_next_one(
 
 
 @pytest.mark.long
+def test_a_backup_replaces_a_backup_and_no_other_file(full: Home, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    with pytest.raises(ConflictError, match="thesis.tex is there and no backup"):
+        make_backup(full, thesis)
+    assert thesis.read_text() == "years of work"
+    for _ in range(2):
+        make_backup(full, tmp_path / "b.lapis")
+    assert archive.verify(tmp_path / "b.lapis").members
+
+
 def test_two_backups_at_once_are_refused(full: Home, tmp_path: Path) -> None:
     code = "from lapis.backup.backup import make_backup\n" + (
         f"make_backup(home, Path({str(tmp_path / 'a.lapis')!r}), progress={STOP})"

@@ -146,6 +146,13 @@ class _Whole:
         return data.ljust(wanted, b"\0")
 
 
+def begins_as_backup(path: Path) -> bool:
+    """Whether a file begins as an archive does, whole or damaged."""
+    with path.open("rb") as file:
+        begin = file.read(tarfile.BLOCKSIZE)
+    return begin.startswith(f"{TABLES}/".encode()) and begin[257:262] == b"ustar"
+
+
 def verify(path: Path) -> Manifest:
     """Read a whole archive and check its seal and contents. Raises InputError, IntegrityError, ConflictError."""
     try:

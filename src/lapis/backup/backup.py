@@ -14,8 +14,9 @@ from sqlalchemy.engine import Engine
 
 from lapis.audit import AuditLog, os_user
 from lapis.backup import dump
-from lapis.backup.archive import HOME, TABLES, Manifest, Writer
+from lapis.backup.archive import HOME, TABLES, Manifest, Writer, begins_as_backup
 from lapis.db import SCHEMA, open_database, snapshot
+from lapis.errors import ConflictError
 from lapis.home import Home
 from lapis.log import Progress, silent
 from lapis.storage import atomic_file, lock, make_folder, storage_errors
@@ -35,9 +36,14 @@ def make_backup(
     """Write the whole state of an installation into one file; servers may go on meanwhile.
 
     Killed at any moment it leaves the file as it was before. Raises ConflictError while another backup is
-    made, StorageError.
+    made, or if `path` is there and no backup; StorageError.
     """
     path = path.absolute()
+    # an older backup may be replaced, and an empty file
+    if path.exists() and not (path.is_file() and (not path.stat().st_size or begins_as_backup(path))):
+        raise ConflictError(
+            f"{path} is there and no backup.", hint="Choose another name, or remove it first."
+        )
     make_folder(home.root)
     stage = home.root / STAGE
     with lock(home.root / "backup.lock", f"A backup of {home.root}"):
