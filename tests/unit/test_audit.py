@@ -157,6 +157,8 @@ def test_the_command_line_verifies_lists_and_exports(log: AuditLog, db: Engine, 
     assert "5 entries" in said.output
     assert head in said.output
     assert json.loads(run(group, ["verify", "--head", head, "--json"]).output) == {"entries": 5, "head": head}
+    mistyped = run(group, ["verify", "--head", head[:-1]])
+    assert mistyped.exit_code == 2 and "64 hexadecimal digits" in mistyped.output
     listed = run(group, ["list", "--limit", "2"]).output
     assert "key_5" in listed
     assert "key_3" not in listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,10 @@ def verify(head: str | None, as_json: bool) -> None:
     Who can write to the database can rebuild the whole log, or cut off its end together with the record of
     where it ends. Keep the digest that this prints somewhere else, and give it back with --head: that shows both.
     """
+    if head is not None and not re.fullmatch("[0-9a-f]{64}", head):
+        raise click.UsageError(
+            f"--head {head!r} is no digest: 64 hexadecimal digits, as this command prints it."
+        )
     summary = _log().verify(head)
     if as_json:
         print_json(vars(summary))
