@@ -98,6 +98,12 @@ def test_config_prints_every_field_and_a_resolved_recipe() -> None:
     assert resolved["recipe"]["train"]["seed"] == 5
 
 
+@pytest.mark.parametrize("override", ["train.steps=3", "nonsense"])
+def test_an_override_needs_a_recipe(override: str) -> None:
+    done = CliRunner().invoke(commands, ["config", "--set", override])
+    assert done.exit_code == 2 and "RECIPE" in done.output
+
+
 def test_doctor_says_what_is_there_and_where_things_lie() -> None:
     facts = json.loads(lapis("doctor", "--json").stdout)
     names = {check["name"] for check in facts["checks"]}

@@ -289,8 +289,9 @@ def test_releases_are_models_too(sources: Path, tmp_path: Path) -> None:
     assert json.loads(lapis_says("models", "show", "mine", "--json"))["digest"] == pulled["digest"]
     lapis_says("models", "export", "mine:1", str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").exists()
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError, match="'mine' is a release") as caught:
         lapis_says("models", "remove", "mine", "--yes")
+    assert caught.value.hint == "lapis release retire mine"
 
 
 def test_a_damaged_model_is_told_by_list_and_show_and_can_be_removed(home: Home, sources: Path) -> None:
@@ -306,6 +307,8 @@ def test_a_damaged_model_is_told_by_list_and_show_and_can_be_removed(home: Home,
     assert result.exit_code == 0
     assert "lapis.json is corrupt" in result.stderr
     assert CliRunner().invoke(lapis, ["models", "remove", "tiny"], input="n\n").exit_code != 0
+    unanswered = CliRunner().invoke(lapis, ["models", "remove", "tiny"])
+    assert unanswered.exit_code == 2 and "--yes" in unanswered.output
     assert left(home) == ["tiny"]
     lapis_says("models", "remove", "tiny", "--yes")
     assert left(home) == []

@@ -22,6 +22,8 @@ def command(recipe: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     from lapis import config
     from lapis.train.recipe import Recipe
 
+    if sets and not recipe:
+        raise click.UsageError("--set is for a RECIPE: name one.")
     if recipe:
         resolved = config.load(Path(recipe), Recipe, sets)
         if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -137,15 +138,33 @@ def remove(name: str, yes: bool, as_json: bool) -> None:
     from lapis.home import Home
     from lapis.model.store import ModelStore
 
-    store = ModelStore(Home.default())
-    folder = store.find(name)
+    home = Home.default()
+    store = ModelStore(home)
+    try:
+        folder = store.find(name)
+    except NotFoundError as missing:
+        if any(name in (release.name, release.id) for release in _registry(home).list()):
+            raise NotFoundError(f"{name!r} is a release.", hint=f"lapis release retire {name}") from missing
+        raise
     if not yes:
-        click.confirm(f"Delete {folder}?", abort=True, err=True)
+        _confirm(f"Delete {folder}?")
     store.remove(name)
     if as_json:
         print_json({"name": name, "removed": True})
         return
     say(f"{name} is removed.")
+
+
+def _confirm(question: str) -> None:
+    """Ask at the terminal. Raises click.Abort after a no, UsageError where nobody answers."""
+    try:
+        sure = click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise click.UsageError("Nobody answers here: --yes deletes without a question.") from None
+    if not sure:
+        raise click.Abort
 
 
 def facts(model: StoredModel) -> dict[str, Any]:
