@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from lapis.cli.main import lapis as commands
 from lapis.errors import LapisError
+from lapis.home import Home
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +103,26 @@ def test_config_prints_every_field_and_a_resolved_recipe() -> None:
 def test_an_override_needs_a_recipe(override: str) -> None:
     done = CliRunner().invoke(commands, ["config", "--set", override])
     assert done.exit_code == 2 and "RECIPE" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("release show", "lapis release create"),
+        ("keys list", "lapis keys create"),
+        ("users list", "lapis users add"),
+        ("audit list", "no entries yet"),
+    ],
+)
+def test_a_list_without_anything_says_so(home: Home, arguments: str, said: str) -> None:
+    done = CliRunner().invoke(commands, arguments.split(), catch_exceptions=False)
+    assert said in done.output and done.output.count("\n") == 1
+
+
+def test_accounts_without_a_cluster_name_what_is_missing(home: Home) -> None:
+    with pytest.raises(LapisError, match=r"cluster\.toml") as caught:
+        CliRunner().invoke(commands, ["cluster", "accounts"], catch_exceptions=False, standalone_mode=False)
+    assert caught.value.exit_status == 2
 
 
 def test_doctor_says_what_is_there_and_where_things_lie() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from lapis.cli.main import lapis
 from lapis.db import open_database
-from lapis.errors import LapisError
+from lapis.errors import LapisError, NotFoundError
 from lapis.home import Home
 from lapis.jobs.controller import Controller
 from lapis.jobs.executors.local import LocalExecutor
@@ -96,6 +97,30 @@ def test_a_job_that_failed_names_its_log(queue: JobQueue, controller: Controller
     assert reason in run("show", job.id) and reason in run("list", "--all")
 
 
+def test_an_attempt_that_was_not_made_is_not_shown(queue: JobQueue, controller: Controller) -> None:
+    quiet = facts("submit", "--", "true")["id"]
+    until(queue, quiet, State.SUCCEEDED)
+    assert run("log", quiet) == run("log", "--attempt", "1", quiet) == "It has written nothing.\n"
+    for attempt in ("0", "5"):
+        with pytest.raises(NotFoundError, match="has 1 attempt"):
+            run("log", "--attempt", attempt, quiet)
+
+
+def test_facts_are_told_in_words(queue: JobQueue) -> None:
+    name = platform.node()
+    executor = LocalExecutor(Home.default().jobs, Resources(2, 1, 2**30))
+    job = queue.submit(JobSpec("greet", ("echo", "hi"), Resources(1, 1)), "os:ana")
+    Controller(queue, executor).tick()
+    shown = run("show", job.id)
+    assert f"{name} (1 rank, GPUs 0)" in shown and "echo hi" in shown
+    assert "argv" not in shown and "[" not in shown and "'" not in shown
+
+
+def test_the_help_names_measures_shortly() -> None:
+    text = run("submit", "--help")
+    assert "--memory MEMORY" in text and "--time-limit DURATION" in text
+
+
 def test_who_waits_is_told_why_and_when(queue: JobQueue, controller: Controller) -> None:
     first = facts("submit", "--cpus", "2", "--time-limit", "1h", "--", "sleep", "600")
     until(queue, first["id"], State.RUNNING)
@@ -132,6 +157,7 @@ def test_a_project_s_jobs_and_weight(queue: JobQueue) -> None:
     facts("submit", "--", "true")
     assert [job["id"] for job in facts("list", "--project", "vision")] == [mine["id"]]
     assert "weight 3" in run("share", "vision", "--weight", "3")
+    assert facts("share", "vision", "--weight", "2")["weight"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,8 @@ def test_the_command_line_verifies_lists_and_exports(log: AuditLog, db: Engine, 
     assert "key_5" in listed
     assert "key_3" not in listed
     assert json.loads(run(group, ["list", "--target", "key_3", "--json"]).output)[0]["sequence"] == 3
-    assert run(group, ["export", str(tmp_path / "audit.jsonl")]).exit_code == 0
+    exported = run(group, ["export", str(tmp_path / "audit.jsonl")])
+    assert exported.output == f"{tmp_path}/audit.jsonl: 5 entries.\n"
     text = (tmp_path / "audit.jsonl").read_text()
     assert run(group, ["export"]).output == text
     previous = GENESIS

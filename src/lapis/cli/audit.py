@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.cli.output import amount, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from lapis.audit import AuditLog
@@ -70,7 +70,8 @@ def list_(limit: int, actor: str, action: str, target: str, as_json: bool) -> No
         )
         for entry in entries
     ]
-    print_table(("entry", "at (UTC)", "actor", "action", "target", "facts"), rows)
+    none = "No entry fits." if actor or action or target else "The audit log has no entries yet."
+    print_table(("entry", "at (UTC)", "actor", "action", "target", "facts"), rows, none)
 
 
 @group.command()
@@ -87,7 +88,8 @@ def export(file: Path | None) -> None:
         sys.stdout.writelines(lines)
         return
     with atomic_file(file) as out:
-        out.writelines(line.encode() for line in lines)
+        count = sum(out.write(line.encode()) > 0 for line in lines)
+    say(f"{file}: {amount(count, 'entry', 'entries')}.")
 
 
 def _log() -> AuditLog:

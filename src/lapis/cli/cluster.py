@@ -24,8 +24,9 @@ def accounts() -> None:
 
     from lapis.audit import os_user
     from lapis.db import open_database
+    from lapis.errors import ConfigError
     from lapis.home import Home
-    from lapis.jobs.cluster import load_cluster
+    from lapis.jobs.cluster import FILE, load_cluster
     from lapis.jobs.shares import Share, shares
     from lapis.jobs.slurm import account_commands
     from lapis.tenants.tenant import Tenants
@@ -36,7 +37,13 @@ def accounts() -> None:
     projects = [project.id for owner in tenants.organizations() for project in tenants.projects(owner.id)]
     weights = {project: known.get(project, Share()).weight for project in projects}
     user = os_user().removeprefix("os:")
-    for command in account_commands(load_cluster(home).slurm, weights, user):
+    commands = account_commands(load_cluster(home).slurm, weights, user)
+    if not commands:
+        raise ConfigError(
+            f"No account of Slurm is named: [slurm] in {home.root / FILE} needs account or accounts.",
+            hint="docs/jobs.md shows one.",
+        )
+    for command in commands:
         say(shlex.join(command))
 
 
@@ -67,7 +74,7 @@ def usage(days: float, as_json: bool) -> None:
         (*names, f"{count:,}", f"{cpus:,.2f}", f"{gpus:,.2f}")
         for names, (count, cpus, gpus) in sorted(sums.items())
     ]
-    print_table(("project", "account", "attempts", "CPU hours", "GPU hours"), rows)
+    print_table(("project", "account", "attempts", "CPU hours", "GPU hours"), rows, "No job had anything.")
 
 
 @group.command()

@@ -220,7 +220,7 @@ def _dataset(path: Path) -> Dataset:
     if path.is_dir():
         return Dataset.open(path)
     loaded = _recipe(path, ())
-    return find(loaded.sources, loaded.tokenizer, Home.default())
+    return find(loaded.sources, loaded.tokenizer, Home.default(), str(path))
 
 
 def _facts(dataset: Dataset) -> dict[str, Any]:

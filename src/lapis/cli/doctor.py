@@ -63,7 +63,9 @@ def command(brief: bool, as_json: bool) -> None:
         )
         say()
         print_table(
-            ["kept under " + str(home.root), "MB"], [(name, size // 10**6) for name, size in places.items()]
+            ["kept under " + str(home.root), "MB"],
+            [(name, size // 10**6) for name, size in places.items()],
+            f"Nothing is kept under {home.root} yet.",
         )
 
 

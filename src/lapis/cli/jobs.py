@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.cli.output import amount, fact, json_option, print_json, print_table, say
+from lapis.errors import NotFoundError
 
 if TYPE_CHECKING:
     from lapis.jobs.forecast import Wait
-    from lapis.jobs.job import Job
+    from lapis.jobs.job import Job, Place
     from lapis.jobs.queue import JobQueue
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -64,7 +65,9 @@ def group() -> None:
 @click.option("--project", default="default", show_default=True, help="Whose job it is.")
 @click.option("--cpus", type=click.FloatRange(max=1e6), default=1.0, show_default=True, help="Of each rank.")
 @click.option("--gpus", type=COUNT, default=0, show_default=True, help="Of each rank.")
-@click.option("--memory", type=MEMORY, help="Of each rank, such as 8GiB: counted, and enforced.")
+@click.option(
+    "--memory", type=MEMORY, metavar="MEMORY", help="Of each rank, such as 8GiB: counted, and enforced."
+)
 @click.option("--ranks", type=COUNT, default=1, show_default=True, help="All of them start together.")
 @click.option(
     "--priority",
@@ -73,7 +76,10 @@ def group() -> None:
     help="Among the project's own.",
 )
 @click.option(
-    "--time-limit", type=DURATION, help="Ended after so long, such as 12h; with one it can fill gaps."
+    "--time-limit",
+    type=DURATION,
+    metavar="DURATION",
+    help="Ended after so long, such as 12h; with one it can fill gaps.",
 )
 @click.option(
     "--preemptible", is_flag=True, help="May be stopped (SIGTERM, a minute to save) and started again."
@@ -170,10 +176,12 @@ def show(job_id: str, as_json: bool) -> None:
     facts |= {name: _when(facts[name]) for name in facts if name.endswith(("_at", "_start"))}
     facts |= {"asks_for": str(job.spec.total), "command": shlex.join(job.spec.argv)}
     facts["reason"] = _with_log(job, facts["reason"])
+    facts["places"] = [_place(place) for place in job.places]
+    del facts["argv"]  # it is the command
     width = max(map(len, facts))
     for name, value in facts.items():
         if value not in (None, "", [], False, "-"):
-            say(f"{name.replace('_', ' '):{width}}  {value}")
+            say(f"{name.replace('_', ' '):{width}}  {fact(value)}")
 
 
 @group.command()
@@ -204,9 +212,10 @@ def log(job_id: str, attempt: int | None, follow: bool) -> None:
 
     def path() -> tuple[Path, bool]:
         job = queue.get(job_id)
-        return folder / job.id / str(
-            attempt or job.attempt
-        ) / "log", job.state in ENDED or attempt is not None
+        if attempt is not None and not 1 <= attempt <= job.attempt:
+            raise NotFoundError(f"The job {job.id} has {amount(job.attempt, 'attempt')}.")
+        over = job.state in ENDED or attempt is not None
+        return folder / job.id / str(attempt or job.attempt) / "log", over
 
     _print_log(path, follow)
 
@@ -216,7 +225,8 @@ def log(job_id: str, attempt: int | None, follow: bool) -> None:
 @click.option(
     "--weight", type=float, required=True, help="Against the others' weights, which are 1 by default."
 )
-def share(project: str, weight: float) -> None:
+@json_option
+def share(project: str, weight: float, as_json: bool) -> None:
     """Say how much of the nodes a PROJECT is due, against the others."""
     from lapis.audit import os_user
     from lapis.jobs.shares import set_weight
@@ -225,7 +235,10 @@ def share(project: str, weight: float) -> None:
     queue = _queue()
     found = Tenants(queue.db).project(project)
     set_weight(queue.db, found.id, weight, os_user(), time.time())
-    say(f"The project {found.name} has the weight {weight:g}.")
+    if as_json:
+        print_json({"project_id": found.id, "name": found.name, "weight": weight})
+    else:
+        say(f"The project {found.name} has the weight {weight:g}.")
 
 
 def _print_log(path: Callable[[], tuple[Path, bool]], follow: bool) -> None:
@@ -242,8 +255,8 @@ def _print_log(path: Callable[[], tuple[Path, bool]], follow: bool) -> None:
         if over or not follow:
             break
         time.sleep(LOOK_SECONDS)
-    if not printed:
-        say("It has written nothing yet.")
+    if not any(printed.values()):
+        say("It has written nothing." if over else "It has written nothing yet.")
 
 
 def _queue() -> JobQueue:
@@ -282,6 +295,11 @@ def _reason(job: Job, wait: Wait | None, now: float) -> str:
     if wait.likely_start is None:
         return wait.reason
     return f"{wait.reason}; likely in {_in(wait.likely_start - now)}"
+
+
+def _place(place: Place) -> str:
+    gpus = f", GPUs {' '.join(map(str, place.gpus))}" if place.gpus else ""
+    return f"{place.node} ({amount(place.ranks, 'rank')}{gpus})"
 
 
 def _with_log(job: Job, reason: str) -> str:

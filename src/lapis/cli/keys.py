@@ -103,7 +103,10 @@ def list_(as_json: bool) -> None:
         )
         for key, fact in zip(found, facts, strict=True)
     ]
-    print_table(("prefix", "name", "project", "state", "scopes", "created", "used", "expires"), rows)
+    print_table(
+        ("prefix", "name", "project", "state", "scopes", "created", "used", "expires"), rows,
+        "There are no keys yet. Make one: lapis keys create NAME",
+    )  # fmt: skip
 
 
 @group.command()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lapis.cli import pull
-from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.cli.output import fact, json_option, print_json, print_table, say
 from lapis.errors import LapisError, NotFoundError
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def show(name: str, as_json: bool) -> None:
         print_json(told)
         return
     nested = ("source", "config", "files")
-    rows = [(key, _text(value)) for key, value in told.items() if key not in nested]
-    rows += [(f"source {key}", _text(value)) for key, value in told["source"].items()]
-    rows += [(f"config {key}", _text(value)) for key, value in told["config"].items()]
+    rows = [(key, fact(value)) for key, value in told.items() if key not in nested]
+    rows += [(f"source {key}", fact(value)) for key, value in told["source"].items()]
+    rows += [(f"config {key}", fact(value)) for key, value in told["config"].items()]
     rows += [
         (file, f"{entry['bytes']:,} bytes, sha256 {entry['sha256']}") for file, entry in told["files"].items()
     ]
@@ -274,7 +274,3 @@ def _row(model: StoredModel, kind: str, state: str) -> dict[str, object]:
         "digest": model.digest,
         "source": model.source.reference,
     }
-
-
-def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -26,8 +26,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Rows under column names, aligned: numbers to the right, text to the left."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "") -> None:
+    """Rows under column names, numbers to the right, text to the left; `empty` is said where there are none."""
+    if empty and not rows:
+        say(empty)
+        return
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells), 0) for i, name in enumerate(columns)]
     right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
@@ -37,6 +40,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             for value, width, to_right in zip(line, widths, right, strict=True)
         )
         say(_bold(text.rstrip()) if line == list(columns) else text.rstrip())
+
+
+def fact(value: object) -> str:
+    """One value of a list of facts: in words, a number with its digits, a list with commas between."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact, value)) or "-"
+    return f"{value:,.7g}" if isinstance(value, float) else _cell(value)
+
+
+def amount(number: int, one: str, more: str = "") -> str:
+    """A number of things: `1 attempt`, `2 attempts`; `more` is the plural that is not made with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def _numeric(values: list[object]) -> bool:

@@ -103,7 +103,7 @@ def limit(project: str, model: str | None, as_json: bool, **given: str | None) -
         print_json({"project": found.id, "model": model, **asdict(quota)})
         return
     rows = [(name.replace("_", " "), value) for name, value in asdict(quota).items() if value is not None]
-    print_table(("limit", "most"), rows)
+    print_table(("limit", "most"), rows, "It has no limits.")
 
 
 def _tenants() -> Tenants:

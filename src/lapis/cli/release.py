@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lapis.cli.output import json_option, print_json, print_table, say
+from lapis.cli.output import fact, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from lapis.home import Home
@@ -159,11 +159,13 @@ def _print_all(releases: Sequence[Release], as_json: bool) -> None:
         )
         for r in releases
     ]
-    print_table(("release", "state", "digest", "bits per byte", "run", "created by", "reason"), rows)
+    columns = ("release", "state", "digest", "bits per byte", "run", "created by", "reason")
+    print_table(columns, rows, "There are no releases yet. Make one: lapis release create NAME --run last")
 
 
 def _rows(release: Release) -> list[tuple[str, str]]:
     """What is known of a release, fact by fact."""
+    bits = (release.report or {}).get("bits_per_byte")
     facts: dict[str, object] = {
         "release": release.id,
         "state": release.state,
@@ -172,8 +174,8 @@ def _rows(release: Release) -> list[tuple[str, str]]:
         "created": f"{datetime.fromtimestamp(release.created_at, UTC):%Y-%m-%d %H:%M} UTC by {release.created_by}",
         "approved by": release.approved_by,
         "reason": release.reason,
-        "bits per byte": (release.report or {}).get("bits_per_byte"),
+        "bits per byte": None if bits is None else f"{bits:.3f}",
         **asdict(release.lineage),
     }
     facts["licences"] = ", ".join(f"{name} {count:,}" for name, count in release.lineage.licences.items())
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, fact(value)) for name, value in facts.items() if value not in (None, "")]

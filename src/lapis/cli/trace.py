@@ -141,7 +141,7 @@ def _dataset(target: str) -> Dataset:
         return Dataset.open(path)
     if path.is_file():
         recipe = config.load(path, Recipe)
-        return find(recipe.sources, recipe.tokenizer, Home.default())
+        return find(recipe.sources, recipe.tokenizer, Home.default(), target)
     return Dataset.open(dataset_folder(Run.find(Home.default(), target)))
 
 

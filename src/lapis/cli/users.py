@@ -59,7 +59,9 @@ def list_(as_json: bool) -> None:
         print_json([asdict(user) for user in found])
         return
     print_table(
-        ("id", "email", "name", "role"), [(user.id, user.email, user.name, user.role.value) for user in found]
+        ("id", "email", "name", "role"),
+        [(user.id, user.email, user.name, user.role.value) for user in found],
+        "There are no users yet. Add one: lapis users add EMAIL",
     )
 
 

@@ -137,17 +137,15 @@ class Stages:
         return Stages(annotated, split, vocabulary, _tokens_stage(split, vocabulary, root))
 
 
-def find(data: DataConfig, tokenizer: TokenizerConfig, home: Home) -> Dataset:
-    """The dataset of a recipe if it is there. Raises NotFoundError if it was not prepared yet."""
+def find(data: DataConfig, tokenizer: TokenizerConfig, home: Home, file: str = "RECIPE.toml") -> Dataset:
+    """The dataset of a recipe, that of `file`, if it is there. Raises NotFoundError if it was not prepared yet."""
     tokens = Stages.of(data, tokenizer, list_inputs(data), home.data).tokens
     removed = RemovalList(home.data)
     standing = removed.stands_for(tokens.folder.name)
     if standing is not None:
         return standing
     if not tokens.done:
-        raise NotFoundError(
-            "The dataset of this recipe is not prepared.", hint="lapis data prepare RECIPE.toml"
-        )
+        raise NotFoundError("The dataset of this recipe is not prepared.", hint=f"lapis data prepare {file}")
     return removed.apply(Dataset.open(tokens.folder))
 
 

@@ -71,8 +71,8 @@ def list_inputs(config: DataConfig, progress: Progress = silent) -> Listing:
         if config.max_bytes and taken >= config.max_bytes:
             listing.step.note("files beyond max_bytes", len(candidates) - n)
             break
-        progress(n, len(candidates), f"{n:,} of {len(candidates):,} files listed")
         found = _inspect(candidate, listing.step)
+        progress(n + 1, len(candidates), f"{n + 1:,} of {len(candidates):,} files listed")
         if found is not None:
             taken += found.size
             listing.inputs.append(found)
