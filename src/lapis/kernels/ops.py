@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lapis.clibrary import REBUILD
 from lapis.kernels import variants
 from lapis.kernels.batch import AdapterPair, Batch, LayerCache
 from lapis.kernels.quantized import Quantized
@@ -287,7 +288,10 @@ def select(head_size: int, *, widths: Sequence[int] = (), dtype: torch.dtype = t
         return triton.load()
     variant, reason = variants.choose(head_size, widths, str(dtype).removeprefix("torch."))
     if variant is None:
-        logger.warning("kernels: plain torch, since %s; results depend on batch and chunk sizes", reason)
+        hint = variants.status().hint
+        rebuild = f". To build them: {hint}" if REBUILD in hint else ""
+        text = "kernels: plain torch, since %s; results depend on batch and chunk sizes%s"
+        logger.warning(text, reason, rebuild)
         return stock.StockOps(reason, dtype)
     from lapis.kernels import cpu
 

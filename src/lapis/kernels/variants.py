@@ -133,7 +133,7 @@ def choose(head_size: int, widths: Sequence[int], dtype: str) -> tuple[str | Non
         return asked, ""
     if misfit:
         return None, misfit
-    reasons = []
+    refused: dict[str, list[str]] = {}  # why -> variants: mostly all for the same reason
     for variant in VARIANTS:
         if not library_path(variant).exists() or not VARIANTS[variant] <= cpu_flags():
             continue
@@ -141,7 +141,9 @@ def choose(head_size: int, widths: Sequence[int], dtype: str) -> tuple[str | Non
             library(variant)
             return variant, ""
         except UnavailableError as error:
-            reasons.append(error.message)
+            why = error.message.replace(f"the {variant} kernels", "the {} kernels", 1)
+            refused.setdefault(why, []).append(variant)
+    reasons = [why.replace("{}", ", ".join(names)) for why, names in refused.items()]
     return None, "; ".join(reasons) or "no compiled kernels for this CPU are installed"
 
 
