@@ -38,16 +38,16 @@ PAIRS = [
 FAST = {"n_epochs": 4, "batch_size": 2, "learning_rate_multiplier": 6}  # it has learnt the pattern by then
 
 
-def tiny_home(home: Home) -> Home:
+def tiny_home(home: Home, name: str = BASE, template: str | None = CHATML) -> Home:
     """A home with a small model of random weights."""
     shape = small_models.config()
     write_model(
-        home.models / BASE,
+        home.models / name,
         shape,
         small_models.random_state(shape),
         small_models.tokenizer(),
         source=Source("run", "test", licence="MIT"),
-        chat_template=CHATML,
+        chat_template=template,
     )
     return home
 

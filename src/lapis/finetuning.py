@@ -43,8 +43,11 @@ def check(home: Home, job_id: str) -> None:
             given = getattr(job.request, param) is not None
             lines = read_examples([path], kind) if given else []
             counts[param], chats = len(lines), chats or any(is_chat(line.example) for line in lines)
+    if chats:
+        with _judged(attempt, job, "model"):
+            _require_template(_base(Registry(home, attempt.db), job))
     facts = {"examples": counts["training_file"], "validation_examples": counts["validation_file"]}
-    attempt.checked(**facts, chats=chats)
+    attempt.checked(**facts)
 
 
 def train(home: Home, job_id: str) -> None:
@@ -121,12 +124,6 @@ def _plan(home: Home, base: Servable, job: FineTuningJob) -> Plan:
     if "plan" in job.progress:
         return Plan(**job.progress["plan"])
     opened = Base.open(base.name, model_folder(_source(base), home))
-    if job.progress["chats"] and opened.chat is None:
-        raise InputError(
-            f"{base.name!r} has no chat template, so that nobody could chat with what it learns from chats.",
-            hint='Train it on lines of "prompt" and "completion".',
-            param="model",
-        )
     context = opened.stored.config.context
     files, apart = _examples(home, job)
     examples = ExamplesConfig(files=files, heldout=0.0, heldout_files=apart)
@@ -193,6 +190,18 @@ def _base(registry: Registry, job: FineTuningJob) -> Servable:
                 raise ConflictError(f"The model {name!r} has other weights than when the job was created.")
             return servable
     raise NotFoundError(f"The model {name!r} is not here any more.")
+
+
+def _require_template(base: Servable) -> None:
+    """Raises InputError if chats cannot be read for a model."""
+    from lapis.model import layout
+
+    if layout.read_template(base.folder, layout.read_tokenizer_config(base.folder)) is None:
+        raise InputError(
+            f"{base.name!r} has no chat template, so that nobody could chat with what it learns from chats.",
+            hint='Train it on lines of "prompt" and "completion".',
+            param="model",
+        )
 
 
 def _source(base: Servable) -> str:

@@ -15,6 +15,7 @@ from openai.types.fine_tuning import FineTuningJob
 from lapis.db import write
 from lapis.gateway.services import Services
 from lapis.home import Home
+from lapis.jobs.queue import JobQueue
 from lapis.server import RunningServer
 from lapis.tables.fine_tuning import fine_tuned_models
 from lapis.tenants.keys import ApiKeys
@@ -213,6 +214,19 @@ def test_files_that_cannot_be_trained_on_are_told_by_name_and_line(client: opena
         assert job.error.message.startswith(said)
         last = all_events(client, job)[-1]
         assert (last.level, last.message) == ("error", f"The job failed: {job.error.message}")
+
+
+def test_chats_for_a_model_without_a_template_are_refused_before_training(
+    served: tuple[RunningServer, openai.OpenAI],
+) -> None:
+    server, client = served
+    tiny_home(server.services.home, "plain", template=None)
+    job = client.fine_tuning.jobs.create(model="plain", training_file=upload(client, CHATS))
+    job = until_ended(client, job)
+    assert (job.status, job.error.param) == ("failed", "model")
+    assert job.error.message.startswith("'plain' has no chat template")
+    steps = [work.spec.argv[-2] for work in JobQueue(server.services.db).list() if job.id in work.spec.argv]
+    assert steps == ["check"]
 
 
 def test_what_cannot_be_asked_for_is_refused_at_once(client: openai.OpenAI) -> None:

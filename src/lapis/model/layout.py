@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, or nothing where there is none. Raises InputError if it cannot be read."""
     path = folder / TOKENIZER_CONFIG
     return read_json(path) if path.exists() else {}
+
+
+def read_template(folder: Path, values: Mapping[str, Any]) -> str | None:
+    """The text of chat_template.jinja, or of the template in `values` (tokenizer_config.json), or None."""
+    if (folder / TEMPLATE).exists():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    template = values.get("chat_template")
+    if isinstance(template, list):  # several named ones: [{"name": …, "template": …}]
+        template = {item.get("name"): item.get("template") for item in template}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def read_licence(folder: Path) -> str:

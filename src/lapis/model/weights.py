@@ -179,12 +179,8 @@ def read_model(
 
 def read_chat_template(folder: Path, values: Mapping[str, Any]) -> ChatTemplate | None:
     """The chat template: chat_template.jinja, or that in `values` (tokenizer_config.json), or None."""
-    template = values.get("chat_template")
-    if isinstance(template, list):  # several named ones: [{"name": …, "template": …}]
-        template = {item.get("name"): item.get("template") for item in template}.get("default")
-    if (folder / layout.TEMPLATE).exists():
-        template = (folder / layout.TEMPLATE).read_text(encoding="utf-8")
-    if not isinstance(template, str):
+    template = layout.read_template(folder, values)
+    if template is None:
         return None
     return ChatTemplate(
         template, layout.token_text(values.get("bos_token")), layout.token_text(values.get("eos_token"))
