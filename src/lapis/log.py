@@ -24,6 +24,14 @@ class Progress(Protocol):
     def __call__(self, done: float, total: float | None = None, text: str = "") -> None: ...
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that fits it: 999 bytes, 1.0 kB, 123 MB."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, (len(str(int(count))) - 1) // 3)
+    value = count / 1000**power
+    return f"{value:,.1f} {units[power]}" if power and value < 100 else f"{value:,.0f} {units[power]}"
+
+
 def silent(done: float, total: float | None = None, text: str = "") -> None:
     """A Progress that shows nothing."""
 

@@ -133,6 +133,16 @@ def test_doctor_says_what_is_there_and_where_things_lie() -> None:
     assert lapis("doctor").returncode == 0
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])
+def test_a_home_that_cannot_be_written_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LAPIS_HOME", str(tmp_path / place))
+    said = CliRunner().invoke(commands, ["doctor", "--brief"], catch_exceptions=False).output
+    assert f"disk: {tmp_path / place} cannot be written" in said and "is ready" not in said
+
+
 def test_without_kernels_doctor_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAPIS_KERNELS", "stock")
     kernels = next(

@@ -125,6 +125,5 @@ def test_a_job_that_asks_for_more_memory_than_there_is_is_refused(queue: JobQueu
     (ended,) = settle(queue, executor, job)
     assert ended.state is State.FAILED
     assert (
-        "asks for 1 CPUs and 0 GPUs and 4.88 GiB; there are 8 CPUs, 4 GPUs and 4 GiB on 1 node"
-        in ended.reason
+        "asks for 1 CPU and 0 GPUs and 4.88 GiB; there are 8 CPUs, 4 GPUs and 4 GiB on 1 node" in ended.reason
     )

@@ -119,7 +119,7 @@ def test_what_asks_for_more_than_there_is_fails_at_once(queue: JobQueue, control
     small = queue.submit(shell("exit 0"), "os:ana")
     assert settled(queue, controller, small).state is State.SUCCEEDED  # it stands in nobody's way
     assert queue.get(job.id).state is State.FAILED
-    assert "asks for 1 CPUs and 8 GPUs" in queue.get(job.id).reason
+    assert "asks for 1 CPU and 8 GPUs" in queue.get(job.id).reason
 
 
 def test_jobs_wait_for_room(queue: JobQueue, controller: Controller, tmp_path: Path) -> None:

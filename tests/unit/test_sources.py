@@ -34,6 +34,15 @@ def write_jsonl(path: Path) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
+def test_the_listing_tells_how_many_files_it_has_looked_at(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(prose(1, 30))
+    told: list[str] = []
+    config = DataConfig(sources=(source(tmp_path),))
+    list_inputs(config, lambda done, total=None, text="": told.append(text))
+    assert told == ["1 of 2 files listed", "2 of 2 files listed"]
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_rows_come_with_text_licence_and_kind(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows{ending}"

@@ -269,5 +269,5 @@ def _print_report(dataset: Dataset) -> None:
 
 def _row(step: Step) -> tuple[object, ...]:
     notes = ", ".join(f"{what} {count:,}" for what, count in step.notes.items())
-    sizes = (step.bytes_in / 1e6, step.bytes_out / 1e6, round(step.seconds, 2))
+    sizes = (step.bytes_in / 1e6 or None, step.bytes_out / 1e6, round(step.seconds, 2))
     return (step.step, step.documents_in, step.documents_out, *sizes, step.top_reasons(), notes)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -97,6 +98,13 @@ def _memory() -> Check:
 
 def _disk(root: Path) -> Check:
     existing = next(path for path in (root, *root.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return Check(
+            "disk", "missing", f"{root} cannot be written: {error.strerror}", "LAPIS_HOME=/some/folder"
+        )
     free = shutil.disk_usage(existing).free
     state = "ok" if free > LOW_DISK else "missing"
     return Check(

@@ -14,6 +14,7 @@ from lapis.console.parts import Text
 from lapis.console.session import Session
 from lapis.errors import AuthError, LapisError
 from lapis.gateway.services import Services
+from lapis.log import bytes_text
 from lapis.tenants.keys import Identity
 from lapis.tenants.tenant import DEFAULT, Scope
 
@@ -133,9 +134,4 @@ def duration(seconds: float | None) -> str:
 
 def size(count: int | None) -> str:
     """Bytes as text."""
-    if count is None:
-        return ""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, len(str(count)) - 1) // 3)
-    value = count / 1000**power
-    return f"{value:,.1f} {units[power]}" if power and value < 100 else f"{value:,.0f} {units[power]}"
+    return "" if count is None else bytes_text(count)

@@ -9,7 +9,7 @@ from lapis.errors import ConfigError, NotFoundError, UnavailableError, nearest
 from lapis.gateway.deployment import Build, Deployment, Record
 from lapis.gateway.memory import Held, MemoryBudget, to_unload
 from lapis.inference.engine import Engine
-from lapis.log import logger
+from lapis.log import bytes_text, logger
 from lapis.release.registry import Servable
 from lapis.tenants.keys import Identity
 
@@ -86,8 +86,8 @@ class Router:
             together = sum(self._size(deployment.servable, self._memory) for deployment in deployments)
             if together > self._memory.bytes:
                 raise ConfigError(
-                    f"{', '.join(names)} need {_gb(together)} with their caches; the budget is "
-                    f"{_gb(self._memory.bytes)}.",
+                    f"{', '.join(names)} need {bytes_text(together)} with their caches; the budget is "
+                    f"{bytes_text(self._memory.bytes)}.",
                     hint="Raise it with --memory, serve smaller forms (--weights int8, --kv-cache int8), or name "
                     "no models: then each is loaded at its first use.",
                 )
@@ -132,8 +132,8 @@ class Router:
         size, budget = self._size(wanted.servable, self._memory), self._memory.bytes
         if size > budget:
             raise UnavailableError(
-                f"{wanted.servable.name!r} needs {_gb(size)} with its cache; this server's models may take "
-                f"{_gb(budget)}.",
+                f"{wanted.servable.name!r} needs {bytes_text(size)} with its cache; this server's models may take "
+                f"{bytes_text(budget)}.",
                 hint="Start it with more: lapis serve --memory GB",
                 param="model",
             )
@@ -188,7 +188,3 @@ def _is_named_shorter(servable: Servable, known: Mapping[str, Servable]) -> bool
     """Whether a release is there without its version too."""
     name, version, _ = servable.name.partition(":")
     return servable.kind != "fine_tuned" and bool(version) and name in known
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

@@ -79,7 +79,8 @@ class Resources:
         return self.cpus <= room.cpus and self.gpus <= room.gpus and self.memory <= room.memory
 
     def __str__(self) -> str:
-        text = f"{self.cpus:g} CPUs and {self.gpus} GPUs"
+        cpus, gpus = "CPU" if self.cpus == 1 else "CPUs", "GPU" if self.gpus == 1 else "GPUs"
+        text = f"{self.cpus:g} {cpus} and {self.gpus} {gpus}"
         return f"{text} and {self.memory / 2**30:.3g} GiB" if self.memory else text
 
 

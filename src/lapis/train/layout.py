@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lapis.errors import ConfigError
+from lapis.log import bytes_text
 from lapis.model.config import ModelConfig
 from lapis.train.mesh import Mesh, Place
 from lapis.train.placement import Placement, elements, local_config, placements
@@ -70,7 +71,7 @@ def check_memory(layouts: Sequence[RankLayout], memory: int) -> None:
     most = max(layouts, key=lambda layout: layout.total)
     if most.total > memory:
         raise ConfigError(
-            f"Rank {most.rank} needs about {most.total / 1e9:,.1f} GB, there are {memory / 1e9:,.1f} GB.",
+            f"Rank {most.rank} needs about {bytes_text(most.total)}, there are {bytes_text(memory)}.",
             hint="More shards (fsdp), train.recompute=full or a smaller train.micro_batch need less.",
         )
 

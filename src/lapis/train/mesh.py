@@ -113,9 +113,10 @@ class Mesh:
     def require(self, started: int | None) -> None:
         """Raise ConfigError if another number of ranks is started than the mesh has; None: it is not known yet."""
         if started is not None and started != self.size:
+            ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
             raise ConfigError(
-                f"The mesh {str(self) or 'of one rank'} has {self.size} ranks, but {started} were started.",
-                hint=f"Start {self.size} ranks, or change train.mesh.",
+                f"The mesh {str(self) or 'of one rank'} has {ranks}, but {started} were started.",
+                hint=f"Start {ranks}, or change train.mesh.",
                 param="train.mesh",
             )
 
