@@ -88,8 +88,9 @@ def test_preview_prints_what_it_predicts_and_leaves_nothing(recipe: Path, home: 
 
 
 def test_inspect_shows_licences_statistics_and_documents(recipe: Path) -> None:
-    with pytest.raises(NotFoundError, match="not prepared"):
+    with pytest.raises(NotFoundError, match="not prepared") as caught:
         run(data.group, "inspect", str(recipe))
+    assert caught.value.hint == f"lapis data prepare {recipe}"
     folder = json.loads(run(data.group, "prepare", str(recipe), "--json"))["folder"]
     shown = run(data.group, "inspect", str(recipe))
     assert "CC-BY-4.0" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -271,7 +272,10 @@ def test_the_commands_tell_what_is_there(sources: Path, tmp_path: Path) -> None:
     assert shown["files"]["model.safetensors"]["sha256"] in lapis_says("models", "show", "tiny")
     exported = tmp_path / "out"
     assert "verified" in lapis_says("models", "export", "tiny", str(exported))
-    assert sorted(path.name for path in exported.iterdir()) == sorted(shown["files"])
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*shown["files"], "README.md"])
+    again = json.loads(lapis_says("pull", str(exported), "--name", "again", "--json"))
+    assert (again["digest"], again["licence"]) == (pulled["digest"], pulled["licence"])
+    lapis_says("models", "remove", "again", "--yes")
     with pytest.raises(ConflictError):
         lapis_says("models", "export", "tiny", str(exported))
     assert json.loads(lapis_says("models", "remove", "tiny", "--yes", "--json"))["removed"] is True
@@ -287,6 +291,8 @@ def test_releases_are_models_too(sources: Path, tmp_path: Path) -> None:
     assert (rows["mine:1"]["kind"], rows["mine:1"]["state"]) == ("release", "draft")
     assert rows["mine:1"]["digest"] == pulled["digest"]
     assert json.loads(lapis_says("models", "show", "mine", "--json"))["digest"] == pulled["digest"]
+    told = lapis_says("models", "show", "mine") + lapis_says("release", "show", "mine")
+    assert not re.search(r"\b(None|True|False)\b|\(\)|\[\]", told)
     lapis_says("models", "export", "mine:1", str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(NotFoundError, match="'mine' is a release") as caught:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lapis.errors import ConfigError, ConflictError, InputError, IntegrityError, NotFoundError
 from lapis.kernels.batch import packed
 from lapis.kernels.stock import StockOps
-from lapis.model import manifest
+from lapis.model import layout, manifest
 from lapis.model.config import ModelConfig
 from lapis.model.config_hf import to_hf
 from lapis.model.hf_state import from_hf_state, to_hf_state
@@ -162,6 +162,12 @@ def test_a_hugging_face_folder_is_imported(tmp_path: Path, dtype: torch.dtype, s
     slack = 1e-6 if dtype == torch.float16 else 0.0
     found = loaded.model.state_dict()
     assert all(torch.allclose(found[name], state[name], rtol=0, atol=slack) for name in state)
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "mixed: MIT (3), CC-BY-4.0 (1)", "Someone's own"])
+def test_a_model_card_keeps_the_licence(tmp_path: Path, licence: str) -> None:
+    (tmp_path / "README.md").write_text(layout.model_card(licence))
+    assert layout.read_licence(tmp_path) == licence
 
 
 def test_an_imported_model_answers_as_before_export(tmp_path: Path, tokenizer: Tokenizer) -> None:

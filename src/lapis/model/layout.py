@@ -22,7 +22,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
 LOADED = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, WEIGHTS)  # what loading a model reads
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LICENCE = re.compile(r"^licen[sc]e:\s*['\"]?([\w.+-]+)", re.MULTILINE)
+_LICENCE = re.compile(r"^licen[sc]e:\s*(?:\"([^\"\n]+)\"|'([^'\n]+)'|['\"]?([\w.+-]+))", re.MULTILINE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,7 +65,12 @@ def read_licence(folder: Path) -> str:
     if not card.exists():
         return "unknown"
     found = _LICENCE.search(card.read_text(encoding="utf-8", errors="replace")[:20_000])
-    return found[1] if found else "unknown"
+    return found[1] or found[2] or found[3] if found else "unknown"
+
+
+def model_card(licence: str) -> str:
+    """A model card that says no more than the licence; `read_licence` reads it back."""
+    return '---\nlicense: "{}"\n---\n'.format(licence.replace('"', "'").replace("\n", " "))
 
 
 def weight_files(folder: Path) -> list[str]:

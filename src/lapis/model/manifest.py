@@ -12,7 +12,7 @@ from typing import Any
 from lapis.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from lapis.hashing import digest_file, digest_json
 from lapis.log import Progress, silent
-from lapis.model.layout import LOADED, refuse_pickles
+from lapis.model.layout import CARD, LOADED, model_card, refuse_pickles
 from lapis.storage import atomic_folder
 
 NAME = "lapis.json"
@@ -118,6 +118,7 @@ def verify(folder: Path, progress: Progress = silent) -> Manifest:
 def copy_folder(folder: Path, target: Path, *, sealed: bool, progress: Progress = silent) -> Manifest:
     """Copy a model folder and verify the copy: `sealed` with lapis.json, else as a plain Hugging Face folder.
 
+    There the licence, which lapis.json keeps, is in a model card.
     Raises IntegrityError if a file does not match its digest, ConflictError if `target` holds something.
     """
     manifest = read_manifest(folder)
@@ -129,6 +130,8 @@ def copy_folder(folder: Path, target: Path, *, sealed: bool, progress: Progress 
                 raise _corrupt(folder / name, "the file is missing")
             shutil.copyfile(folder / name, place / name)
         _compare(place, manifest, progress, said=folder)
+        if not sealed and CARD not in manifest.files and manifest.source.licence != "unknown":
+            (place / CARD).write_text(model_card(manifest.source.licence), encoding="utf-8")
     return manifest
 
 
