@@ -87,7 +87,8 @@ def main() -> None:
         error.show()
         _leave(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("\nInterrupted; what was complete is kept.", file=sys.stderr)
+        # click has ended the line in which the terminal shows ^C
+        print("Interrupted; what was complete is kept.", file=sys.stderr)
         _leave(130)
     except BrokenPipeError:
         _leave(141)

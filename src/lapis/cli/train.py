@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,19 +150,36 @@ def _train(
     if not is_first():
         train(resolved, objective, run)
         return
-    if not as_json:
+    if not as_json and run.status() == "finished":
+        say(f"{run.id}: it is finished already, so nothing is trained")
+    elif not as_json:
         say(f"{run.id}: training on {objective.facts()['tokens']:,} tokens")
-    if ranks is None:
-        with progress("train") as report:
-            train(resolved, objective, run, report)
-    else:
-        launch = _launch(program(home, run, objective, resolved.train), ranks, spares, nodes, resolved, run)
-        train_ranks(run, launch, resolved.supervisor)
+    try:
+        if ranks is None:
+            with progress("train") as report:
+                train(resolved, objective, run, report)
+        else:
+            launch = _launch(
+                program(home, run, objective, resolved.train), ranks, spares, nodes, resolved, run
+            )
+            train_ranks(run, launch, resolved.supervisor)
+    except KeyboardInterrupt:
+        _say_stopped(run)
+        raise
     summary = run.summary()
     if as_json:
         print_json(asdict(summary))
         return
     _say_summary(run.id, summary, evaluable=resolved.data is not None)
+
+
+def _say_stopped(run: Run) -> None:
+    if run.status() == "stopped":
+        step = run.events.read("end")[-1]["step"]
+        text = (
+            f"{run.id}: stopped at step {step:,}, which is in a checkpoint; the same command goes on from it"
+        )
+        print(text, file=sys.stderr)
 
 
 def _say_summary(run_id: str, summary: RunSummary, evaluable: bool) -> None:
