@@ -30,7 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --postgres: only files that have to do with the database, without what is SQLite's alone."""
+    """Long tests have an hour each.
+
+    With --postgres: only files that have to do with the database, without what is SQLite's alone.
+    """
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
     if not config.option.postgres:
         return
     keep = {path: postgres.concerns(path) for path in {item.path for item in items}}

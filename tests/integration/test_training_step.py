@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401 - torch's compiler insists on its distutils: here before any test imports another
 import torch
 from torch import Tensor
 

@@ -472,7 +472,7 @@ def test_a_host_leaves_to_another_what_only_that_can_hold(queue: JobQueue, clock
     assert "it waits for local@gpu" in waits(queue)[waits_.id].reason
     clock.now += ABSENT_SECONDS
     web.tick()
-    assert "asks for 1 CPUs and 8 GPUs" in queue.get(waits_.id).reason
+    assert "asks for 1 CPU and 8 GPUs" in queue.get(waits_.id).reason
     assert states(queue, waits_) == [State.FAILED]
 
 
