@@ -396,9 +396,8 @@ class Trainer:
         slow, _ = self.world.agree(slow, 0.0)
         if reason == "stopped" and not slow:  # the next step's loss, so that the resume can be proved
             numbers = self._gradients(self._batch())
-            if (
-                bad_step.complaint(numbers, self.good, self.section.outlier) is None
-            ):  # a resume replays a bad one
+            # A bad one proves nothing: a resume replays it.
+            if bad_step.complaint(numbers, self.good, self.section.outlier) is None:
                 self._prove(numbers.loss)
             self.replica.drop_gradients()
         self._write_end(reason)
