@@ -143,7 +143,7 @@ def test_killed_a_dozen_times_it_ends_with_the_same_shards(
 @pytest.mark.long
 def test_two_at_once_in_one_home(texts: Path, tmp_path: Path) -> None:
     home = tmp_path / "shared"
-    first = start(home, "quickstart", "--text", str(texts), "--minutes", MINUTES)
+    first = start(home, "quickstart", "--text", str(texts), "--minutes", "5")
     while not (home / "quickstart.lock").exists() or not (home / "quickstart.lock").read_text():
         assert first.poll() is None
         time.sleep(0.02)

@@ -157,6 +157,21 @@ def test_an_interrupt_saves_and_ends_at_once(home: Home, texts: Path, dataset: D
     assert run.status() == "stopped"
 
 
+def test_an_interrupt_in_the_last_step_ends_what_comes_after_the_run(
+    home: Home, texts: Path, dataset: Dataset
+) -> None:
+    recipe = tiny_recipe(texts, steps=3)
+    run = begin(home, recipe, dataset)
+
+    def interrupt(done: float, *_: object, **__: object) -> None:
+        if len(run.events.read("step")) == 3 or done >= 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Pretraining(recipe.train, dataset), run, interrupt)
+    assert run.status() == "finished"
+
+
 def test_a_run_by_minutes_ends_in_time_and_resumes_with_its_plan(
     home: Home, texts: Path, dataset: Dataset
 ) -> None:

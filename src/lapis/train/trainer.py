@@ -77,7 +77,12 @@ def train(recipe: Recipe, objective: Objective, run: Run, progress: Progress = s
         if not first:
             run, progress = run.watched(), silent
         with lost_peers():
-            Trainer(recipe, objective, run).loop(progress, stop)
+            trainer = Trainer(recipe, objective, run)
+            trainer.loop(progress, stop)
+        # A signal in the last step came too late for the run, not for what comes after it. Ranks leave that to
+        # their supervisor.
+        if stop.is_set() and trainer.world.size == 1:
+            raise KeyboardInterrupt
     return run
 
 
