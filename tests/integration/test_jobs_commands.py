@@ -144,7 +144,9 @@ def test_without_a_controller_that_is_the_reason(queue: JobQueue) -> None:
 
 
 def test_the_limit_on_money_that_a_job_waits_for_is_named(queue: JobQueue) -> None:
-    Home.default().prices.write_text("compute = { cpu_hour = 1.0 }\n")
+    home = Home.default()
+    home.root.mkdir(parents=True, exist_ok=True)
+    home.prices.write_text("compute = { cpu_hour = 1.0 }\n")
     Tenants(queue.db).set_quota("default", Quota(spend_per_month=100), "os:ana")
     job = facts("submit", "--time-limit", "2h", "--", "true")
     assert "2 USD until its time limit, of its project's money" in facts("list")[0]["reason"]
