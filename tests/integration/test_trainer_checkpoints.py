@@ -104,17 +104,18 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints_of_that_whil
     checkpoint = {"steps": 4, "keep": 9, "asynchronous": asynchronous}
     recipe = tiny_recipe(texts, steps=18, checkpoint=checkpoint)
     run = Run.create(home, "full", config.to_toml(recipe), "0" * 64)
+    trainer = Trainer(recipe, Pretraining(recipe.train, dataset), run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def disk(step: int, stop: threading.Event) -> None:
-        while step == 6 and latest(run.checkpoints) is None:
-            time.sleep(0.01)  # the checkpoint of step 4 is still being written
-        size = {6: 100_000, 14: soft}.get(step)  # events.jsonl still fits into the smaller one
+    def disk(*_: object, **__: object) -> None:
+        size = {6: 100_000, 14: soft}.get(trainer.step)  # events.jsonl still fits into the smaller one
         if size is not None:
+            while trainer.checkpoints.saver.busy:
+                time.sleep(0.01)  # the checkpoint of step 4 or 12 is still being written
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
     try:
-        loop(recipe, dataset, run, disk)
+        trainer.loop(disk, threading.Event())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     failed = run.events.read("checkpoint_failed")
