@@ -11,7 +11,6 @@ that slept, does not take its ranks for hung.
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,6 +28,7 @@ from lapis.train.heartbeat import Beat
 from lapis.train.launch import Ranks
 from lapis.train.recipe import SupervisorSection
 from lapis.train.run import WATCH, Run
+from lapis.train.stopping import on_stop
 
 LOOK_S = 0.05  # between two looks
 SETTLE_S = 1.0  # after the first failure, for the rank to blame to be seen: others fail because it is gone
@@ -416,10 +416,6 @@ def _act(action: Action, group: Ranks, events: EventLog) -> None:
 def _stops() -> Iterator[list[int]]:
     """The stop signals that came so far."""
     stops: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stops
-        return
-
     last = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -428,9 +424,5 @@ def _stops() -> Iterator[list[int]]:
             stops.append(number)
         last = time.monotonic()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop(note):
         yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
